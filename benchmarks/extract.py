@@ -1,0 +1,163 @@
+"""Extraction against a bare loop, and its memory against the number of images.
+
+ratio_to_bare: images/s of `raypipe extract` (Ray, one worker, decode, store, commit; start-up not
+counted) over images/s of a loop that only runs the same model on the same decoded batches.
+peak_anon_mib_N: largest RssAnon of the extraction worker over N images, sampled every 5 ms.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from common import emit, in_turn, median, parser, say
+from PIL import Image
+
+from raypipe.backbone import resolve
+from raypipe.backbone.model import load
+from raypipe.extract.config import ExtractConfig
+from raypipe.extract.run import extract
+from raypipe.launch import LaunchConfig, open_runner
+from raypipe.memory import anon_bytes
+from raypipe.read import list_images, read_image
+
+DISTINCT = 50
+
+
+def make_images(folder: Path, n: int, side: int) -> Path:
+    """``n`` PNG images of ``side`` pixels: photographs' statistics do not matter, decoding does."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i in range(min(n, DISTINCT)):
+        coarse = rng.integers(0, 256, (side // 8, side // 8, 3), np.uint8)
+        image = Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC)
+        image.save(folder / f"image-{i:05d}.png", compress_level=1)
+    for i in range(DISTINCT, n):
+        (folder / f"image-{i:05d}.png").hardlink_to(folder / f"image-{i % DISTINCT:05d}.png")
+    return folder
+
+
+def ours(images: Path, out: Path, backbone: str, batch: int, device: str) -> float:
+    """Images/s of ``raypipe extract`` with one worker, into a fresh store."""
+    shutil.rmtree(out, ignore_errors=True)
+    cfg = ExtractConfig(
+        data_dir=images,
+        output_dir=out,
+        backbone=backbone,
+        weights="random:0",
+        batch_size=batch,
+        workers=1,
+        device=device,  # type: ignore[arg-type]
+    )
+    with open_runner(LaunchConfig()) as runner:
+        return extract(cfg, runner).rate
+
+
+def bare(images: Path, backbone: str, batch: int, device: str) -> float:
+    """Images/s of the model alone on batches decoded beforehand."""
+    spec = resolve(backbone)
+    model = load(spec, weights="random:0", device=device)
+    decoded = np.stack([spec.preprocess.host(read_image(p).pixels) for p in list_images(images)])
+    batches = [torch.from_numpy(decoded[i : i + batch]) for i in range(0, len(decoded), batch)]
+    _run(model, batches[0], device)
+    started = time.perf_counter()
+    for pixels in batches:
+        _run(model, pixels, device)
+    return len(decoded) / (time.perf_counter() - started)
+
+
+def _run(model: object, pixels: torch.Tensor, device: str) -> None:
+    model.forward(pixels)  # type: ignore[attr-defined]
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def peak_anon_mib(images: Path, out: Path, device: str) -> float:
+    """Largest RssAnon of the extraction worker, MiB."""
+    watch = _Watch("ray::PooledWorker")
+    with watch:
+        ours(images, out, "resnet18", 16, device)
+    return watch.peak_bytes / 2**20
+
+
+class _Watch:
+    """Samples RssAnon of the processes of one name while the block runs."""
+
+    def __init__(self, name: str) -> None:
+        self._name, self._stop = name, threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self.peak_bytes = 0
+
+    def __enter__(self) -> _Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        if not self.peak_bytes:
+            sys.exit(f"no process named {self._name} was seen: the figure would be empty")
+
+    def _sample(self) -> None:
+        pids: list[int] = []
+        looked = 0.0
+        while not self._stop.wait(0.005):
+            if time.monotonic() - looked > 0.5:
+                looked = time.monotonic()
+                pids = [p.pid for p in psutil.process_iter() if _titled(p, self._name)]
+            for pid in pids:
+                try:
+                    self.peak_bytes = max(self.peak_bytes, anon_bytes(pid))
+                except ProcessLookupError:
+                    continue
+
+
+def _titled(process: psutil.Process, name: str) -> bool:
+    try:
+        return any(part.startswith(name) for part in process.cmdline()[:1])
+    except psutil.Error:
+        return False
+
+
+def main() -> None:
+    args = parser(__doc__)
+    args.add_argument("--images", type=int, default=32, help="images a pass of the full model")
+    args.add_argument("--rounds", type=int, default=3)
+    args.add_argument("--batch", type=int, default=8)
+    args.add_argument("--backbone", default="dinov2_q")
+    args.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options = args.parse_args()
+    with tempfile.TemporaryDirectory() as tmp:
+        root = Path(tmp)
+        images = make_images(root / "images", options.images, 425)
+        common = (options.backbone, options.batch, options.device)
+        rates = in_turn(
+            options.rounds,
+            {
+                "bare": lambda: bare(images, *common),
+                "ours": lambda: ours(images, root / "store", *common),
+            },
+        )
+        metrics: dict[str, object] = {
+            "ours_images_per_s": median(rates["ours"]),
+            "bare_images_per_s": median(rates["bare"]),
+            "ratio_to_bare": median(rates["ours"]) / median(rates["bare"]),
+            "ratios": [o / b for o, b in zip(rates["ours"], rates["bare"], strict=True)],
+            "backbone": options.backbone,
+        }
+        for n in (200, 2000):
+            folder = make_images(root / f"images-{n}", n, 224)
+            metrics[f"peak_anon_mib_{n}"] = peak_anon_mib(folder, root / f"out-{n}", options.device)
+            say(f"peak of the worker over {n} images: {metrics[f'peak_anon_mib_{n}']:.0f} MiB")
+    emit("extract", metrics, options.json)
+
+
+if __name__ == "__main__":
+    main()

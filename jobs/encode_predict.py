@@ -1,0 +1,13 @@
+"""`ray job submit -- python jobs/encode_predict.py …`: the same flags and run function as the CLI's."""
+
+from __future__ import annotations
+
+import sys
+
+from raypipe.encoding.run import predict
+
+from raypipe.cli import entry
+from raypipe.encoding.config import PredictConfig
+
+if __name__ == "__main__":
+    sys.exit(entry(PredictConfig, predict, on_runner=False))

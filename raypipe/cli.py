@@ -1,0 +1,162 @@
+"""The command line: ``raypipe COMMAND …``; jobs/ scripts come in through the same ``entry``.
+
+Each command is a configuration class and a run function. Nothing heavy is imported before the
+command is known. Exit codes are those of ``raypipe.errors``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from raypipe import config as configs
+from raypipe.errors import Interrupted, RaypipeError, UnknownName
+from raypipe.launch import LaunchConfig, open_runner
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """Where a command's configuration class and run function live ("module:name").
+
+    on_runner : the function takes a runner as its second argument.
+    """
+
+    config: str
+    run: str
+    on_runner: bool
+    help: str
+
+
+COMMANDS = {
+    "demo": Command(
+        "raypipe.demo:DemoConfig", "raypipe.demo:demo", True, "make data, extract, train, report"
+    ),
+    "extract": Command(
+        "raypipe.extract.config:ExtractConfig", "raypipe.extract.run:extract", True,
+        "images -> memory-mapped features",
+    ),
+    "encode fit": Command(
+        "raypipe.encoding.config:FitConfig", "raypipe.encoding.run:fit", True,
+        "features -> brain encoder",
+    ),
+    "encode evaluate": Command(
+        "raypipe.encoding.config:EvaluateConfig", "raypipe.encoding.run:evaluate", False,
+        "score an encoder per vertex and ROI",
+    ),
+    "encode predict": Command(
+        "raypipe.encoding.config:PredictConfig", "raypipe.encoding.run:predict", False,
+        "write predicted responses of a split",
+    ),
+    "store info": Command(
+        "raypipe.store.commands:InfoConfig", "raypipe.store.commands:info", False,
+        "what a store holds, or how far it is",
+    ),
+    "store verify": Command(
+        "raypipe.store.commands:VerifyConfig", "raypipe.store.commands:verify_stores", False,
+        "check every byte against the manifest",
+    ),
+    "report": Command(
+        "raypipe.report.commands:ReportConfig", "raypipe.report.commands:report", False,
+        "rebuild report.html from a run folder",
+    ),
+}  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if args else 2
+    if args[0] == "--version":
+        from raypipe import __version__
+
+        print(__version__)
+        return 0
+    name = " ".join(args[:2]) if " ".join(args[:2]) in COMMANDS else args[0]
+    if name not in COMMANDS:
+        return guarded(lambda: _unknown(args))
+    command = COMMANDS[name]
+    rest = args[len(name.split()) :]
+    return guarded(
+        lambda: _run(
+            _load(command.config), _load(command.run), rest, f"raypipe {name}", command.on_runner
+        )
+    )
+
+
+def entry(cls: type, run: Callable[..., Any], *, on_runner: bool = True) -> int:
+    """What a script in jobs/ is: a configuration class, a run function, this process's flags."""
+    return guarded(lambda: _run(cls, run, sys.argv[1:], sys.argv[0], on_runner))
+
+
+def guarded(action: Callable[[], Any]) -> int:
+    """Call ``action``; turn what it raises into one line and an exit code.
+
+    RAYPIPE_TRACEBACK=1 prints the traceback too.
+    """
+    try:
+        action()
+    except RaypipeError as error:
+        return _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        stopped = Interrupted("interrupted; what was committed is kept: the same command resumes")
+        return _fail(str(stopped), stopped.exit_code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return 0
+
+
+def usage() -> str:
+    """The table of commands."""
+    lines = ["usage: raypipe COMMAND [--help] [--config FILE.yaml] [options]", ""]
+    lines += [f"  {name:<16} {command.help}" for name, command in COMMANDS.items()]
+    return "\n".join(lines)
+
+
+def _run(
+    cls: type, run: Callable[..., Any], args: Sequence[str], prog: str, on_runner: bool
+) -> None:
+    description = (cls.__doc__ or "").strip()
+    if not on_runner:
+        run(configs.parse(cls, args, prog=prog, description=description))
+        return
+    both = dataclasses.make_dataclass(
+        "Options", [("job", cls), ("launch", LaunchConfig)], frozen=True, kw_only=True
+    )
+    options = configs.parse(both, args, prog=prog, description=description)
+    if getattr(options.job, "dry_run", False):  # nothing is computed: no cluster is needed
+        run(options.job, None)
+        return
+    with open_runner(options.launch) as runner:
+        run(options.job, runner)
+
+
+def _load(place: str) -> Any:
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _unknown(args: Sequence[str]) -> None:
+    groups = {name.split()[0] for name in COMMANDS if " " in name}
+    if args[0] in groups:
+        known = [name for name in COMMANDS if name.startswith(args[0] + " ")]
+        raise UnknownName.of("command", " ".join(args[:2]), known, "see raypipe --help")
+    raise UnknownName.of("command", args[0], COMMANDS, "see raypipe --help")
+
+
+def _fail(message: str, code: int) -> int:
+    if os.environ.get("RAYPIPE_TRACEBACK"):
+        traceback.print_exc()
+    print(f"raypipe: {message}", file=sys.stderr, flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

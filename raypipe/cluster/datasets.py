@@ -1,0 +1,154 @@
+"""Ray Data as the transport of row-index descriptors to the Train workers.
+
+A descriptor is one training step of one rank: (epoch, step, size of the whole step, this rank's
+rows). Ray's own split deals blocks to whichever worker asks first and drops rows to make the
+parts equal; here every rank gets a dataset of its own, cut by the plan, so no row is lost or
+repeated and the order does not depend on timing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+from ray.data import DataIterator, Datasource, ReadTask
+from ray.data.block import BlockMetadata
+from ray.train import DataConfig
+
+from raypipe.stream import Cursor, StepSlice, StreamPlan
+
+# One block carries many steps: a block costs a task and a round trip, a step a few hundred bytes.
+ROWS_PER_BLOCK = 65_536
+MAX_STEPS_PER_BLOCK = 512
+# Descriptors cost microseconds: the workers must not be kept waiting for a whole free core.
+READ_CPUS = 0.01
+
+SCHEMA = pa.schema(
+    [
+        ("epoch", pa.int64()),
+        ("step", pa.int64()),
+        ("global_rows", pa.int64()),
+        ("rows", pa.list_(pa.int64())),
+    ]
+)
+
+
+class PlanSource(Datasource):
+    """The steps of ``rank`` of ``world`` from ``start`` on, as Arrow blocks of many steps each."""
+
+    def __init__(self, plan: StreamPlan, rank: int, world: int, start: Cursor) -> None:
+        super().__init__()
+        self._plan_ref = ray.put(plan)  # once, not once a read task
+        self._epochs, self._steps = plan.epochs, plan.steps_per_epoch
+        self._rank, self._world, self._start = rank, world, start
+        per_rank = max(1, plan.rows_per_step // world)
+        self._per_block = max(1, min(MAX_STEPS_PER_BLOCK, ROWS_PER_BLOCK // per_rank))
+
+    def get_name(self) -> str:
+        return f"StreamPlan[{self._rank}/{self._world}]"
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        return None
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """[first, last) global step numbers of each block, epoch after epoch without a seam."""
+        first = self._start.epoch * self._steps + self._start.step
+        total = self._epochs * self._steps
+        return [
+            (lo, min(lo + self._per_block, total)) for lo in range(first, total, self._per_block)
+        ]
+
+    def get_read_tasks(self, parallelism: int, *args: Any, **kwargs: Any) -> list[ReadTask]:
+        return [self._read_task(lo, hi) for lo, hi in self.spans]
+
+    def _read_task(self, lo: int, hi: int) -> ReadTask:
+        plan_ref, rank, world = self._plan_ref, self._rank, self._world
+
+        def read() -> Iterator[pa.Table]:
+            yield step_table(ray.get(plan_ref), rank, world, lo, hi)
+
+        meta = BlockMetadata(num_rows=hi - lo, size_bytes=None, input_files=None, exec_stats=None)
+        return ReadTask(read, meta, schema=SCHEMA)
+
+
+def step_table(plan: StreamPlan, rank: int, world: int, lo: int, hi: int) -> pa.Table:
+    """Global steps [lo, hi) of ``rank`` as a table of ``SCHEMA``."""
+    start = Cursor(*divmod(lo, plan.steps_per_epoch))
+    slices = []
+    for part in plan.slices(rank, world, start):
+        if len(slices) == hi - lo:
+            break
+        slices.append(part)
+    return pa.table(
+        {
+            "epoch": [part.epoch for part in slices],
+            "step": [part.step for part in slices],
+            "global_rows": [part.global_rows for part in slices],
+            "rows": [part.rows for part in slices],
+        },
+        schema=SCHEMA,
+    )
+
+
+def plan_dataset(plan: StreamPlan, rank: int, world: int, start: Cursor) -> ray.data.Dataset:
+    """The descriptors of one rank as a Ray dataset in plan order."""
+    source = PlanSource(plan, rank, world, start)
+    dataset = ray.data.read_datasource(
+        source,
+        ray_remote_args={"num_cpus": READ_CPUS},
+        # Fewer blocks than read tasks would split tasks' outputs anew.
+        override_num_blocks=max(1, len(source.spans)),
+    )
+    dataset.context.execution_options.preserve_order = True
+    dataset.context.enable_progress_bars = False
+    dataset.context.print_on_execution_start = False
+    return dataset
+
+
+class PlanDataConfig(DataConfig):
+    """Gives each Train worker the dataset of its own rank.
+
+    start : asked anew at every (re)start of the worker group, so a restart reads on where the
+    last whole checkpoint stands, whatever the number of workers.
+    """
+
+    def __init__(self, plan: StreamPlan, start: Callable[[], Cursor]) -> None:
+        super().__init__()
+        self._plan, self._start = plan, start
+
+    def configure(
+        self,
+        datasets: dict[str, ray.data.Dataset],
+        world_size: int,
+        worker_handles: Any,
+        worker_node_ids: Any,
+        **kwargs: Any,
+    ) -> list[dict[str, DataIterator]]:
+        start = self._start()
+        return [
+            {"train": plan_dataset(self._plan, rank, world_size, start).iterator()}
+            for rank in range(world_size)
+        ]
+
+
+def read_slices(shard: DataIterator) -> Iterator[StepSlice]:
+    """The step slices that arrive on this worker's dataset shard."""
+    for table in shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
+        rows = table["rows"].combine_chunks()
+        flat, bounds = rows.flatten().to_numpy(), np.cumsum([0, *rows.value_lengths().to_pylist()])
+        columns = zip(
+            table["epoch"].to_pylist(),
+            table["step"].to_pylist(),
+            table["global_rows"].to_pylist(),
+            bounds[:-1],
+            bounds[1:],
+            strict=True,
+        )
+        for epoch, step, global_rows, lo, hi in columns:
+            yield StepSlice(
+                epoch=epoch, step=step, global_rows=global_rows, rows=flat[lo:hi].astype(np.int64)
+            )

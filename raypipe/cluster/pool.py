@@ -1,0 +1,265 @@
+"""A pool of actors that share one queue of work items.
+
+Items are handed out as workers ask for them, so a slow worker never holds the others; the item
+that a worker will probably get next is told to it beforehand, so that it can read ahead. A dead
+actor's unfinished items go back to the queue and the actor is replaced, a bounded number of times.
+What a worker does with an item is its own affair: see ``runner.StepWorker``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import ray
+from ray.exceptions import ActorUnschedulableError, GetTimeoutError, RayActorError, RayTaskError
+
+from raypipe.errors import RaypipeError, WorkerFailed
+from raypipe.runner import Done, Needs, StepWorker
+
+# A range that killed its worker this often is at fault itself.
+MAX_ATTEMPTS = 3
+# An autoscaled GPU node needs minutes to boot and to install; longer means that none will come.
+START_TIMEOUT_S = 1200.0
+SAY_WAITING_EVERY_S = 30.0
+
+
+class PooledWorker:
+    """The one class that becomes an actor; it holds an ordinary worker."""
+
+    def load(self, make: Callable[[], StepWorker]) -> int:
+        import os
+
+        self._worker = make()
+        return os.getpid()
+
+    def describe(self) -> Any:
+        return self._worker.describe()
+
+    def open(self, shared: Any) -> None:
+        self._worker.open(shared)
+
+    def step(self, item: Any, upcoming: Any | None) -> list[Done]:
+        return self._worker.step(item, upcoming)
+
+    def drain(self) -> list[Done]:
+        return self._worker.drain()
+
+
+@dataclass(eq=False)
+class _Seat:
+    """One actor and what it holds."""
+
+    actor: Any
+    loading: Any | None
+    pid: int = 0
+    call: Any | None = None
+    current: Any | None = None
+    reserved: Any | None = None
+    unacked: dict[Any, Any] = field(default_factory=dict)
+
+
+class RayPool:
+    """``needs.workers`` actors, each made by calling ``worker`` where it lands.
+
+    on_event : told in one line of every death and retry.
+    """
+
+    def __init__(
+        self,
+        worker: Callable[[], StepWorker],
+        needs: Needs,
+        *,
+        on_event: Callable[[str], None] = print,
+        start_timeout_s: float = START_TIMEOUT_S,
+    ) -> None:
+        self._make, self._needs, self._say = worker, needs, on_event
+        self._start_timeout_s = start_timeout_s
+        self._seats: list[_Seat] = []
+        self._replacements_left = MAX_ATTEMPTS * needs.workers
+        self._shared: Any | None = None
+
+    def __enter__(self) -> RayPool:
+        self._make_ref = ray.put(self._make)
+        self._seats = [self._seat() for _ in range(self._needs.workers)]
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for seat in self._seats:
+            ray.kill(seat.actor, no_restart=True)
+        self._seats = []
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the loaded actors."""
+        return [seat.pid for seat in self._seats if seat.pid]
+
+    def describe(self) -> Any:
+        """What the first worker to have loaded says of itself."""
+        deadline = time.monotonic() + self._start_timeout_s
+        while True:
+            ready, _ = ray.wait(
+                [seat.loading for seat in self._seats if seat.loading is not None],
+                timeout=SAY_WAITING_EVERY_S,
+            )
+            for seat in [seat for seat in self._seats if seat.loading in ready]:
+                if self._finish_loading(seat):
+                    return self._get(seat.actor.describe.remote())
+            if not ready:
+                self._say_waiting(deadline)
+
+    def run(self, items: Sequence[Any], shared: Any) -> Iterator[Done]:
+        """Hand out ``items``; yield each once, when its worker reports it durable.
+
+        shared : small; passed to every worker's ``open`` through the object store.
+        Raises the worker's own RaypipeError, or WorkerFailed after bounded retries.
+        """
+        self._shared = ray.put(shared)
+        queue, left = deque(items), {item.key for item in items}
+        attempts: dict[Any, int] = {}
+        for seat in self._seats:
+            if seat.loading is None:
+                seat.actor.open.remote(self._shared)
+        deadline = time.monotonic() + self._start_timeout_s
+        while left:
+            self._feed(queue)
+            calls = {seat.call or seat.loading: seat for seat in self._seats}
+            calls.pop(None, None)
+            ready, _ = ray.wait(list(calls), num_returns=1, timeout=SAY_WAITING_EVERY_S)
+            if not ready and not any(seat.pid for seat in self._seats):
+                self._say_waiting(deadline)
+            for ref in ready:
+                yield from self._settle(calls[ref], queue, left, attempts)
+
+    def _feed(self, queue: deque[Any]) -> None:
+        for seat in self._seats:
+            if seat.loading is not None or seat.call is not None:
+                continue
+            item = seat.reserved or (queue.popleft() if queue else self._steal(seat))
+            seat.reserved = None
+            if item is not None:
+                seat.reserved = queue.popleft() if queue else None
+                seat.current, seat.unacked[item.key] = item, item
+                seat.call = seat.actor.step.remote(item, seat.reserved)
+            elif seat.unacked:
+                seat.call = seat.actor.drain.remote()
+
+    def _steal(self, thief: _Seat) -> Any | None:
+        """An item that a busy worker has only been told of."""
+        for seat in self._seats:
+            if seat is not thief and seat.reserved is not None and seat.call is not None:
+                item, seat.reserved = seat.reserved, None
+                return item
+        return None
+
+    def _settle(
+        self, seat: _Seat, queue: deque[Any], left: set[Any], attempts: dict[Any, int]
+    ) -> Iterator[Done]:
+        """Take in what one finished call says."""
+        if seat.loading is not None:
+            if self._finish_loading(seat):
+                seat.actor.open.remote(self._shared)
+            return
+        call, seat.call = seat.call, None
+        try:
+            results = self._get(call)
+        except (RayActorError, _WorkerError) as error:
+            self._requeue(seat, queue, attempts, error)
+            return
+        seat.current = None
+        for done in results:
+            seat.unacked.pop(done.key, None)
+            if done.key in left:
+                left.discard(done.key)
+                yield done
+
+    def _requeue(
+        self, seat: _Seat, queue: deque[Any], attempts: dict[Any, int], error: Exception
+    ) -> None:
+        lost = [*seat.unacked.values(), *([seat.reserved] if seat.reserved else [])]
+        blamed = seat.current if seat.current is not None else next(iter(lost), None)
+        if blamed is not None:
+            attempts[blamed.key] = attempts.get(blamed.key, 0) + 1
+            if attempts[blamed.key] >= MAX_ATTEMPTS:
+                raise WorkerFailed(
+                    f"item {blamed.key} failed {MAX_ATTEMPTS} times, last with: {_one_line(error)}; "
+                    "what was committed is kept: mend the cause and run the same command again"
+                ) from error
+        queue.extendleft(item.again() for item in reversed(lost))
+        self._say(
+            f"worker {seat.pid} failed ({_one_line(error)}); its {len(lost)} unfinished item(s) "
+            "go to others"
+        )
+        self._replace(seat, error)
+
+    def _replace(self, seat: _Seat, error: Exception) -> None:
+        if self._replacements_left == 0:
+            raise WorkerFailed(
+                f"workers died {MAX_ATTEMPTS * self._needs.workers} times, last with: "
+                f"{_one_line(error)}; see Ray's worker logs (--verbose), then run the same command"
+            ) from error
+        self._replacements_left -= 1
+        ray.kill(seat.actor, no_restart=True)
+        self._seats[self._seats.index(seat)] = self._seat()
+
+    def _seat(self) -> _Seat:
+        gpus = 1 if self._needs.device.startswith("cuda") else 0
+        actor = (
+            ray.remote(PooledWorker)
+            .options(num_cpus=self._needs.cpus, num_gpus=gpus, max_restarts=0, max_task_retries=0)
+            .remote()
+        )
+        return _Seat(actor=actor, loading=actor.load.remote(self._make_ref))
+
+    def _finish_loading(self, seat: _Seat) -> bool:
+        """True when the worker stands; a death while loading is replaced like any other."""
+        ref, seat.loading = seat.loading, None
+        try:
+            seat.pid = self._get(ref)
+        except RayActorError as error:
+            self._say(f"a worker died while loading ({_one_line(error)}); starting another")
+            self._replace(seat, error)
+            return False
+        except _WorkerError as error:
+            raise WorkerFailed(f"a worker could not load: {_one_line(error)}") from error
+        return True
+
+    def _get(self, ref: Any) -> Any:
+        try:
+            return ray.get(ref)
+        except RayTaskError as error:
+            cause = error.cause
+            if isinstance(cause, RaypipeError):
+                raise cause from None
+            raise _WorkerError(f"{type(cause).__name__}: {cause}") from error
+        except (ActorUnschedulableError, GetTimeoutError) as error:
+            raise WorkerFailed(f"no place for a worker: {_one_line(error)}") from error
+
+    def _say_waiting(self, deadline: float) -> None:
+        has = ray.cluster_resources()
+        text = f"the cluster has {has.get('CPU', 0):g} CPUs and {has.get('GPU', 0):g} GPUs"
+        if time.monotonic() > deadline:
+            raise WorkerFailed(
+                f"no worker started in {self._start_timeout_s:.0f} s; {text}: ask for fewer workers"
+            )
+        self._say(f"waiting for a worker to load; {text}")
+
+
+class _WorkerError(Exception):
+    """An exception out of a worker that is none of ours: worth another try elsewhere."""
+
+
+def _one_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, _WorkerError):
+        return lines[0]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

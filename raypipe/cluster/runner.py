@@ -1,0 +1,106 @@
+"""The runner that works on Ray: ``runner.Runner`` by actor pools and Ray Train."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import ray
+
+from raypipe.cluster.pool import RayPool
+from raypipe.cluster.trainer import TrainSetup, train_on_ray
+from raypipe.errors import ConfigError, DeviceUnavailable
+from raypipe.runner import Needs, StepWorker, TrainProgress
+from raypipe.train import FitResult, Task, TrainConfig, checkpoint, training_plan
+
+# Ray Data's read tasks need a share of a core: two Train workers that took both cores of a
+# two-core machine would wait for them for ever.
+TRAIN_SHARE = 0.75
+
+
+class RayRunner:
+    """Runs on the open Ray session; see ``cluster.session``.
+
+    joined : the session is somebody's cluster, which may grow, rather than this machine's own.
+    """
+
+    name = "ray"
+
+    def __init__(self, *, joined: bool, on_event: Callable[[str], None]) -> None:
+        self._joined, self._say = joined, on_event
+
+    def pool(self, worker: Callable[[], StepWorker], needs: Needs) -> RayPool:
+        """Actors that load ``worker``, one a GPU on CUDA."""
+        return RayPool(worker, needs, on_event=self._say)
+
+    def fit(
+        self,
+        task: Task,
+        cfg: TrainConfig,
+        run_dir: Path,
+        *,
+        workers: int = 1,
+        device: str = "auto",
+        resume: bool = True,
+    ) -> FitResult:
+        """Train with ``workers`` processes (DDP above one), which all see ``run_dir``."""
+        run_dir = run_dir.resolve()  # Train workers have a working directory of their own
+        if not resume:
+            checkpoint.discard(run_dir)
+        needs = self.needs(workers, self.resolve_device(device))
+        on_cuda = needs.device == "cuda"
+        setup = TrainSetup(
+            task=task,
+            cfg=cfg,
+            run_dir=run_dir,
+            torch_threads=None if on_cuda else max(1, int(_node_cpus() // workers)),
+        )
+        plan = training_plan(task.train_rows, cfg, workers, run_dir)
+        cpus = min(1.0, TRAIN_SHARE * _cpus() / workers)
+        with TrainProgress(plan.steps_per_epoch * plan.epochs, run_dir) as progress:
+            return train_on_ray(
+                setup, plan, workers=workers, use_gpu=on_cuda, cpus=cpus, tick=progress.tick
+            )
+
+    def resolve_device(self, device: str) -> str:
+        """``auto`` -> cuda where the cluster has a GPU now; a joined cluster may still add some.
+
+        Raises DeviceUnavailable.
+        """
+        gpus = ray.cluster_resources().get("GPU", 0)
+        if device == "auto":
+            return "cuda" if gpus else "cpu"
+        if device == "cuda" and not gpus and not self._joined:
+            raise DeviceUnavailable(
+                "--device cuda: this machine shows Ray no GPU; give --device cpu (or auto), or check "
+                "nvidia-smi and CUDA_VISIBLE_DEVICES"
+            )
+        return device
+
+    def needs(self, workers: int | None, device: str) -> Needs:
+        """By default a worker a GPU, or one worker with all cores of a node.
+
+        Raises ConfigError for more workers than GPUs on this machine.
+        """
+        gpus = int(ray.cluster_resources().get("GPU", 0))
+        if device == "cuda":
+            count = workers or max(gpus, 1)
+            if count > gpus and not self._joined:
+                raise ConfigError(
+                    f"--workers {count}: this machine has {gpus} GPU(s), one a worker"
+                )
+            return Needs(workers=count, device=device, cpus=1.0)
+        count = workers or 1
+        cpus = _node_cpus() / count if count == 1 or not self._joined else 1.0
+        return Needs(workers=count, device=device, cpus=cpus if cpus < 1 else float(int(cpus)))
+
+
+def _cpus() -> float:
+    return float(ray.cluster_resources().get("CPU", os.cpu_count() or 1))
+
+
+def _node_cpus() -> float:
+    """CPUs of the largest node that is alive: a worker cannot span two."""
+    nodes = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+    return float(max(nodes, default=1.0) or 1.0)

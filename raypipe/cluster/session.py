@@ -1,0 +1,70 @@
+"""Opens a Ray session: the cluster that an address or a job names, or one started on this machine.
+
+A session that was started here is ended here; one that was joined is only left. Nothing calls
+``ray stop``: other people's work may run on the same machine.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from raypipe.errors import InputError
+
+# Only locators and descriptors pass through the object store; Ray's default (30 % of the memory)
+# would be taken from the page cache that the feature stores are read through.
+LOCAL_OBJECT_STORE_BYTES = 256 * 1024**2
+
+
+@contextmanager
+def open_session(address: str | None = None, *, verbose: bool = False) -> Iterator[None]:
+    """Join or start Ray for the length of the block; a session already open is used as it is.
+
+    Raises InputError when ``address`` (or RAY_ADDRESS) names a cluster that does not answer.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    _quiet(verbose)
+    level = logging.INFO if verbose else logging.ERROR
+    named = address or os.environ.get("RAY_ADDRESS")
+    try:
+        if named:
+            # Inside a job RAY_ADDRESS is set by Ray, and any sizing argument would raise.
+            ray.init(address=named, logging_level=level, log_to_driver=verbose)
+        else:
+            ray.init(
+                address="local",
+                include_dashboard=False,
+                logging_level=level,
+                log_to_driver=verbose,
+                object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+            )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        if not named:
+            raise
+        first = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"no Ray cluster answers at {named!r} ({first}); start it, correct --address or "
+            "RAY_ADDRESS, or drop both to run on this machine"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _quiet(verbose: bool) -> None:
+    """Ray's own chatter is off unless asked for; a value that the user set stays."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if verbose:
+        return
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "1")
+    for name in ("ray", "ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,145 @@
+"""Ray Train around ``train.loop``: worker processes, process group, restarts, the data split.
+
+The loop is the same that runs without Ray; here it gets its rank, its device and its slices.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from raypipe.cluster.datasets import PlanDataConfig, plan_dataset, read_slices
+from raypipe.errors import RaypipeError, WorkerFailed
+from raypipe.stream import Cursor, StepSlice, StreamPlan
+from raypipe.train import FitResult, Task, TrainConfig, WorkerContext, checkpoint, fit
+
+# A worker that dies is restarted from the last whole checkpoint this often.
+MAX_FAILURES = 3
+POLL_S = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSetup:
+    """What travels to every Train worker. Locators and configuration only, never rows."""
+
+    task: Task
+    cfg: TrainConfig
+    run_dir: Path
+    torch_threads: int | None
+
+
+def train_on_ray(
+    setup: TrainSetup,
+    plan: StreamPlan,
+    *,
+    workers: int,
+    use_gpu: bool,
+    cpus: float,
+    tick: Callable[[], None],
+) -> FitResult:
+    """Run ``setup`` on ``workers`` Train workers; ``tick`` is called about twice a second.
+    The plan's descriptors start at the newest whole checkpoint in the run folder, if there is one.
+
+    Raises the worker's own RaypipeError, or WorkerFailed when restarts did not help.
+    """
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    run_dir = setup.run_dir
+
+    def start() -> Cursor:
+        found = checkpoint.newest(run_dir)
+        if found is None:
+            return Cursor()
+        return Cursor(found.meta["progress"]["epoch"], found.meta["progress"]["step"])
+
+    trainer = TorchTrainer(
+        _train_worker,
+        train_loop_config={"setup": ray.put(setup)},
+        scaling_config=ScalingConfig(
+            num_workers=workers,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": cpus, **({"GPU": 1} if use_gpu else {})},
+        ),
+        datasets={"train": plan_dataset(plan, 0, 1, Cursor())},  # PlanDataConfig cuts it by rank
+        dataset_config=PlanDataConfig(plan, start),
+        run_config=RunConfig(
+            name="ray-train",
+            storage_path=str(run_dir),
+            failure_config=FailureConfig(max_failures=MAX_FAILURES),
+        ),
+    )
+    return _fit_in_thread(trainer, tick)
+
+
+def _fit_in_thread(trainer: TorchTrainer, tick: Callable[[], None]) -> FitResult:
+    """Off the main thread Ray Train leaves SIGINT alone; its own handler would exit with 0."""
+    box: dict[str, Any] = {}
+
+    def run() -> None:
+        try:
+            box["result"] = trainer.fit()
+        except BaseException as error:
+            box["error"] = error
+
+    thread = threading.Thread(target=run, name="ray-train", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(POLL_S)
+        tick()
+    if "error" in box:
+        raise _our_error(box["error"])
+    return box["result"].return_value
+
+
+def _our_error(error: BaseException) -> BaseException:
+    """The raypipe error inside Ray Train's, or WorkerFailed naming the first cause."""
+    failures = getattr(error, "worker_failures", None) or {}
+    for rank in sorted(failures):
+        cause = getattr(failures[rank], "cause", None) or failures[rank]
+        while cause is not None:
+            if isinstance(cause, RaypipeError):
+                return cause
+            cause = cause.__cause__
+    first = failures[min(failures)] if failures else error
+    lines = [line.strip() for line in str(first).splitlines() if line.strip()]
+    reason = lines[-1] if lines else type(first).__name__
+    failed = WorkerFailed(
+        f"training failed {MAX_FAILURES + 1} times, last with: {reason}; its checkpoints are kept: "
+        "mend the cause and run the same command again"
+    )
+    failed.__cause__ = error
+    return failed
+
+
+def _train_worker(config: dict[str, Any]) -> FitResult:
+    """Runs in each Train worker."""
+    import torch
+    from ray import train as ray_train
+    from ray.train.torch import get_device
+
+    setup: TrainSetup = ray.get(config["setup"])
+    if setup.torch_threads:  # Ray sets OMP_NUM_THREADS=1 for workers of less than two CPUs
+        torch.set_num_threads(setup.torch_threads)
+    context = ray_train.get_context()
+    ctx = WorkerContext(
+        rank=context.get_world_rank(),
+        world=context.get_world_size(),
+        device=str(get_device()),
+        run_dir=setup.run_dir,
+        report=lambda metrics: ray_train.report(metrics),
+    )
+    shard = ray_train.get_dataset_shard("train")
+
+    def slices(start: Cursor) -> Iterator[StepSlice]:
+        for part in read_slices(shard):
+            if (part.epoch, part.step) >= (start.epoch, start.step):
+                yield part
+
+    return fit(setup.task, setup.cfg, ctx, slices)

@@ -1,0 +1,190 @@
+"""Features and responses of one subject, side by side, and which rows train and which choose.
+
+Everything that could put a response beside the wrong image is checked here: the number of rows, the
+file names of the index against the image folder, and that responses are finite. Rows whose image
+could not be read are in no split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raypipe.encoding.shapes import TokenShape
+from raypipe.errors import ConfigError, InputError, MissingInput, UnknownName
+from raypipe.read import AlgonautsSubject
+from raypipe.report.saved import read_json, write_json
+from raypipe.store import FeatureStore
+from raypipe.stream import ArraySource, KeyedPermutation
+
+Rows = NDArray[np.int64]
+_CHECK_BYTES = 64 * 1024**2
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SplitData:
+    """One split of one subject, opened and checked.
+
+    valid : (N,) bool; fmri : hemisphere -> .npy of (N, V), or None where responses are withheld
+    """
+
+    subject: AlgonautsSubject
+    split: str
+    store: FeatureStore
+    shape: TokenShape
+    valid: NDArray[np.bool_]
+    fmri: Mapping[str, Path] | None
+
+    @property
+    def n_rows(self) -> int:
+        """Images of the split, invalid ones included."""
+        return len(self.valid)
+
+    def tokens(self) -> ArraySource:
+        """The features as a source of rows."""
+        return ArraySource.of_locator(self.store.locator())
+
+    def responses(self) -> dict[str, ArraySource]:
+        """The responses of both hemispheres as sources of rows. Raises MissingInput."""
+        if self.fmri is None:
+            raise MissingInput(
+                f"subject {self.subject.subj} has no {self.split} fMRI at hand (the challenge"
+                " withholds it); use --split val, or encode predict"
+            )
+        return {hemi: ArraySource.npy(path) for hemi, path in self.fmri.items()}
+
+
+def open_split(
+    data_dir: Path, features_dir: Path, feature: str, subj: str, split: str, *, fmri: bool = True
+) -> SplitData:
+    """Open and check ``split`` ("train" or "test") of a subject.
+
+    Raises MissingInput, UnknownName, StoreNotSealed, StoreCorrupt, InputError (not the same images).
+    """
+    subject = AlgonautsSubject.open(data_dir.resolve(), subj)
+    path = _shard(features_dir.resolve(), feature, subject, split)
+    store = FeatureStore.open(path)
+    _check_names(store, subject, split)
+    responses = subject.fmri(split) if fmri else None
+    for hemi, file in (responses or {}).items():
+        rows = np.load(file, mmap_mode="r").shape[0]
+        if rows != len(store):
+            raise InputError(
+                f"{file} holds {rows} images, {path} {len(store)}; {hemi} responses and features"
+                " must be of the same images: extract this subject again"
+            )
+    shape = TokenShape.of(store.shape[1:], store.manifest.get("token_layout") or {})
+    valid = np.asarray(store.valid, bool)
+    return SplitData(
+        subject=subject, split=split, store=store, shape=shape, valid=valid, fmri=responses
+    )
+
+
+def _shard(features_dir: Path, feature: str, subject: AlgonautsSubject, split: str) -> Path:
+    if not features_dir.is_dir():
+        raise MissingInput(f"features folder {features_dir} does not exist; run raypipe extract")
+    folder = features_dir / feature
+    if not folder.is_dir():
+        known = [entry.parent.name for entry in features_dir.glob("*/*/") if entry.parent != folder]
+        raise UnknownName.of("feature", feature, known, f"folders below {features_dir}")
+    return folder / subject.subj / f"{subject.shard_name(split)}.npy"
+
+
+def _check_names(store: FeatureStore, subject: AlgonautsSubject, split: str) -> None:
+    """Row i of the store must be image i of the folder, as row i of the responses is."""
+    try:
+        images = [path.name for path in subject.image_paths(split)]
+    except MissingInput:
+        return  # responses can be had without the images; the number of rows is still checked
+    names = list(store.names)
+    if names == images:
+        return
+    at = next((i for i, (a, b) in enumerate(zip(names, images, strict=False)) if a != b), None)
+    where = (
+        f"row {at} is {names[at]} in the store and {images[at]} in the folder"
+        if at is not None
+        else f"{len(names)} rows in the store, {len(images)} images in the folder"
+    )
+    raise InputError(
+        f"features of subject {subject.subj} {split} are not of these images: {where}; extract again"
+    )
+
+
+def check_finite(path: Path) -> None:
+    """Raise InputError at the first NaN or infinity of a (N, V) array, read a piece at a time."""
+    array = np.load(path, mmap_mode="r")
+    step = max(1, _CHECK_BYTES // max(1, array[:1].nbytes))
+    for lo in range(0, len(array), step):
+        good = np.isfinite(array[lo : lo + step])
+        if not good.all():
+            row, vertex = np.argwhere(~good)[0]
+            raise InputError(
+                f"{path} is not finite at image {lo + row}, vertex {vertex}; training on it would"
+                " spoil every weight: drop the vertex or the image first"
+            )
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Split:
+    """Which valid rows train, and which choose the epoch; both (n,) int64, sorted, disjoint."""
+
+    train: Rows
+    val: Rows
+    fraction: float
+    seed: int
+
+    def as_dict(self, names: tuple[str, ...]) -> dict[str, object]:
+        """For split.json; names : file name of every row."""
+        return {
+            "seed": self.seed,
+            "val_fraction": self.fraction,
+            "n_rows": len(names),
+            "train_rows": self.train.tolist(),
+            "val_rows": self.val.tolist(),
+            "val_names": [names[row] for row in self.val],
+        }
+
+
+def seeded_split(valid: NDArray[np.bool_], fraction: float, seed: int) -> Split:
+    """Hold out ``fraction`` of the valid rows, at least 2 (one row has no correlation).
+
+    A function of (valid, fraction, seed) only, the same on every machine. Raises InputError when
+    too few rows are left.
+    """
+    rows = np.flatnonzero(valid).astype(np.int64)
+    n_val = max(2, round(fraction * len(rows)))
+    if len(rows) - n_val < 1:
+        raise InputError(
+            f"{len(rows)} valid images are too few to hold out {n_val} and train on the rest;"
+            " extract more images, or mend those marked invalid"
+        )
+    order = KeyedPermutation(len(rows), (seed,))(np.arange(len(rows)))
+    held = np.zeros(len(rows), bool)
+    held[order[:n_val]] = True
+    return Split(train=rows[~held], val=rows[held], fraction=fraction, seed=seed)
+
+
+def save_split(split: Split, names: tuple[str, ...], path: Path) -> None:
+    """Write split.json; one that is there must say the same. Raises ConfigError."""
+    fields = split.as_dict(names)
+    if path.is_file() and read_json(path, "delete it") != fields:
+        raise ConfigError(
+            f"{path} divides the images in another way (other seed, fraction or images); a resumed"
+            " run must keep its split: use a new run folder, or --no-resume"
+        )
+    write_json(path, fields)
+
+
+def load_split(path: Path) -> Split:
+    """The split of a run. Raises MissingInput, StoreCorrupt."""
+    fields = read_json(path, "it is written by encode fit: fit this run again")
+    return Split(
+        train=np.array(fields["train_rows"], np.int64),
+        val=np.array(fields["val_rows"], np.int64),
+        fraction=fields["val_fraction"],
+        seed=fields["seed"],
+    )

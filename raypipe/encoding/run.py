@@ -1,0 +1,365 @@
+"""The jobs of brain encoding: fit, evaluate, predict; one run folder a subject.
+
+A subject's folder holds run.json, split.json, metrics.jsonl, checkpoints, evaluation/ and
+report.html. The same command on the same folder goes on where it stopped; other data or another
+model in it are refused. Training itself is ``raypipe.train``'s, by whatever runner is given.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raypipe import config as configs
+from raypipe.encoding import data
+from raypipe.encoding.apply import Applied, open_applied
+from raypipe.encoding.config import EvaluateConfig, FitConfig, PredictConfig
+from raypipe.encoding.predictions import PredictionFile
+from raypipe.encoding.readout import HEMIS, build_readout
+from raypipe.encoding.task import EncodingTask, token_statistics
+from raypipe.errors import ConfigError
+from raypipe.provenance import run_record
+from raypipe.read import available_subjects, normalise_subject
+from raypipe.report import build_report
+from raypipe.report.saved import RUN_FILE, read_run, subject_folders, write_json
+from raypipe.runner import Runner
+from raypipe.store import require_space
+from raypipe.train import FitResult
+from raypipe.units import format_bytes, format_seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubjectFit:
+    """What fitting one subject came to."""
+
+    subject: str
+    run_dir: Path
+    result: FitResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitSummary:
+    """All subjects of a fit; report : the page written, None after a dry run."""
+
+    run_dir: Path
+    subjects: tuple[SubjectFit, ...] = ()
+    report: Path | None = None
+
+
+def fit(cfg: FitConfig, runner: Runner | None) -> FitSummary:
+    """Fit an encoder for every subject of ``cfg`` and write the report.
+
+    ``runner`` may be None for a dry run. Raises MissingInput, UnknownName, InputError (features and
+    responses do not belong together), ConfigError (the folder holds another run), NoSpace, and what
+    training raises.
+    """
+    subjects = _subjects(cfg)
+    run_dir = cfg.run_dir.resolve()
+    folders = {s: run_dir / f"subj{s}" if len(subjects) > 1 else run_dir for s in subjects}
+    prepared = {subj: prepare(cfg, subj, folder) for subj, folder in folders.items()}
+    if cfg.dry_run:
+        for ready in prepared.values():
+            print(ready.describe(cfg))
+        return FitSummary(run_dir=run_dir)
+    if runner is None:
+        raise ConfigError("fit needs a runner; open one with raypipe.launch.open_runner")
+    require_space({ready.run_dir: ready.disk_bytes(cfg) for ready in prepared.values()})
+    if len(subjects) > 1:
+        _write_parent(cfg, run_dir, folders)
+    fits = tuple(_fit_subject(cfg, ready, runner) for ready in prepared.values())
+    page = build_report(run_dir)
+    print(f"report: {page}")
+    return FitSummary(run_dir=run_dir, subjects=fits, report=page)
+
+
+def _subjects(cfg: FitConfig) -> tuple[str, ...]:
+    asked = cfg.subj or available_subjects(cfg.data_dir)
+    return tuple(dict.fromkeys(normalise_subject(subj) for subj in asked))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Prepared:
+    """One subject, checked, and nothing written yet."""
+
+    subject: str
+    run_dir: Path
+    split_data: data.SplitData
+    split: data.Split
+    task: EncodingTask
+
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must share with the one that it goes on from."""
+        return {
+            "subject": self.subject,
+            "features": self.split_data.store.fingerprint,
+            "encoder": configs.to_dict(self.task.encoder),
+            "queries": list(self.task.readout.queries),
+        }
+
+    def n_parameters(self) -> int:
+        """Trainable numbers, counted without allocating them."""
+        import torch
+
+        from raypipe.encoding.model import build_encoder
+
+        with torch.device("meta"):
+            model = build_encoder(self.task.encoder, self.task.shape, self.task.readout)
+        return sum(p.numel() for p in model.parameters())
+
+    def disk_bytes(self, cfg: FitConfig) -> int:
+        """Checkpoints: weights and two AdamW moments for each generation and one being written,
+        weights alone for the best and the one that replaces it.
+        """
+        return 4 * self.n_parameters() * (3 * (cfg.train.keep + 1) + 2)
+
+    def memory_bytes(self, cfg: FitConfig) -> int:
+        """A worker's weights, gradients, moments and batches; activations come on top."""
+        rows = sum(source.row_bytes for source in self.task.sources().values())
+        return 16 * self.n_parameters() + 4 * rows * cfg.train.batch_size
+
+    def describe(self, cfg: FitConfig) -> str:
+        """What ``--dry-run`` prints."""
+        shape = self.task.shape
+        return (
+            f"subject {self.subject}: {len(self.split.train)} images to train,"
+            f" {len(self.split.val)} to validate; tokens {shape.n_tokens} x {shape.dim};"
+            f" {self.n_parameters():,} parameters; disk {format_bytes(self.disk_bytes(cfg))},"
+            f" memory of a worker {format_bytes(self.memory_bytes(cfg))} and activations"
+        )
+
+
+def prepare(cfg: FitConfig, subj: str, run_dir: Path) -> Prepared:
+    """Open, check and split one subject's data, and build its task; writes nothing."""
+    opened = data.open_split(cfg.data_dir, cfg.features_dir, cfg.feature, subj, "train")
+    for path in (opened.fmri or {}).values():
+        data.check_finite(path)
+    split = data.seeded_split(opened.valid, cfg.val_fraction, cfg.split_seed)
+    responses = opened.responses()
+    readout = build_readout(
+        cfg.encoder.readout,
+        opened.subject.rois(),
+        {hemi: responses[hemi].row_shape[0] for hemi in HEMIS},
+    )
+    cls = cfg.encoder.model == "linear" and cfg.encoder.linear_pool == "cls"
+    statistics = None
+    if cfg.encoder.standardise:
+        statistics = token_statistics(opened.tokens(), opened.shape, split.train, cls=cls)
+    task = EncodingTask(
+        tokens=opened.tokens(),
+        responses=responses,
+        shape=opened.shape,
+        encoder=cfg.encoder,
+        readout=readout,
+        train_rows=split.train,
+        val_rows=split.val,
+        statistics=statistics,
+    )
+    return Prepared(subject=subj, run_dir=run_dir, split_data=opened, split=split, task=task)
+
+
+def _fit_subject(cfg: FitConfig, ready: Prepared, runner: Runner) -> SubjectFit:
+    record = _claim(cfg, ready)
+    absent = ready.split_data.subject.missing_families()
+    if absent:
+        print(f"subject {ready.subject}: no ROI masks of {', '.join(absent)}; their vertices count")
+        print("as in no ROI")
+    started = time.monotonic()
+    result = runner.fit(
+        ready.task,
+        cfg.train,
+        ready.run_dir,
+        workers=cfg.workers,
+        device=cfg.device,
+        resume=cfg.resume,
+    )
+    write_json(ready.run_dir / RUN_FILE, {**record, "result": _result(result)})
+    print(_line(ready.subject, result, time.monotonic() - started))
+    return SubjectFit(subject=ready.subject, run_dir=ready.run_dir, result=result)
+
+
+def _claim(cfg: FitConfig, ready: Prepared) -> dict[str, Any]:
+    """Write run.json and split.json, unless the folder holds another run. Raises ConfigError."""
+    run_file = ready.run_dir / RUN_FILE
+    if run_file.exists() and cfg.resume:
+        _check_same(read_run(ready.run_dir), ready)
+    split_file = ready.run_dir / "split.json"
+    if not cfg.resume:
+        split_file.unlink(missing_ok=True)
+    record = run_record(cfg) | {
+        "kind": "encode fit",
+        "subject": ready.subject,
+        "identity": ready.identity(),
+        "inputs": {
+            "data_dir": str(cfg.data_dir.resolve()),
+            "features_dir": str(cfg.features_dir.resolve()),
+            "feature": cfg.feature,
+        },
+        "features": _features_note(ready.split_data),
+        "responses": {hemi: list(source.shape) for hemi, source in ready.task.responses.items()},
+        "n_train": len(ready.split.train),
+        "n_val": len(ready.split.val),
+        "n_invalid": int((~ready.split_data.valid).sum()),
+        "n_parameters": ready.n_parameters(),
+        "result": None,
+    }
+    write_json(run_file, record)
+    data.save_split(ready.split, tuple(ready.split_data.store.names), split_file)
+    return record
+
+
+def _check_same(found: Mapping[str, Any], ready: Prepared) -> None:
+    before, now = found.get("identity"), ready.identity()
+    if before == now:
+        return
+    differing = [key for key in now if not isinstance(before, dict) or before.get(key) != now[key]]
+    raise ConfigError(
+        f"{ready.run_dir} holds a run of other {', '.join(differing)}; a resumed run must keep them:"
+        " use a new run folder, or --no-resume to start over in this one"
+    )
+
+
+def _features_note(opened: data.SplitData) -> dict[str, Any]:
+    manifest = opened.store.manifest
+    return {
+        "path": str(opened.store.path),
+        "shape": list(opened.store.shape),
+        "dtype": opened.store.logical_dtype,
+        "fingerprint": opened.store.fingerprint,
+        "identity": manifest.get("identity", {}),
+        "token_layout": manifest.get("token_layout", {}),
+    }
+
+
+def _write_parent(cfg: FitConfig, run_dir: Path, folders: Mapping[str, Path]) -> None:
+    path = run_dir / RUN_FILE
+    names = {subj: folder.name for subj, folder in folders.items()}
+    if path.exists() and cfg.resume and read_run(run_dir).get("subjects") != names:
+        raise ConfigError(
+            f"{run_dir} holds a run of other subjects than {', '.join(folders)}; use a new run"
+            " folder, or --no-resume to start over in this one"
+        )
+    write_json(path, run_record(cfg) | {"kind": "encode fit", "subjects": names})
+
+
+def _result(result: FitResult) -> dict[str, Any]:
+    best = next((e for e in result.history if e["epoch"] == result.best_epoch), {})
+    return {
+        "best_epoch": result.best_epoch,
+        "best_val_loss": result.best_val_loss,
+        "best_val_r": best.get("val_r"),
+        "epochs": result.epochs,
+        "global_steps": result.global_steps,
+        "seconds": result.seconds,
+        "stopped": result.stopped,
+        "n_parameters": result.n_parameters,
+    }
+
+
+def _line(subject: str, result: FitResult, seconds: float) -> str:
+    if result.stopped or result.best_epoch is None:
+        return f"subject {subject}: stopped after {result.global_steps} steps; run again to go on"
+    loss = result.best_val_loss
+    return (
+        f"subject {subject}: {result.epochs} epochs in {format_seconds(seconds)}, best epoch"
+        f" {result.best_epoch + 1}, validation loss {loss:.4f}"
+    )
+
+
+def evaluate(cfg: EvaluateConfig) -> dict[str, dict[str, Any]]:
+    """Score every subject of the run on ``cfg.split`` and write the report.
+
+    Returns subject -> summary (also evaluation/SPLIT/summary.json). Raises MissingInput (no run, no
+    checkpoint, responses withheld), and as ``raypipe.encoding.data``.
+    """
+    from raypipe.encoding.score import Scores, correlate, load_ceiling, save_scores
+
+    summaries = {}
+    for subj, folder in subject_folders(cfg.run_dir).items():
+        applied = open_applied(cfg, folder, fmri=True)
+        opened = applied.opened
+        r = correlate(
+            applied.model,
+            {"tokens": opened.tokens(), **opened.responses()},
+            applied.rows,
+            batch_size=cfg.eval_batch,
+            device=applied.device,
+        )
+        ceiling = load_ceiling(opened.subject.noise_ceiling())
+        scores = Scores(n_images=len(applied.rows), r=r, nc=ceiling)
+        note = {"subject": subj, "split": cfg.split, **applied.note()}
+        out = folder / "evaluation" / cfg.split
+        summaries[subj] = save_scores(scores, applied.families(), out, note)
+        print(score_line(summaries[subj]))
+    print(f"report: {build_report(cfg.run_dir)}")
+    return summaries
+
+
+def score_line(summary: Mapping[str, Any]) -> str:
+    """One subject's result in one line."""
+    text = (
+        f"subject {summary['subject']}, {summary['n_images']} {summary['split']} images:"
+        f" mean r {_number(summary['mean_r'])} over {summary['n_scored']} vertices"
+    )
+    if summary.get("recovered") is not None:
+        text += (
+            f"; where a ceiling is known it averages {_number(summary['mean_ceiling_r'])}, of which"
+            f" {summary['recovered']:.0%} is reached"
+        )
+    return text
+
+
+def _number(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.3f}"
+
+
+def predict(cfg: PredictConfig) -> dict[str, dict[str, Path]]:
+    """Write predicted responses of every subject; returns subject -> hemisphere -> file.
+
+    Rows of images that could not be read hold NaN, and are counted in what is printed. Files appear
+    whole. Raises as ``evaluate``, but needs no responses; NoSpace.
+    """
+    written = {}
+    folders = subject_folders(cfg.run_dir)
+    for subj, folder in folders.items():
+        out = folder / "predictions"
+        if cfg.output_dir is not None:
+            out = cfg.output_dir / f"subj{subj}" if len(folders) > 1 else cfg.output_dir
+        applied = open_applied(cfg, folder, fmri=False)
+        written[subj] = _write_predictions(cfg, applied, out)
+        missing = int((~applied.opened.valid[applied.all_rows]).sum())
+        note = f", {missing} of them unreadable and left NaN" if missing else ""
+        print(f"subject {subj}: {len(applied.all_rows)} images predicted{note}; {out}")
+    return written
+
+
+def _write_predictions(cfg: PredictConfig, applied: Applied, out: Path) -> dict[str, Path]:
+    from raypipe.encoding.score import predictions
+
+    n_rows, n_vertices = len(applied.all_rows), applied.n_vertices
+    require_space({out: sum(4 * n_rows * n for n in n_vertices.values())})
+    place_of = {int(row): place for place, row in enumerate(applied.all_rows)}
+    with ExitStack() as stack:
+        files = {
+            hemi: stack.enter_context(
+                PredictionFile(out / f"{hemi}_pred_{cfg.split}.npy", n_rows, n_vertices[hemi])
+            )
+            for hemi in HEMIS
+        }
+        sources = {"tokens": applied.opened.tokens()}
+        size, device = cfg.eval_batch, applied.device
+        for rows, predicted, _ in predictions(
+            applied.model, sources, applied.rows, batch_size=size, device=device
+        ):
+            for hemi in HEMIS:
+                for row, values in zip(rows, predicted[hemi], strict=True):
+                    files[hemi].write(place_of[int(row)], values)
+        for row in set(applied.all_rows.tolist()) - set(applied.rows.tolist()):
+            for hemi in HEMIS:
+                files[hemi].write(place_of[row], np.full(n_vertices[hemi], np.nan, np.float32))
+    return {hemi: files[hemi].path for hemi in HEMIS}

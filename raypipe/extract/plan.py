@@ -1,0 +1,145 @@
+"""Which images become which rows of which stores, and how the rows are cut into work items.
+
+Pure but for reading folder listings and one image header.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from raypipe.errors import BadImage, InputError, MissingInput
+from raypipe.extract.config import ExtractConfig
+from raypipe.read import AlgonautsSubject, ImageFolder, available_subjects, list_images, read_image
+
+# A work item is about this many bytes of rows: large enough that its fdatasync is hidden behind
+# the next item's forward pass, small enough that little is lost with a killed worker.
+ITEM_BYTES = 32 * 1024**2
+# Also at the end of a run the workers should run dry together.
+MIN_ITEMS_PER_WORKER = 4
+
+
+@dataclass(frozen=True)
+class Group:
+    """The images of one subject and split, in row order.
+
+    subject : folder below the feature's, "01"; shard : file name without suffix, "train".
+    """
+
+    subject: str
+    shard: str
+    paths: tuple[Path, ...]
+
+    @property
+    def key(self) -> str:
+        return f"{self.subject}/{self.shard}"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(path.name for path in self.paths)
+
+
+@dataclass(frozen=True)
+class RangeItem:
+    """Rows [lo, hi) of one group, whole cells of the batch grid; carries its own image paths."""
+
+    group: str
+    lo: int
+    hi: int
+    grid: int
+    paths: tuple[Path, ...]
+    attempt: int = 1
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return (self.group, self.lo)
+
+    def again(self) -> RangeItem:
+        """The same rows, handed out once more; sealing then checks them against the disk."""
+        return replace(self, attempt=self.attempt + 1)
+
+    def cells(self) -> Iterator[tuple[int, tuple[Path, ...]]]:
+        """(first row, its images) for each cell of the grid."""
+        for lo in range(self.lo, self.hi, self.grid):
+            hi = min(lo + self.grid, self.hi)
+            yield lo, self.paths[lo - self.lo : hi - self.lo]
+
+
+def find_groups(cfg: ExtractConfig) -> tuple[Group, ...]:
+    """The groups that ``cfg`` names. Raises MissingInput, UnknownName."""
+    if cfg.layout == "folder" or (cfg.layout == "auto" and _holds_images(cfg.data_dir)):
+        paths = ImageFolder.open(cfg.data_dir).image_paths("train")
+        return (Group(cfg.subj[0] if cfg.subj else cfg.data_dir.resolve().name, "train", paths),)
+    subjects = cfg.subj or available_subjects(cfg.data_dir)
+    if not subjects:
+        raise MissingInput(
+            f"--data-dir {cfg.data_dir} holds neither subjNN folders nor images; give the folder that "
+            "holds subj01, subj02, …, one subject's own folder, or a folder of images"
+        )
+    groups = []
+    for name in dict.fromkeys(subjects):
+        subject = AlgonautsSubject.open(cfg.data_dir, name)
+        for split in dict.fromkeys(cfg.split or subject.splits):
+            groups.append(
+                Group(subject.subj, subject.shard_name(split), subject.image_paths(split))
+            )
+    return tuple(groups)
+
+
+def image_hw(groups: Sequence[Group]) -> tuple[int, int]:
+    """Height and width in pixels of the first image that can be read; others must equal it,
+    unless the backbone resizes. Raises BadImage when none can be read.
+    """
+    reason = "no images"
+    for group in groups:
+        for path in group.paths:
+            try:
+                height, width, _ = read_image(path).pixels.shape
+            except BadImage as error:
+                reason = str(error)
+                continue
+            return height, width
+    raise BadImage(f"not one image can be read; the last: {reason}")
+
+
+def cut_items(
+    group: Group,
+    missing: Sequence[tuple[int, int]],
+    *,
+    grid: int,
+    row_bytes: int,
+    workers: int,
+) -> list[RangeItem]:
+    """Cut the missing ranges (aligned to ``grid``) into items of whole grid cells."""
+    rows_missing = sum(hi - lo for lo, hi in missing)
+    by_bytes = ITEM_BYTES // max(row_bytes * grid, 1)
+    by_share = rows_missing // (grid * workers * MIN_ITEMS_PER_WORKER)
+    step = grid * max(1, min(by_bytes, by_share))
+    items = []
+    for first, last in missing:
+        if first % grid:
+            raise InputError(f"missing range starts at row {first}, not on the grid of {grid}")
+        for lo in range(first, last, step):
+            hi = min(lo + step, last)
+            items.append(RangeItem(group.key, lo, hi, grid, group.paths[lo:hi]))
+    return items
+
+
+def store_bytes(groups: Sequence[Group], row_nbytes: Mapping[str, int]) -> dict[str, int]:
+    """Bytes that each layer's stores take, all groups together."""
+    rows = sum(len(group.paths) for group in groups)
+    return {layer: rows * nbytes for layer, nbytes in row_nbytes.items()}
+
+
+def _holds_images(folder: Path) -> bool:
+    """True for a folder with images directly in it and no subject below."""
+    if not folder.is_dir() or (folder / "training_split").is_dir():
+        return False
+    if any(folder.glob("subj*/")):
+        return False
+    try:
+        list_images(folder)
+    except InputError:
+        return False
+    return True

@@ -1,0 +1,320 @@
+"""What a page shows of a run, read from its saved files alone; no file, no block.
+
+A subject's folder gives a section on how well it predicts (evaluation/), one on training
+(metrics.jsonl) and one on what it was made of (run.json). Another kind of run adds its function to
+SECTIONS. How figures look is ``plots``', how a page looks is the template's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raypipe.report import plots
+from raypipe.report.blocks import Block, Card, Code, Facts, Note, Picture, Section, Table
+from raypipe.report.saved import read_json, read_metrics
+from raypipe.units import format_seconds
+
+Floats = NDArray[np.float64]
+Run = Mapping[str, Any]
+
+_SPLITS = {"test": "test images", "val": "validation images"}
+
+
+def cards(run_dir: Path, run: Run) -> list[Card]:
+    """The numbers to see first: of the test images, or of validation where that is all there is."""
+    who = f"Subject {run['subject']}" if run.get("subject") else "This run"
+    for split, words in _SPLITS.items():
+        summary = _summary(run_dir, split)
+        if summary is not None:
+            return _score_cards(who, words, summary)
+    result = run.get("result") or {}
+    if result.get("best_val_r") is None:
+        return [Card(who, "training", "no epoch finished yet")]
+    return [Card(f"{who}: r, validation", f"{result['best_val_r']:.3f}", "not evaluated yet")]
+
+
+def _score_cards(who: str, words: str, summary: Run) -> list[Card]:
+    scored = f"{summary['n_scored']:,} vertices, {summary['n_images']} {words}"
+    found = [Card(f"{who}: mean Pearson r", _number(summary["mean_r"]), scored)]
+    if summary.get("recovered") is not None:
+        of = f"{summary['mean_r_explainable']:.3f} of a mean ceiling of"
+        detail = f"r {of} {summary['mean_ceiling_r']:.3f}, {summary['n_explainable']:,} vertices"
+        found.append(Card("of the noise ceiling", f"{summary['recovered']:.0%}", detail))
+    return found
+
+
+def notes(run: Run) -> list[Note]:
+    """Sentences that must not be missed."""
+    found = [Note(text) for text in run.get("notes", ())]
+    identity = (run.get("features") or {}).get("identity") or {}
+    weights = str(identity.get("weights", ""))
+    if weights.startswith("random"):
+        arch = identity.get("arch", "the backbone")
+        found.append(
+            Note(
+                f"The features come from {arch} with random weights ({weights}): nothing was learnt"
+                " from other images. They test the pipeline; they are not a model of the brain."
+            )
+        )
+    return found
+
+
+def score_section(run_dir: Path, run: Run) -> Section | None:
+    """Correlations per ROI and vertex, of every split that was evaluated."""
+    blocks: list[Block] = []
+    for split, words in _SPLITS.items():
+        if _summary(run_dir, split) is not None:
+            blocks += _score_blocks(run_dir / "evaluation" / split, words)
+    return Section("Prediction of held-out images", blocks) if blocks else None
+
+
+def _score_blocks(folder: Path, words: str) -> list[Block]:
+    from pyarrow.parquet import read_table
+
+    vertices = read_table(folder / "vertices.parquet")
+    rois = read_table(folder / "rois.parquet").to_pylist()
+    r, ceiling = _by_hemisphere(vertices)
+    rows = _roi_values(vertices, rois, r)
+    blocks: list[Block] = []
+    if rows:
+        blocks.append(
+            Picture(
+                plots.data_uri(plots.roi_bars(rows)),
+                f"Bar chart of the mean correlation in {len(rows)} ROIs, a point for each vertex",
+                f"Pearson correlation of predicted and measured responses over {words}, by ROI."
+                " Bars are means over vertices, points single vertices (at most 300 an ROI).",
+            )
+        )
+    blocks.append(
+        Picture(
+            plots.data_uri(plots.vertex_histogram(r, ceiling)),
+            "Histogram of the correlations of all vertices, and each against its noise ceiling",
+            f"All vertices, {words}."
+            + (
+                " Right: a vertex on the dashed line is predicted as well as its noise allows;"
+                " with few images, some come to lie above it by chance."
+                if ceiling
+                else " No noise ceiling was given."
+            ),
+        )
+    )
+    blocks.append(_roi_table(rois, words))
+    return blocks
+
+
+def _by_hemisphere(vertices: Any) -> tuple[dict[str, Floats], dict[str, Floats] | None]:
+    """hemisphere -> r, and -> ceiling of r where any vertex has one."""
+    hemi = np.array(vertices.column("hemi").to_pylist())
+    columns = {
+        name: vertices.column(name).to_numpy(zero_copy_only=False).astype(np.float64)
+        for name in ("r", "nc")
+    }
+    names = list(dict.fromkeys(hemi.tolist()))
+    r = {name: columns["r"][hemi == name] for name in names}
+    if not np.isfinite(columns["nc"]).any():
+        return r, None
+    return r, {name: np.sqrt(columns["nc"][hemi == name]) for name in names}
+
+
+def _roi_values(
+    vertices: Any, rois: Sequence[Run], r: Mapping[str, Floats]
+) -> list[plots.RoiValues]:
+    """What the bar chart shows: all ROIs but streams, then the vertices in none."""
+    member: dict[tuple[str, str], list[float]] = {}
+    columns = (vertices.column(name).to_pylist() for name in ("hemi", "r", "rois"))
+    for hemi, value, names in zip(*columns, strict=True):
+        places = [name for name in names if not name.startswith("streams/")] or ["none/none"]
+        for name in places:
+            member.setdefault((hemi, name), []).append(np.nan if value is None else value)
+    shown = []
+    for record in rois:
+        values = member.get((record["hemi"], f"{record['family']}/{record['roi']}"))
+        if values and record["family"] not in ("streams", "all"):
+            none = record["family"] == "none"
+            shown.append(
+                plots.RoiValues(
+                    hemi=record["hemi"],
+                    roi="in no ROI" if none else record["roi"],
+                    family="" if none else record["family"],
+                    r=np.array(values),
+                    ceiling_r=record.get("mean_ceiling_r"),
+                )
+            )
+    return shown
+
+
+_COLUMNS = {
+    "n_vertices": "vertices",
+    "mean_r": "mean r",
+    "q25_r": "25 %",
+    "median_r": "median r",
+    "q75_r": "75 %",
+    "mean_ceiling_r": "ceiling of r",
+    "recovered": "of ceiling",
+    "median_r2_over_nc": "median r²/NC",
+}
+
+
+def _roi_table(rois: Sequence[Run], words: str) -> Table:
+    shown = [name for name in _COLUMNS if any(record.get(name) is not None for record in rois)]
+    rows = [
+        [record["hemi"], record["family"], record["roi"], *(_cell(n, record[n]) for n in shown)]
+        for record in rois
+        if record["n_vertices"]
+    ]
+    return Table(
+        ["hemi", "family", "ROI", *(_COLUMNS[name] for name in shown)],
+        rows,
+        f"All ROIs, {words} (also in rois.csv)",
+        numeric_from=3,
+        folded=True,
+    )
+
+
+def _cell(name: str, value: float | None) -> str:
+    if value is None:
+        return "–"
+    if name == "n_vertices":
+        return f"{value:,}"
+    return f"{value:.0%}" if name == "recovered" else f"{value:.3f}"
+
+
+def training_section(run_dir: Path, run: Run) -> Section | None:
+    """Learning curves and how training ended."""
+    records = read_metrics(run_dir)
+    curves = learning(records)
+    if curves is None:
+        return None
+    result = run.get("result") or {}
+    caption = "Loss is the mean over vertices, the two hemispheres added."
+    if curves.best_epoch is not None:
+        caption += " The weights of the best epoch are kept: lowest validation loss, dashed line."
+    picture = Picture(
+        plots.data_uri(plots.learning_curves(curves)),
+        "Training and validation loss, and validation correlation, over optimiser steps",
+        caption,
+    )
+    pairs = [("optimiser steps", f"{len(curves.step):,}"), ("epochs", str(len(curves.epoch_end)))]
+    if result.get("seconds") is not None:
+        pairs.append(("training time", format_seconds(result["seconds"])))
+    if result.get("best_val_loss") is not None:
+        best = f"{result['best_val_loss']:.4f} in epoch {result['best_epoch'] + 1}"
+        pairs.append(("best validation loss", best))
+    return Section("Training", [picture, Facts(pairs)])
+
+
+def learning(records: Sequence[Run]) -> plots.Curves | None:
+    """Curves of a run's records; None before the first step."""
+    steps = [record for record in records if record.get("kind") == "step"]
+    epochs = [record for record in records if record.get("kind") == "epoch"]
+    if not steps:
+        return None
+    names = [name for name in (epochs[0] if epochs else {}) if name.startswith("val_")]
+    best = [i for i, record in enumerate(epochs) if record.get("best")]
+    return plots.Curves(
+        step=_column(steps, "global_step") + 1,
+        step_loss=_column(steps, "loss"),
+        lr=_column(steps, "lr"),
+        epoch_end=_column(epochs, "global_step"),
+        val={name: _column(epochs, name) for name in names},
+        best_epoch=best[-1] if best else None,
+    )
+
+
+def _column(records: Sequence[Run], name: str) -> Floats:
+    values = [record.get(name) for record in records]
+    return np.array([np.nan if value is None else value for value in values], np.float64)
+
+
+def setup_section(run_dir: Path, run: Run) -> Section | None:
+    """What the run was made of."""
+    features, config = run.get("features") or {}, run.get("config") or {}
+    identity, encoder = features.get("identity") or {}, config.get("encoder") or {}
+    pairs = [
+        ("features", f"{features.get('path', '?')}  {_shape(features)}"),
+        ("backbone", _backbone(identity)),
+        ("weights", _weights(identity)),
+        ("encoder", _encoder(encoder)),
+        ("parameters", f"{run.get('n_parameters', 0):,}"),
+        ("images", _images(run)),
+        ("optimiser", _optimiser(config.get("train") or {})),
+        (
+            "run",
+            f"{run.get('started', '?')} on {run.get('host', '?')}, raypipe {run.get('raypipe')}",
+        ),
+        ("command", " ".join(run.get("command", ()))),
+        ("commit", str(run.get("git_commit") or "not a git checkout")),
+    ]
+    versions = Table(
+        ["package", "version"], sorted((run.get("versions") or {}).items()), "Versions",
+        numeric_from=2, folded=True,
+    )  # fmt: skip
+    resolved = Code("Resolved configuration", json.dumps(config, indent=2))
+    return Section("How it was made", [Facts(pairs), versions, resolved])
+
+
+def _shape(features: Run) -> str:
+    shape = " × ".join(str(n) for n in features.get("shape", ()))
+    return f"({shape}, {features.get('dtype', '?')})"
+
+
+def _backbone(identity: Run) -> str:
+    part = identity.get("part")
+    taken = f", {part} of" if part not in (None, "out") else ","
+    size = identity.get("image_hw")
+    pixels = f", images of {size[1]} × {size[0]} pixels" if size else ""
+    return (
+        f"{identity.get('arch', '?')} ({identity.get('library', '?')}){taken}"
+        f" {identity.get('module') or 'the model output'}{pixels}"
+    )
+
+
+def _weights(identity: Run) -> str:
+    digest = str(identity.get("weights_sha256", ""))[:16]
+    return f"{identity.get('weights', '?')}, sha256 {digest}…" if digest else "?"
+
+
+def _encoder(encoder: Run) -> str:
+    if encoder.get("model") == "linear":
+        return f"linear on {encoder.get('linear_pool')} tokens"
+    return (
+        f"{encoder.get('model', '?')}, readout {encoder.get('readout')}: {encoder.get('layers')}"
+        f" cross-attention layer(s), {encoder.get('heads')} heads, width {encoder.get('d_model')},"
+        f" feed-forward {encoder.get('ffn')}, dropout {encoder.get('dropout')}"
+    )
+
+
+def _images(run: Run) -> str:
+    text = f"{run.get('n_train', '?')} to train, {run.get('n_val', '?')} to choose the epoch"
+    invalid = run.get("n_invalid", 0)
+    return f"{text}; {invalid} unreadable, left out" if invalid else text
+
+
+def _optimiser(train: Run) -> str:
+    return (
+        f"AdamW, learning rate {train.get('lr')}, {train.get('schedule')} schedule, weight decay"
+        f" {train.get('weight_decay')}, batch {train.get('batch_size')} × {train.get('accumulate')},"
+        f" AMP {train.get('amp')}, seed {train.get('seed')}"
+    )
+
+
+def _summary(run_dir: Path, split: str) -> dict[str, Any] | None:
+    path = run_dir / "evaluation" / split / "summary.json"
+    return read_json(path, "evaluate the run again") if path.is_file() else None
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+SECTIONS: tuple[Callable[[Path, Run], Section | None], ...] = (
+    score_section,
+    training_section,
+    setup_section,
+)

@@ -1,0 +1,42 @@
+"""Feature stores: memory-mapped ``.npy`` shards that survive a crash at any moment.
+
+Writing: the driver opens a `ShardSpec` with `open_for_writing`, workers fill it through
+`ShardWriter`, the driver seals it. Reading: `FeatureStore`, or plain ``np.load``. Plain NumPy:
+neither torch nor ray is loaded here. Start in `run` (the order of all steps) or `layout` (the
+files). Making features is `backbone`'s business, feeding them to training is `stream`'s.
+"""
+
+from __future__ import annotations
+
+from raypipe.store.info import describe, find_shards
+from raypipe.store.journal import CommitRecord, RowSource
+from raypipe.store.narrow import from_bfloat16, to_bfloat16
+from raypipe.store.reader import FeatureStore, StoreLocator, open_locator
+from raypipe.store.run import Progress, ShardRun, discard_store, open_for_writing, space_needed
+from raypipe.store.schema import ShardSpec
+from raypipe.store.space import require_space
+from raypipe.store.verify import VerifyReport, verify
+from raypipe.store.writer import ShardWriter, WriterTarget
+
+__all__ = [
+    "CommitRecord",
+    "FeatureStore",
+    "Progress",
+    "RowSource",
+    "ShardRun",
+    "ShardSpec",
+    "ShardWriter",
+    "StoreLocator",
+    "VerifyReport",
+    "WriterTarget",
+    "describe",
+    "discard_store",
+    "find_shards",
+    "from_bfloat16",
+    "open_for_writing",
+    "open_locator",
+    "require_space",
+    "space_needed",
+    "to_bfloat16",
+    "verify",
+]

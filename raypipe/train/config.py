@@ -1,0 +1,99 @@
+"""The options of training, checked when they are made.
+
+What they do: the loop's steps in ``loop``, the learning rate in ``schedule``, the techniques in
+``precision``. A task's own options (sizes, readouts) belong to its room.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from raypipe.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How a model is trained.
+
+    The defaults of epochs, batch_size, lr, weight_decay, step_size and clip_norm are those of Adeli
+    et al.'s transformer brain encoder (github.com/Hosseinadeli/transformer_brain_encoder, main.py).
+    Raises ConfigError when a value breaks its rule.
+    """
+
+    epochs: int = 15
+    """Passes over all training rows."""
+    batch_size: int = 16
+    """Rows that one worker computes at once (a micro batch)."""
+    accumulate: int = 1
+    """Micro batches of one worker in one optimiser step."""
+    lr: float = 5e-4
+    """AdamW's learning rate, before warm-up and schedule."""
+    weight_decay: float = 1e-4
+    """AdamW's decoupled weight decay, on all parameters."""
+    schedule: Literal["step", "cosine", "constant"] = "step"
+    """Learning rate over time: times gamma every step_size epochs, a half cosine to 0, or level."""
+    step_size: int = 4
+    """Epochs between drops of the "step" schedule."""
+    gamma: float = 0.1
+    """Factor of a drop of the "step" schedule."""
+    warmup_steps: int = 0
+    """Optimiser steps over which the learning rate rises linearly from 0."""
+    clip_norm: float | None = 0.1
+    """Largest norm of the (unscaled) gradient; None does not clip."""
+    amp: Literal["off", "bf16", "fp16"] = "off"
+    """Autocast type; fp16 scales the loss (see init_scale)."""
+    init_scale: float = 65536.0
+    """fp16: the first loss scale. torch's default; lower it when the first steps are skipped."""
+    checkpointing: bool = False
+    """Recompute the blocks' activations in the backward pass instead of keeping them."""
+    use_reentrant: bool = False
+    """Checkpointing by torch's reentrant variant; the other one is what torch recommends."""
+    channels_last: bool = False
+    """NHWC memory format where the model has 2-D convolutions."""
+    seed: int = 0
+    """Seeds the weights, the order of rows and (with the rank) dropout."""
+    checkpoint_every_steps: int = 0
+    """Also write a checkpoint every so many optimiser steps; 0: at the end of epochs only."""
+    keep: int = 2
+    """Generations of the last checkpoint on disk; the older ones stand in for a damaged one."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "accumulate", "step_size", "keep"):
+            self._require(name, getattr(self, name) >= 1, "give at least 1")
+        for name in ("warmup_steps", "seed", "checkpoint_every_steps"):
+            self._require(name, getattr(self, name) >= 0, "give 0 or more")
+        for name in ("lr", "init_scale"):
+            self._require(name, _finite(getattr(self, name), above=0), "give a number above 0")
+        decay = self.weight_decay
+        self._require("weight_decay", math.isfinite(decay) and decay >= 0, "give 0 or more")
+        self._require("gamma", 0 < self.gamma <= 1, "give a factor in (0, 1]")
+        clip = self.clip_norm
+        self._require("clip_norm", clip is None or _finite(clip, above=0), "give above 0, or None")
+        schedules = ("step", "cosine", "constant")
+        self._require("schedule", self.schedule in schedules, f"one of {', '.join(schedules)}")
+        self._require("amp", self.amp in ("off", "bf16", "fp16"), "one of off, bf16, fp16")
+
+    def _require(self, name: str, holds: bool, rule: str) -> None:
+        if not holds:
+            raise ConfigError(f"train {name}={getattr(self, name)!r}: {rule}")
+
+    def rows_per_step(self, world: int) -> int:
+        """Rows of one optimiser step over ``world`` workers."""
+        return self.batch_size * self.accumulate * world
+
+    def recipe(self) -> dict[str, object]:
+        """The options that a resumed run must share with the one that it goes on from.
+
+        Left out is what may change without changing the steps: the split of a step into micro
+        batches, checkpointing, memory format, how often to save, and, unless the cosine stretches
+        over them, how many epochs to run.
+        """
+        names = ["lr", "weight_decay", "schedule", "warmup_steps", "clip_norm", "amp", "seed"]
+        names += {"step": ["step_size", "gamma"], "cosine": ["epochs"]}.get(self.schedule, [])
+        return {name: getattr(self, name) for name in names}
+
+
+def _finite(value: float, *, above: float) -> bool:
+    return math.isfinite(value) and value > above

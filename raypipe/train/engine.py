@@ -1,0 +1,152 @@
+"""A model with its optimiser, and what one step does to them: the arithmetic of training.
+
+One optimiser step over W workers and M micro batches each, R rows in all:
+    each micro batch:  backward of sum(per-row losses) * W / R   (DDP then averages over W)
+    then:              unscale, clip, AdamW, rescale
+so that the gradient is that of the mean over all R rows, however they are dealt.
+
+Which rows, when to save and when to stop is ``loop``'s.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raypipe.errors import ConfigError, WorkerFailed
+from raypipe.stream import Gatherer, deal, split_micro
+from raypipe.train import rng
+from raypipe.train.checkpoint import Found
+from raypipe.train.config import TrainConfig
+from raypipe.train.context import WorkerContext
+from raypipe.train.feed import Micro
+from raypipe.train.precision import prepare
+from raypipe.train.task import Task, check_per_row
+
+
+@dataclass(frozen=True)
+class StepNotes:
+    """What an optimiser step tells beside its loss; ``grad_norm`` is before clipping, on device."""
+
+    grad_norm: Tensor | None
+    scale: float | None
+    skipped: bool
+
+
+class Engine:
+    """``task``'s model on this worker, its AdamW and its loss scaler."""
+
+    def __init__(self, task: Task, cfg: TrainConfig, ctx: WorkerContext) -> None:
+        self.task, self.cfg, self.ctx = task, cfg, ctx
+        rng.seed_all(cfg.seed)  # the same weights on every rank
+        module = task.build_model()
+        blocks = task.checkpoint_blocks(module) if cfg.checkpointing else ()
+        self.prepared = prepare(module, blocks, cfg, ctx)
+        self.module = self.prepared.module
+        trainable = [p for p in self.module.parameters() if p.requires_grad]
+        if not trainable:
+            raise ConfigError("the task's model has no parameter to train")
+        self.trainable = trainable
+        self.optimizer = torch.optim.AdamW(trainable, lr=cfg.lr, weight_decay=cfg.weight_decay)
+        rng.seed_all(cfg.seed, 1 + ctx.rank)  # dropout: another draw on every rank
+
+    def backward(self, micro: Micro, batch: dict[str, Tensor]) -> Tensor:
+        """Add the micro batch's gradient; the sum of its rows' losses, float32 on device."""
+        with self.prepared.sync(micro.last):
+            with self.prepared.autocast():
+                loss = self.task.loss(self.prepared.model, self.prepared.place(batch))
+            total = check_per_row(loss, len(micro.rows)).float().sum()
+            if micro.counted == 0:
+                total = total * 0.0
+            share = total * (self.ctx.world / micro.global_rows)
+            self.prepared.scaler.scale(share).backward()
+        return total.detach()
+
+    def update(self, lr: float) -> StepNotes:
+        """Clip, step and clear; under fp16 the scaler skips a step whose gradient overflowed."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        scaler = self.prepared.scaler
+        grad_norm = None
+        if self.cfg.clip_norm is not None:
+            scaler.unscale_(self.optimizer)  # the norm of the true gradient, not the scaled one
+            grad_norm = torch.nn.utils.clip_grad_norm_(self.trainable, self.cfg.clip_norm)
+        before = scaler.get_scale() if scaler.is_enabled() else None
+        scaler.step(self.optimizer)
+        scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        skipped = before is not None and scaler.get_scale() < before
+        return StepNotes(grad_norm, before, skipped)
+
+    def validate(self, gatherer: Gatherer) -> dict[str, float]:
+        """The task's metrics over all validation rows of all workers, on every rank."""
+        self._share_buffers()
+        self.module.eval()
+        try:
+            with torch.no_grad():
+                sums = self._val_sums(gatherer)
+        finally:
+            self.module.train()
+        for key in sorted(sums):
+            self.ctx.add_up(sums[key])
+        metrics = self.task.val_metrics({key: total.cpu() for key, total in sums.items()})
+        if "val_loss" not in metrics:
+            raise ConfigError(f"the task's metrics {sorted(metrics)} hold no val_loss")
+        return {key: float(value) for key, value in metrics.items()}
+
+    def _val_sums(self, gatherer: Gatherer) -> dict[str, Tensor]:
+        rows = self.task.val_rows
+        mine = rows[deal(len(rows), self.ctx.rank, self.ctx.world)]
+        # A rank without rows computes one that does not count, to know the sums' names and sizes.
+        used = mine if len(mine) else rows[:1]
+        pieces = [used[p] for p in split_micro(len(used), -(-len(used) // self.cfg.batch_size))]
+        sums: dict[str, Tensor] = {}
+        for batch in gatherer.batches(pieces):
+            with self.prepared.autocast():
+                part = self.task.val_sums(self.module, self.prepared.place(batch))
+            for key, value in part.items():
+                value = value.detach().double()
+                sums[key] = sums[key] + value if key in sums else value.clone()
+        return sums if len(mine) else {key: torch.zeros_like(v) for key, v in sums.items()}
+
+    def _share_buffers(self) -> None:
+        """Rank 0's buffers everywhere: batch-norm statistics drift apart between forwards."""
+        if self.ctx.world > 1:
+            for buffer in self.module.buffers():
+                torch.distributed.broadcast(buffer, src=0)
+
+    def model_state(self) -> dict[str, Tensor]:
+        """The bare module's state_dict, on the CPU (safe to save from rank 0)."""
+        return {k: v.detach().cpu().contiguous() for k, v in self.module.state_dict().items()}
+
+    def training_state(self) -> dict[str, Any]:
+        """All else that resuming needs; collective, because each rank has its own generators."""
+        states = self.ctx.collect(rng.capture(self.ctx.torch_device))
+        scaler = self.prepared.scaler.state_dict()
+        return {"optimizer": self.optimizer.state_dict(), "scaler": scaler, "rng": states}
+
+    def load(self, found: Found) -> None:
+        """Go on from a checkpoint. Raises ConfigError when it is of another model."""
+        try:
+            self.module.load_state_dict(found.load("model"))
+            state = found.load("state")
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ConfigError(
+                f"{found.path} does not fit this model ({reason}); train it in a new run folder"
+            ) from error
+        if state["scaler"]:
+            self.prepared.scaler.load_state_dict(state["scaler"])
+        if self.ctx.rank < len(state["rng"]):  # a rank that is new keeps its own seed
+            rng.restore(state["rng"][self.ctx.rank], self.ctx.torch_device)
+
+
+def check_finite(loss: float, where: str, cfg: TrainConfig) -> None:
+    """Raise WorkerFailed when a loss is NaN or infinite: nothing learnt after it can be trusted."""
+    if loss != loss or loss in (float("inf"), float("-inf")):
+        advice = "lower lr" if cfg.amp == "off" else f"lower lr, or train without amp {cfg.amp}"
+        raise WorkerFailed(f"the loss is {loss} at {where}; {advice}, or look for NaN in the data")

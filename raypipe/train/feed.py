@@ -1,0 +1,138 @@
+"""From the plan's slices to gathered micro batches, in step with each other.
+
+A slice is one rank's part of one optimiser step; it is computed in micro batches of at most
+``batch_size`` rows. The plan itself is `raypipe.stream`'s; this module fixes the one number that it
+needs from training: rows a step, which a resumed run takes from its checkpoint, so that it goes on
+with the same steps on another number of workers.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from raypipe.errors import ConfigError
+from raypipe.stream import Cursor, Gatherer, StepSlice, StreamPlan, split_micro
+from raypipe.train import checkpoint
+from raypipe.train.config import TrainConfig
+
+
+@dataclass(frozen=True, eq=False)
+class Micro:
+    """One micro batch of a step: ``rows`` (b,) int64, ``counted`` of them (all, or none).
+
+    A rank that was dealt no row of a small step still takes part, with one row that counts nothing:
+    the others' gradients wait for it.
+    """
+
+    cursor: Cursor
+    global_rows: int
+    rows: np.ndarray
+    counted: int
+    last: bool
+
+
+def training_plan(
+    train_rows: np.ndarray, cfg: TrainConfig, world: int, run_dir: Path | None = None
+) -> StreamPlan:
+    """The stream of a run: ``cfg``'s, or that of the checkpoint in ``run_dir`` which it resumes.
+
+    Every feeder (`raypipe.runner`, Ray Data) and `fit` itself build it by this function. Raises
+    ConfigError when the checkpoint's steps are not what ``cfg`` would make of its workers, or
+    its training rows are others; StoreCorrupt when no checkpoint in ``run_dir`` is whole.
+    """
+    found = checkpoint.newest(run_dir) if run_dir else None
+    return plan_from(train_rows, cfg, world, found)
+
+
+def plan_from(
+    train_rows: np.ndarray, cfg: TrainConfig, world: int, found: checkpoint.Found | None
+) -> StreamPlan:
+    """`training_plan` for a checkpoint that is already chosen (None: a fresh run)."""
+    if found is None:
+        return StreamPlan(np.asarray(train_rows), cfg.seed, cfg.rows_per_step(world), cfg.epochs)
+    rows_per_step = _recorded_rows_per_step(found, cfg, world)
+    plan = StreamPlan(np.asarray(train_rows), cfg.seed, rows_per_step, cfg.epochs)
+    check_same_run(found, plan, cfg)
+    return plan
+
+
+def stream_record(
+    plan: StreamPlan, cfg: TrainConfig, world: int, found: checkpoint.Found | None
+) -> dict[str, object]:
+    """What a checkpoint notes of its stream, for `training_plan` to compare.
+
+    ``world`` stays the number of workers that the run began with: rows_per_step was made from it.
+    """
+    return {
+        "n_rows": int(plan.rows.size),
+        "rows_sha256": plan.rows_digest,
+        "rows_per_step": plan.rows_per_step,
+        "world": found.meta["stream"]["world"] if found else world,
+        "recipe": cfg.recipe(),
+    }
+
+
+def check_same_run(found: checkpoint.Found, plan: StreamPlan, cfg: TrainConfig) -> None:
+    """Raise ConfigError when ``found`` was written under another recipe or other training rows."""
+    stream = found.meta["stream"]
+    old, new = dict(stream["recipe"]), cfg.recipe()
+    differing = sorted(k for k in {*old, *new} if old.get(k) != new.get(k))
+    if differing:
+        pairs = ", ".join(f"{k} {old.get(k)!r} -> {new.get(k)!r}" for k in differing)
+        raise ConfigError(f"{found.path} was trained with other options ({pairs}); {_NEXT}")
+    if stream["rows_sha256"] != plan.rows_digest:
+        raise ConfigError(
+            f"{found.path} was trained on other rows ({stream['n_rows']} then, "
+            f"{plan.rows.size} now); {_NEXT}"
+        )
+
+
+def micro_batches(slices: Iterable[StepSlice], batch_size: int, idle_row: int) -> Iterator[Micro]:
+    """Each slice in pieces of at most ``batch_size`` rows, of sizes that differ by at most one."""
+    for part in slices:
+        n = len(part.rows)
+        if n == 0:
+            idle = np.array([idle_row], dtype=np.int64)
+            yield Micro(part.cursor, part.global_rows, idle, 0, True)
+            continue
+        pieces = split_micro(n, -(-n // batch_size))
+        for index, piece in enumerate(pieces):
+            rows = part.rows[piece]
+            yield Micro(part.cursor, part.global_rows, rows, len(rows), index == len(pieces) - 1)
+
+
+def gathered(
+    gatherer: Gatherer, micros: Iterable[Micro]
+) -> Generator[tuple[Micro, dict[str, Tensor]], None, None]:
+    """Each micro batch with its tensors, which are valid until the next one is asked for."""
+    waiting: deque[Micro] = deque()
+
+    def rows() -> Iterator[np.ndarray]:
+        for micro in micros:
+            waiting.append(micro)
+            yield micro.rows
+
+    with closing(gatherer.batches(rows())) as batches:
+        for batch in batches:
+            yield waiting.popleft(), batch
+
+
+def _recorded_rows_per_step(found: checkpoint.Found, cfg: TrainConfig, world: int) -> int:
+    """The checkpoint's rows a step, if ``cfg`` makes the same of the first world or of this one."""
+    recorded, first = (int(found.meta["stream"][key]) for key in ("rows_per_step", "world"))
+    if recorded not in (cfg.rows_per_step(first), cfg.rows_per_step(world)):
+        raise ConfigError(
+            f"{found.path} takes {recorded} rows a step, batch_size {cfg.batch_size} x accumulate "
+            f"{cfg.accumulate} on {first} workers make {cfg.rows_per_step(first)}; {_NEXT}"
+        )
+    return recorded
+
+
+_NEXT = "resume with the run's own options, or start over in a new run folder (or without resume)"

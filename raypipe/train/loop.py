@@ -1,0 +1,366 @@
+"""The training loop: steps in the plan's order, validation after each epoch, checkpoints, stopping.
+
+Runs the same in one process and in each of many (DDP). It takes its rows as `StepSlice`s from
+whoever feeds it, a local plan or Ray Data, and checks that they are the plan's: the right step, and
+over all ranks the right number of rows. Arithmetic is ``engine``'s, files are ``checkpoint``'s.
+
+The test split has no way in here: the best epoch is the one of lowest ``val_loss``.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from raypipe.errors import ConfigError, WorkerFailed
+from raypipe.stream import Cursor, Gatherer, StepSlice
+from raypipe.train import checkpoint, rng
+from raypipe.train.config import TrainConfig
+from raypipe.train.context import WorkerContext
+from raypipe.train.engine import Engine, StepNotes, check_finite
+from raypipe.train.feed import Micro, gathered, micro_batches, plan_from, stream_record
+from raypipe.train.metrics import MetricsLog, plain
+from raypipe.train.precision import format_table, settings_table, use_device
+from raypipe.train.schedule import learning_rate
+from raypipe.train.task import Task
+
+# One batch in use, one being read. Not more: feeders may block at the start of an epoch until all
+# ranks ask for it (Ray Data), and a rank that looked two batches ahead could ask, and wait, before
+# a step whose gradients the others wait for.
+_DEPTH = 2
+# fp16 skips a few steps while the scale finds its level (halved each time); more in a row is NaN.
+_MAX_SKIPPED = 25
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitResult:
+    """What a fit came to. ``stopped``: ended early on request; the same call goes on."""
+
+    run_dir: Path
+    last: Path
+    best: Path | None
+    best_epoch: int | None
+    best_val_loss: float | None
+    epochs: int
+    global_steps: int
+    history: tuple[dict[str, Any], ...]
+    stopped: bool
+    seconds: float
+    n_parameters: int
+
+
+@dataclass
+class Progress:
+    """Where a run stands; saved in each checkpoint's meta.json."""
+
+    epoch: int = 0
+    step: int = 0
+    global_step: int = 0
+    epoch_loss_sum: float = 0.0
+    epoch_rows: int = 0
+    seconds: float = 0.0
+    skipped_in_a_row: int = 0
+    best_epoch: int | None = None
+    best_val_loss: float | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def cursor(self) -> Cursor:
+        """The next step to do."""
+        return Cursor(self.epoch, self.step)
+
+
+@dataclass
+class _Pending:
+    """A step whose numbers are still on the device: read after the next one was launched."""
+
+    record: dict[str, Any]
+    sums: Tensor  # float64 (3,): loss sum, rows counted, ranks that want to stop
+    notes: StepNotes
+
+
+def fit(
+    task: Task,
+    cfg: TrainConfig,
+    ctx: WorkerContext,
+    slices: Callable[[Cursor], Iterator[StepSlice]],
+    *,
+    resume: bool = True,
+) -> FitResult:
+    """Train ``task`` on this worker, together with the others of ``ctx``, which call the same.
+
+    ``slices(cursor)`` is called once and gives this rank's slices of `training_plan` from that
+    cursor to the end. ``resume`` goes on from RUN/last where there is one; False removes what the
+    run folder holds of an earlier run. Raises ConfigError, StoreCorrupt (no whole checkpoint),
+    NoSpace, DeviceUnavailable, WorkerFailed (loss not finite; rows missing from the stream).
+    """
+    ctx.check_group()
+    use_device(ctx.torch_device, cfg)
+    if len(task.val_rows) == 0:
+        raise ConfigError("no validation rows: the best epoch is chosen on them; hold some out")
+    with rng.preserved(ctx.torch_device):
+        found = _begin(ctx, resume)
+        return _Fit(task, cfg, ctx, found).run(slices)
+
+
+def _begin(ctx: WorkerContext, resume: bool) -> checkpoint.Found | None:
+    """Rank 0 chooses the checkpoint, so that all go on from the same one."""
+
+    def choose() -> checkpoint.Found | None:
+        ctx.run_dir.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            checkpoint.discard(ctx.run_dir)
+        return checkpoint.newest(ctx.run_dir)
+
+    found: checkpoint.Found | None = ctx.on_main(choose)
+    if found and not found.path.is_dir():
+        raise ConfigError(
+            f"worker {ctx.rank} cannot see {found.path}; put the run on a shared disk"
+        )
+    return found
+
+
+class _Fit:
+    """One call of `fit`, from its start or checkpoint to its end."""
+
+    def __init__(
+        self, task: Task, cfg: TrainConfig, ctx: WorkerContext, found: checkpoint.Found | None
+    ) -> None:
+        self.task, self.cfg, self.ctx = task, cfg, ctx
+        self.started = time.monotonic()
+        self.plan = plan_from(task.train_rows, cfg, ctx.world, found)
+        self.engine = Engine(task, cfg, ctx)
+        self.progress = Progress()
+        self.stream = stream_record(self.plan, cfg, ctx.world, found)
+        self.found = found
+        if found:
+            self.engine.load(found)
+            self.progress = Progress(**found.meta["progress"])
+        self.earlier_seconds = self.progress.seconds
+        self.pending: _Pending | None = None
+        self.stopping = False
+        self._start_step()
+
+    def run(self, slices: Callable[[Cursor], Iterator[StepSlice]]) -> FitResult:
+        """Do the steps that are left."""
+        log_path = self.ctx.run_dir / "metrics.jsonl" if self.ctx.is_main else None
+        log_bytes = self.found.meta["metrics_bytes"] if self.found else 0
+        self._announce()
+        with MetricsLog(log_path, log_bytes) as self.log, ExitStack() as stack:
+            if self.progress.cursor < self.plan.end:
+                train, self.val = (stack.enter_context(self._gatherer()) for _ in range(2))
+                self._steps(slices(self.progress.cursor), train)
+        return self._result()
+
+    def _gatherer(self) -> Gatherer:
+        device = self.ctx.torch_device
+        return Gatherer(self.task.sources(), self.cfg.batch_size, device, _DEPTH)
+
+    def _steps(self, slices: Iterator[StepSlice], train: Gatherer) -> None:
+        """All steps that are left, or those until someone asks to stop."""
+        self.engine.module.train()
+        micros = micro_batches(slices, self.cfg.batch_size, int(self.plan.rows[0]))
+        with closing(gathered(train, micros)) as stream:
+            for micro, batch in stream:
+                self._check_place(micro)
+                self.loss_sum += self.engine.backward(micro, batch)
+                self.counted += micro.counted
+                if micro.last and self._end_step(micro):
+                    return
+        at = self.progress.cursor
+        raise WorkerFailed(
+            f"the stream of rank {self.ctx.rank} ended before epoch {at.epoch} step {at.step} of "
+            f"{self.plan.epochs} x {self.plan.steps_per_epoch}; its feeder dropped rows"
+        )
+
+    def _check_place(self, micro: Micro) -> None:
+        """Raise WorkerFailed when the feeder's slice is not the plan's next one."""
+        at = self.progress.cursor
+        if micro.cursor != at or micro.global_rows != self.plan.step_size(at.step):
+            raise WorkerFailed(
+                f"the stream of rank {self.ctx.rank} gave epoch {micro.cursor.epoch} step "
+                f"{micro.cursor.step} ({micro.global_rows} rows); the plan's next is epoch "
+                f"{at.epoch} step {at.step} ({self.plan.step_size(at.step)} rows)"
+            )
+
+    def _start_step(self) -> None:
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.ctx.torch_device)
+        self.counted = 0
+
+    def _end_step(self, micro: Micro) -> bool:
+        """Update, log, and where it is time validate and save; True when the run ends here."""
+        progress = self.progress
+        self._update(micro)
+        at = progress.cursor.advance(self.plan.steps_per_epoch)
+        ended = at.epoch > progress.epoch
+        if not ended:
+            progress.step = at.step
+        progress.global_step += 1
+        if ended:
+            self._settle()
+            self._end_epoch(at)
+        elif self.stopping or self._is_due():
+            self._settle()
+            self._save(best=False)
+        return self.stopping or at == self.plan.end
+
+    def _is_due(self) -> bool:
+        every = self.cfg.checkpoint_every_steps
+        return every > 0 and self.progress.global_step % every == 0
+
+    def _update(self, micro: Micro) -> None:
+        """The optimiser's step; then read the numbers of the step before: they are ready."""
+        lr = learning_rate(self.cfg, self.progress.global_step, self.plan.steps_per_epoch)
+        notes = self.engine.update(lr)
+        stop = float(self.ctx.should_stop())
+        rest = torch.tensor([float(self.counted), stop], dtype=torch.float64)
+        sums = self.ctx.add_up(torch.cat([self.loss_sum[None], rest.to(self.loss_sum.device)]))
+        record = {
+            "kind": "step",
+            "epoch": micro.cursor.epoch,
+            "step": micro.cursor.step,
+            "global_step": self.progress.global_step,
+            "lr": lr,
+            "rows": micro.global_rows,
+        }
+        self._settle()
+        self.pending = _Pending(record, sums, notes)
+        self._start_step()
+
+    def _settle(self) -> None:
+        """Read, check and log the pending step, if there is one."""
+        pending, self.pending = self.pending, None
+        if pending is None:
+            return
+        loss_sum, rows, stop = pending.sums.tolist()
+        record, progress = pending.record, self.progress
+        where = f"epoch {record['epoch']} step {record['step']}"
+        if rows != record["rows"]:
+            raise WorkerFailed(
+                f"{where} trained on {rows:.0f} of its {record['rows']} rows over all ranks; "
+                "its feeder dropped or repeated rows"
+            )
+        self._check_loss(loss_sum / rows, pending.notes, where)
+        if not pending.notes.skipped:
+            progress.epoch_loss_sum += loss_sum
+            progress.epoch_rows += int(rows)
+        self.stopping = self.stopping or stop > 0
+        record |= {"loss": loss_sum / rows, **_noted(pending.notes), "seconds": self._seconds()}
+        self.log.append(record)
+        if self.ctx.is_main:
+            self.ctx.on_step(record)
+
+    def _check_loss(self, loss: float, notes: StepNotes, where: str) -> None:
+        progress = self.progress
+        progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if notes.skipped else 0
+        if progress.skipped_in_a_row > _MAX_SKIPPED:
+            raise WorkerFailed(
+                f"fp16 skipped {progress.skipped_in_a_row} steps in a row up to {where} (scale "
+                f"{notes.scale:g}); train with amp bf16 or off, or look for NaN in the data"
+            )
+        if not notes.skipped:
+            check_finite(loss, where, self.cfg)
+
+    def _end_epoch(self, following: Cursor) -> None:
+        """Validate, note the best, save, and report."""
+        progress = self.progress
+        metrics = self.engine.validate(self.val)
+        val_loss = metrics["val_loss"]
+        check_finite(val_loss, f"the validation of epoch {progress.epoch}", self.cfg)
+        best = progress.best_val_loss is None or val_loss < progress.best_val_loss
+        if best:
+            progress.best_val_loss, progress.best_epoch = val_loss, progress.epoch
+        rows = progress.epoch_rows
+        record = plain(
+            {
+                "kind": "epoch",
+                "epoch": progress.epoch,
+                "global_step": progress.global_step,
+                "train_loss": progress.epoch_loss_sum / rows if rows else math.nan,
+                **metrics,
+                "best": best,
+                "seconds": self._seconds(),
+            }
+        )
+        progress.history.append(record)
+        self.log.append(record)
+        progress.epoch, progress.step = following.epoch, following.step
+        progress.epoch_loss_sum, progress.epoch_rows = 0.0, 0
+        self._save(best=best)
+        self.ctx.report({**record, "checkpoint": str(self.ctx.run_dir / "last")})
+
+    def _save(self, *, best: bool) -> None:
+        """Checkpoint; best before last, so that a last that knows of a best finds it there."""
+        self.progress.seconds = self._seconds()
+        state = self.engine.training_state()
+        meta = {
+            "progress": asdict(self.progress),
+            "stream": self.stream,
+            "metrics_bytes": self.log.sync(),
+            "versions": {"torch": torch.__version__, "numpy": np.__version__},
+        }
+
+        def write() -> None:
+            model = self.engine.model_state()
+            if best:
+                checkpoint.save(self.ctx.run_dir, "best", {"model": model}, meta)
+            contents = {"model": model, "state": state}
+            checkpoint.save(self.ctx.run_dir, "last", contents, meta, self.cfg.keep)
+
+        self.ctx.on_main(write)
+
+    def _seconds(self) -> float:
+        """Seconds of training, those before a resume included."""
+        return self.earlier_seconds + time.monotonic() - self.started
+
+    def _announce(self) -> None:
+        if not self.ctx.is_main:
+            return
+        table = settings_table(
+            self.cfg,
+            world=self.ctx.world,
+            device=self.ctx.device,
+            n_train=self.plan.rows.size,
+            n_val=len(self.task.val_rows),
+            rows_per_step=self.plan.rows_per_step,
+            prepared=self.engine.prepared,
+        )
+        if self.found:
+            at = self.progress.cursor
+            table.append(("resumed", f"{self.found.path} at epoch {at.epoch} step {at.step}"))
+        self.ctx.say("training\n" + format_table(table))
+
+    def _result(self) -> FitResult:
+        progress, run_dir = self.progress, self.ctx.run_dir
+        best = None if progress.best_epoch is None else run_dir / "best"
+        return FitResult(
+            run_dir=run_dir,
+            last=run_dir / "last",
+            best=best,
+            best_epoch=progress.best_epoch,
+            best_val_loss=progress.best_val_loss,
+            epochs=progress.epoch,
+            global_steps=progress.global_step,
+            history=tuple(progress.history),
+            stopped=progress.cursor < self.plan.end,
+            seconds=self._seconds(),
+            n_parameters=sum(p.numel() for p in self.engine.trainable),
+        )
+
+
+def _noted(notes: StepNotes) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if notes.grad_norm is not None:
+        found["grad_norm"] = float(notes.grad_norm)
+    if notes.scale is not None:
+        found |= {"scale": notes.scale, "skipped": notes.skipped}
+    return found

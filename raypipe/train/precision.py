@@ -1,0 +1,189 @@
+"""The techniques of training, applied in one visible sequence, and the table that says which.
+
+`prepare` is the sequence: device, channels_last, activation checkpointing, autocast, loss scaling,
+DDP, a line each. The steps that use them are in ``engine``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from raypipe.errors import ConfigError, DeviceUnavailable
+from raypipe.train.config import TrainConfig
+from raypipe.train.context import WorkerContext
+
+_AUTOCAST = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model made ready: ``model`` to call in training, ``module`` the bare one beneath it."""
+
+    model: nn.Module
+    module: nn.Module
+    autocast: Callable[[], AbstractContextManager[Any]]
+    scaler: torch.amp.GradScaler
+    channels_last: bool
+    checkpointed_blocks: int
+
+    def sync(self, last: bool) -> AbstractContextManager[Any]:
+        """Around one micro batch: gradients are exchanged on the step's last one only."""
+        if last or not isinstance(self.model, DistributedDataParallel):
+            return nullcontext()
+        return self.model.no_sync()
+
+    def place(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """``batch`` with its 4-D tensors (b, c, h, w) in the model's memory format."""
+        if not self.channels_last:
+            return batch
+        layout = torch.channels_last
+        return {
+            k: v.contiguous(memory_format=layout) if v.ndim == 4 else v for k, v in batch.items()
+        }
+
+
+def prepare(
+    module: nn.Module, blocks: Sequence[nn.Module], cfg: TrainConfig, ctx: WorkerContext
+) -> Prepared:
+    """Apply ``cfg``'s techniques to ``module``, whose recomputable parts are ``blocks``.
+
+    Raises ConfigError for what this model cannot do.
+    """
+    device = ctx.torch_device
+    module = module.to(device)
+    channels_last = _apply_channels_last(module) if cfg.channels_last else False
+    checkpointed = _apply_checkpointing(blocks, cfg.use_reentrant) if cfg.checkpointing else 0
+    autocast = _autocast(device, cfg)
+    scaler = torch.amp.GradScaler(device.type, init_scale=cfg.init_scale, enabled=cfg.amp == "fp16")
+    model = _wrap_ddp(module, device) if ctx.world > 1 else module
+    return Prepared(model, module, autocast, scaler, channels_last, checkpointed)
+
+
+def settings_table(
+    cfg: TrainConfig,
+    *,
+    world: int,
+    device: str,
+    n_train: int,
+    n_val: int,
+    rows_per_step: int,
+    prepared: Prepared | None = None,
+) -> list[tuple[str, str]]:
+    """(name, value) rows that say how training runs; ``prepared`` adds what came of it."""
+    schedules = {
+        "step": f"x{cfg.gamma:g} every {cfg.step_size} epochs",
+        "cosine": "cosine to 0",
+        "constant": "constant",
+    }
+    clip = "off" if cfg.clip_norm is None else f"norm {cfg.clip_norm:g}"
+    scale = f", first scale {cfg.init_scale:g}" if cfg.amp == "fp16" else ""
+    steps = -(-n_train // rows_per_step)
+    return [
+        ("workers", f"{world} on {device}" + (", DDP" if world > 1 else "")),
+        ("rows", f"{n_train} to train, {n_val} to validate"),
+        ("step", f"{rows_per_step} rows, in micro batches of {cfg.batch_size} a worker"),
+        ("length", f"{cfg.epochs} epochs of {steps} steps"),
+        ("optimiser", f"AdamW, lr {cfg.lr:g}, weight decay {cfg.weight_decay:g}"),
+        ("schedule", schedules[cfg.schedule] + f", {cfg.warmup_steps} steps of warm-up"),
+        ("gradient clip", clip),
+        ("AMP", cfg.amp + scale),
+        ("checkpointing", _checkpointing_words(cfg, prepared)),
+        ("channels_last", _channels_last_words(cfg, prepared)),
+        ("seed", str(cfg.seed)),
+        *([("parameters", f"{_trainable(prepared.module):,}")] if prepared else []),
+    ]
+
+
+def format_table(rows: Sequence[tuple[str, str]]) -> str:
+    """``rows`` as aligned lines."""
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows)
+
+
+def use_device(device: torch.device, cfg: TrainConfig) -> None:
+    """Make a CUDA ``device`` the current one. Raises DeviceUnavailable, ConfigError (no bf16)."""
+    if device.type != "cuda":
+        return
+    if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
+        raise DeviceUnavailable(
+            f"device {device}: torch sees {torch.cuda.device_count()} CUDA devices; use --device cpu"
+        )
+    torch.cuda.set_device(device.index or 0)
+    if cfg.amp == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ConfigError("train amp='bf16': this GPU has no bfloat16 units; use fp16 or off")
+
+
+def _apply_channels_last(module: nn.Module) -> bool:
+    """NHWC weights where 2-D convolutions exist; says whether there were any."""
+    if not any(isinstance(part, nn.Conv2d) for part in module.modules()):
+        return False
+    module.to(memory_format=torch.channels_last)
+    return True
+
+
+def _apply_checkpointing(blocks: Sequence[nn.Module], use_reentrant: bool) -> int:
+    """Make each block recompute itself in the backward pass; the number of blocks.
+
+    The block keeps its place and its state_dict keys: only its instance's ``forward`` is replaced.
+    """
+    if not blocks:
+        raise ConfigError("train checkpointing=True: this model names no blocks to recompute")
+    for block in blocks:
+        block.forward = _recomputed(block.forward, use_reentrant)
+    return len(blocks)
+
+
+def _recomputed(forward: Callable[..., Any], use_reentrant: bool) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        if not use_reentrant:
+            return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        # The reentrant variant takes no keywords, and gives no gradient at all to a block whose
+        # inputs need none (the first one, fed with data): hence the flat call and the ticket.
+        names, n = tuple(kwargs), len(args)
+        ticket = torch.ones((), requires_grad=True)
+
+        def flat(_ticket: Tensor, *values: Any) -> Any:
+            return forward(*values[:n], **dict(zip(names, values[n:], strict=True)))
+
+        return checkpoint(flat, ticket, *args, *kwargs.values(), use_reentrant=True)
+
+    return run
+
+
+def _autocast(device: torch.device, cfg: TrainConfig) -> Callable[[], AbstractContextManager[Any]]:
+    if cfg.amp == "off":
+        return nullcontext
+    return lambda: torch.autocast(device.type, dtype=_AUTOCAST[cfg.amp])
+
+
+def _wrap_ddp(module: nn.Module, device: torch.device) -> DistributedDataParallel:
+    ids = [device.index or 0] if device.type == "cuda" else None
+    # A view saves one copy of the gradients.
+    return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
+
+
+def _checkpointing_words(cfg: TrainConfig, prepared: Prepared | None) -> str:
+    if not cfg.checkpointing:
+        return "off"
+    blocks = f"{prepared.checkpointed_blocks} blocks" if prepared else "on"
+    return f"{blocks}, {'reentrant' if cfg.use_reentrant else 'non-reentrant'}"
+
+
+def _channels_last_words(cfg: TrainConfig, prepared: Prepared | None) -> str:
+    if not cfg.channels_last:
+        return "off"
+    return "on" if prepared is None or prepared.channels_last else "off: no 2-D convolutions"
+
+
+def _trainable(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)

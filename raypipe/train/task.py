@@ -1,0 +1,75 @@
+"""What the loop asks of a task: a model, its data, a loss per row, and sums for validation.
+
+A room (`raypipe.encoding`, ...) implements it as a frozen, picklable dataclass that holds paths and
+options only; it is opened in every worker. Batches come from `raypipe.stream.Gatherer`: tensors
+(b, *row_shape) in the store's own dtype, on the worker's device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from raypipe.errors import ConfigError
+from raypipe.stream.source import ArraySource
+
+Batch = Mapping[str, Tensor]
+
+
+class Task(Protocol):
+    """One thing to train. Everything here is called in the worker, under the loop's seed."""
+
+    @property
+    def train_rows(self) -> np.ndarray:
+        """(n,) int64, distinct: the rows to train on."""
+        ...
+
+    @property
+    def val_rows(self) -> np.ndarray:
+        """(m,) int64, m >= 1: the rows that choose the best epoch; none of ``train_rows``."""
+        ...
+
+    def build_model(self) -> nn.Module:
+        """A new model on the CPU, weights drawn from torch's global generator."""
+        ...
+
+    def sources(self) -> Mapping[str, ArraySource]:
+        """The arrays of a batch, by the names that ``loss`` uses; all share their row numbers."""
+        ...
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """(b,): each row's own loss. ``model`` may be wrapped in DDP: call it, read no attributes.
+
+        Row-wise on purpose: the loop divides by the step's true number of rows over all workers, so
+        that a remainder batch, accumulation and more workers change nothing.
+        """
+        ...
+
+    def val_sums(self, model: nn.Module, batch: Batch) -> Mapping[str, Tensor]:
+        """Sums over the batch's rows, in float64; the same keys and shapes for every batch.
+
+        The loop adds them over batches and workers. ``model`` is the bare module, in eval mode.
+        """
+        ...
+
+    def val_metrics(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+        """The metrics of the whole validation set from its sums (CPU); holds ``val_loss``."""
+        ...
+
+    def checkpoint_blocks(self, model: nn.Module) -> Sequence[nn.Module]:
+        """Modules whose activations may be recomputed instead of kept; may be empty."""
+        ...
+
+
+def check_per_row(loss: Tensor, rows: int) -> Tensor:
+    """``loss`` as it is; raises ConfigError when it is not (rows,) and floating."""
+    if loss.shape != torch.Size((rows,)) or not loss.is_floating_point():
+        raise ConfigError(
+            f"the task's loss is {loss.dtype} {tuple(loss.shape)} for {rows} rows; "
+            "a task gives one loss a row"
+        )
+    return loss

@@ -1,0 +1,154 @@
+"""The pool on real Ray actors: every item once, slow and dead workers, poison, late reports."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from raypipe.cluster.pool import RayPool
+from raypipe.errors import NoSpace, WorkerFailed
+from raypipe.runner import Done, LocalPool, Needs
+
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import tests
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
+
+HALF = Needs(workers=2, cpus=0.5)
+
+
+@dataclass(frozen=True)
+class Item:
+    key: int
+
+    def again(self) -> Item:
+        return self
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Makes a worker that writes its calls to ``log`` and misbehaves as told."""
+
+    log: Path
+    die_at: int = -1
+    poison: int = -1
+    refuse: int = -1
+    slow_s: float = 0.0
+    late: bool = False
+
+    def __call__(self) -> Recorder:
+        return Recorder(self)
+
+
+class Recorder:
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
+        self.held: list[Done] = []
+        self.shared: Any = None
+        # The first worker to claim this is the slow one.
+        self.is_slow = bool(setup.slow_s) and _claim(setup.log.with_suffix(".slow"))
+
+    def describe(self) -> str:
+        return "recorder"
+
+    def open(self, shared: Any) -> None:
+        self.shared = shared
+
+    def step(self, item: Item, upcoming: Item | None) -> list[Done]:
+        with self.setup.log.open("a") as file:
+            file.write(f"{item.key} {os.getpid()} {self.shared}\n")
+        if item.key == self.setup.poison or (
+            item.key == self.setup.die_at and _claim(self.setup.log.with_suffix(".died"))
+        ):
+            os.kill(os.getpid(), signal.SIGKILL)
+        if item.key == self.setup.refuse:
+            raise NoSpace("needs 10 bytes, 3 are free; make room")
+        if self.is_slow:
+            time.sleep(self.setup.slow_s)
+        self.held.append(Done(item.key, item.key * 10))
+        if self.setup.late:  # reports an item only when the next one has come
+            ready, self.held = self.held[:-1], self.held[-1:]
+        else:
+            ready, self.held = self.held, []
+        return ready
+
+    def drain(self) -> list[Done]:
+        ready, self.held = self.held, []
+        return ready
+
+
+def _claim(path: Path) -> bool:
+    try:
+        path.open("x").close()
+    except FileExistsError:
+        return False
+    return True
+
+
+def run(setup: Setup, n: int, needs: Needs = HALF) -> list[Done]:
+    with RayPool(setup, needs, on_event=lambda text: None) as pool:
+        assert pool.describe() == "recorder"
+        return list(pool.run([Item(i) for i in range(n)], "shared"))
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_every_item_is_reported_once(tmp_path: Path, late: bool) -> None:
+    done = run(Setup(tmp_path / "log", late=late), 20)
+    assert sorted(d.key for d in done) == list(range(20))
+    assert all(d.payload == d.key * 10 for d in done)
+    assert {line.split()[2] for line in (tmp_path / "log").open()} == {"shared"}
+
+
+def test_a_slow_worker_does_not_hold_the_others(tmp_path: Path) -> None:
+    done = run(Setup(tmp_path / "log", slow_s=1.0), 30)
+    assert len(done) == 30
+    by_pid: dict[str, int] = {}
+    for line in (tmp_path / "log").open():
+        by_pid[line.split()[1]] = by_pid.get(line.split()[1], 0) + 1
+    assert max(by_pid.values()) > 20
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_killed_workers_items_go_to_others(tmp_path: Path, late: bool) -> None:
+    done = run(Setup(tmp_path / "log", die_at=4, late=late), 12)
+    assert sorted(d.key for d in done) == list(range(12))
+
+
+def test_the_only_worker_is_replaced_and_opened_again(tmp_path: Path) -> None:
+    done = run(Setup(tmp_path / "log", die_at=2, late=True), 5, Needs(workers=1))
+    assert sorted(d.key for d in done) == list(range(5))
+    assert {line.split()[2] for line in (tmp_path / "log").open()} == {"shared"}
+
+
+def test_an_item_that_kills_its_workers_ends_the_run_and_is_named(tmp_path: Path) -> None:
+    with pytest.raises(WorkerFailed, match=r"item 3 failed 3 times"):
+        run(Setup(tmp_path / "log", poison=3), 6)
+
+
+def test_our_own_errors_come_through_as_they_are(tmp_path: Path) -> None:
+    with pytest.raises(NoSpace, match="3 are free"):
+        run(Setup(tmp_path / "log", refuse=2), 4)
+
+
+def test_a_worker_that_cannot_load_is_named() -> None:
+    with (
+        RayPool(_cannot_load, HALF, on_event=lambda text: None) as pool,
+        pytest.raises(WorkerFailed, match="could not load: ValueError: no such model"),
+    ):
+        pool.describe()
+
+
+def _cannot_load() -> Recorder:
+    raise ValueError("no such model")
+
+
+def test_the_local_pool_does_the_same(tmp_path: Path) -> None:
+    with LocalPool(Setup(tmp_path / "log", late=True)) as pool:
+        done = list(pool.run([Item(i) for i in range(6)], "shared"))
+    assert [d.key for d in done] == list(range(6))

@@ -1,0 +1,203 @@
+"""Real Ray, real kills: what an extraction leaves behind is whole, and ends byte-identical."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from raypipe.cluster.runner import RayRunner
+from raypipe.errors import NoSpace, StoreLocked
+from raypipe.extract.config import ExtractConfig
+from raypipe.extract.run import extract
+from raypipe.store import verify
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+MakeConfig = Callable[..., ExtractConfig]
+RUN_S = 120
+
+
+def shard(out: Path, images: Path) -> Path:
+    return out / "resnet18_layer4" / images.name / "train.npy"
+
+
+def committed(path: Path) -> int:
+    """Cells that journals of ``path`` record; 0 before the first."""
+    journals = path.with_name("train.journal").glob("*.jsonl")
+    return sum(max(0, len(file.read_bytes().splitlines()) - 1) for file in journals)
+
+
+def wait_for(condition: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + RUN_S
+    while not condition():
+        assert time.monotonic() < deadline, f"{what} did not happen in {RUN_S} s"
+        time.sleep(0.005)
+
+
+def actors() -> list[int]:
+    """Worker processes of our pools."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.cmdline()[:1] and "PooledWorker" in process.cmdline()[0]:
+                found.append(process.pid)
+        except psutil.Error:
+            continue
+    return found
+
+
+def command(cfg: ExtractConfig, *more: str) -> list[str]:
+    flags = [
+        *("--data-dir", str(cfg.data_dir), "--output-dir", str(cfg.output_dir)),
+        *("--backbone", cfg.backbone, "--weights", cfg.weights, "--device", "cpu"),
+        *("--batch-size", str(cfg.batch_size), *more),
+    ]
+    return [sys.executable, "-m", "raypipe", "extract", *flags]
+
+
+@pytest.fixture(scope="module")
+def unbroken(images: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """The bytes of a run that nobody disturbed, by the command line."""
+    out = tmp_path_factory.mktemp("unbroken")
+    cfg = ExtractConfig(
+        data_dir=images, output_dir=out, backbone="resnet18", weights="random:0", batch_size=4
+    )
+    subprocess.run(command(cfg), check=True, capture_output=True, timeout=RUN_S)
+    return shard(out, images).read_bytes()
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_killed_actor_is_replaced_and_the_bytes_are_the_same(
+    config: MakeConfig, unbroken: bytes
+) -> None:
+    cfg = config()
+    path = shard(cfg.output_dir, cfg.data_dir)
+    events: list[str] = []
+    killed: list[int] = []
+
+    def kill() -> None:
+        wait_for(lambda: committed(path), "the first commit")
+        killed.extend(actors())
+        os.kill(killed[0], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    extract(cfg, RayRunner(joined=False, on_event=events.append))
+    killer.join()
+    assert any(f"worker {killed[0]} failed" in event for event in events)
+    assert path.read_bytes() == unbroken
+    assert verify(path).ok
+
+
+def test_a_killed_driver_leaves_a_store_that_the_same_command_finishes(
+    config: MakeConfig, unbroken: bytes
+) -> None:
+    cfg = config()
+    path = shard(cfg.output_dir, cfg.data_dir)
+    driver = subprocess.Popen(
+        command(cfg), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    wait_for(lambda: committed(path), "the first commit")
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait(timeout=RUN_S)
+    assert not path.exists(), "an unfinished store must not stand under its final name"
+    assert committed(path)
+    again = subprocess.run(command(cfg), capture_output=True, text=True, timeout=RUN_S)
+    assert again.returncode == 0, again.stderr
+    assert "rows are committed already" in again.stderr
+    assert path.read_bytes() == unbroken
+    assert verify(path).ok
+
+
+def test_ctrl_c_exits_130_and_resumes(config: MakeConfig, unbroken: bytes) -> None:
+    cfg = config()
+    path = shard(cfg.output_dir, cfg.data_dir)
+    driver = subprocess.Popen(
+        command(cfg), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    wait_for(lambda: committed(path), "the first commit")
+    driver.send_signal(signal.SIGINT)
+    _, stderr = driver.communicate(timeout=RUN_S)
+    assert driver.returncode == 130, stderr
+    assert "the same command resumes" in stderr
+    subprocess.run(command(cfg), check=True, capture_output=True, timeout=RUN_S)
+    assert path.read_bytes() == unbroken
+
+
+def test_a_second_run_on_one_store_fails_at_once_and_names_the_owner(config: MakeConfig) -> None:
+    cfg = config()
+    path = shard(cfg.output_dir, cfg.data_dir)
+    first = subprocess.Popen(
+        command(cfg), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    wait_for(lambda: path.with_name("train.owner.json").exists(), "the first run's claim")
+    second = subprocess.run(
+        command(cfg, "--runner", "local"), capture_output=True, text=True, timeout=RUN_S
+    )
+    assert second.returncode == StoreLocked.exit_code
+    assert str(first.pid) in second.stderr
+    assert first.wait(timeout=RUN_S) == 0
+    assert verify(path).ok
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 1 MiB; skips where mounting is not allowed."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"mounting a tmpfs is not allowed here: {mounted.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_disk_too_small_is_refused_before_a_byte_is_written(
+    config: MakeConfig, small_disk: Path
+) -> None:
+    runner = RayRunner(joined=False, on_event=print)
+    with pytest.raises(NoSpace, match=r"[0-9]+ bytes.*free") as stop:
+        extract(config(output_dir=small_disk / "features"), runner)
+    assert stop.value.exit_code == 3
+    assert not list(small_disk.rglob("*.npy*"))
+
+
+def test_numpy_alone_reads_the_store(config: MakeConfig, images: Path, tmp_path: Path) -> None:
+    cfg = config(image_size=64)
+    subprocess.run(command(cfg, "--runner", "local", "--image-size", "64"), check=True, timeout=RUN_S)
+    code = (
+        "import sys, numpy as np\n"
+        "assert not any('raypipe' in m for m in sys.modules)\n"
+        f"a = np.load({str(shard(cfg.output_dir, images))!r}, mmap_mode='r')\n"
+        "print(a.shape, a.dtype, type(a).__name__)"
+    )
+    alone = subprocess.run(
+        [sys.executable, "-I", "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    assert alone.stdout.strip() == "(48, 4, 512) float16 memmap"
+
+
+def test_actors_share_the_work(config: MakeConfig, unbroken: bytes) -> None:
+    """Two workers, one thread each, write into one file; the sums differ by threads alone."""
+    cfg = config()
+    done = subprocess.run(
+        command(cfg, "--workers", "2"), capture_output=True, text=True, timeout=RUN_S
+    )
+    assert done.returncode == 0, done.stderr
+    ours = np.load(shard(cfg.output_dir, cfg.data_dir))
+    reference = np.load(io.BytesIO(unbroken))
+    np.testing.assert_allclose(ours.astype("f4"), reference.astype("f4"), rtol=2e-3, atol=1e-3)

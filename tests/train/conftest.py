@@ -1,0 +1,14 @@
+"""A small task on real .npy files, for every test of the loop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from train_helpers import ToyTask, write_toy
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> ToyTask:
+    """ToyTask on 43 training and 7 validation rows in ``tmp_path/data``."""
+    return write_toy(tmp_path / "data")

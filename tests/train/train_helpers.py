@@ -1,0 +1,190 @@
+"""A task small enough to train in milliseconds, and ways to run `fit` on it, alone or as two."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+from raypipe.stream import ArraySource
+from raypipe.train import FitResult, TrainConfig, WorkerContext, fit, training_plan
+
+N_TRAIN, N_VAL, DIM, OUT = 43, 7, 6, 3
+
+
+class Block(nn.Module):
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.linear = nn.Linear(DIM, DIM)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, *, scale: float | Tensor = 1.0) -> Tensor:
+        return x + self.dropout(torch.tanh(self.linear(x))) * scale
+
+
+class ToyModel(nn.Module):
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(dropout) for _ in range(2))
+        self.head = nn.Linear(DIM, OUT)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x, scale=0.5)
+        return self.head(x)
+
+
+class ConvModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, OUT, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.conv.weight.is_contiguous(memory_format=torch.channels_last)
+        return self.conv(x.view(-1, 2, 1, DIM // 2)).mean((2, 3))
+
+
+@dataclass(frozen=True)
+class ToyTask:
+    """Predict y (3,) float32 from x (6,) float16; per-row MSE."""
+
+    data: Path
+    dropout: float = 0.0
+    n_train: int = N_TRAIN
+    n_val: int = N_VAL
+    conv: bool = False
+    poison_row: int = -1
+
+    @property
+    def train_rows(self) -> np.ndarray:
+        return np.arange(self.n_train, dtype=np.int64)
+
+    @property
+    def val_rows(self) -> np.ndarray:
+        return np.arange(N_TRAIN, N_TRAIN + self.n_val, dtype=np.int64)
+
+    def build_model(self) -> nn.Module:
+        return ConvModel() if self.conv else ToyModel(self.dropout)
+
+    def sources(self) -> Mapping[str, ArraySource]:
+        return {name: ArraySource.npy(self.data / f"{name}.npy") for name in ("x", "y", "row")}
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        per_row = (model(batch["x"].float()).float() - batch["y"]).square().mean(1)
+        if self.poison_row >= 0:
+            per_row = torch.where(batch["row"] == self.poison_row, torch.nan, 1.0) * per_row
+        return per_row
+
+    def val_sums(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        per_row = (model(batch["x"].float()).float() - batch["y"]).square().mean(1)
+        n = torch.tensor(float(len(per_row)), dtype=torch.float64)
+        return {"loss": per_row.double().sum(), "n": n, "rows": batch["row"].double().sum()}
+
+    def val_metrics(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+        return {
+            "val_loss": float(sums["loss"] / sums["n"]),
+            "val_n": float(sums["n"]),
+            "val_rows": float(sums["rows"]),
+        }
+
+    def checkpoint_blocks(self, model: nn.Module) -> Sequence[nn.Module]:
+        return list(model.blocks) if isinstance(model, ToyModel) else []
+
+
+def write_toy(folder: Path) -> ToyTask:
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(5)
+    n = N_TRAIN + N_VAL
+    x = rng.standard_normal((n, DIM)).astype(np.float16)
+    y = x.astype(np.float32) @ rng.standard_normal((DIM, OUT)).astype(np.float32)
+    np.save(folder / "x.npy", x)
+    np.save(folder / "y.npy", y)
+    np.save(folder / "row.npy", np.arange(n, dtype=np.int64))
+    return ToyTask(folder)
+
+
+def config(**options: Any) -> TrainConfig:
+    defaults: dict[str, Any] = {
+        "epochs": 3,
+        "batch_size": 8,
+        "lr": 1e-2,
+        "clip_norm": 1.0,
+        "step_size": 1,
+        "gamma": 0.5,
+    }
+    return TrainConfig(**(defaults | options))
+
+
+def run(
+    task: ToyTask,
+    cfg: TrainConfig,
+    run_dir: Path,
+    *,
+    resume: bool = True,
+    rank: int = 0,
+    world: int = 1,
+    **context: Any,
+) -> FitResult:
+    """`fit` with the plan dealt in this process, as a local runner does it."""
+    ctx = WorkerContext(
+        **({"run_dir": run_dir, "rank": rank, "world": world, "say": lambda text: None} | context)
+    )
+    plan = training_plan(task.train_rows, cfg, world, run_dir if resume else None)
+    return fit(task, cfg, ctx, lambda start: plan.slices(rank, world, start), resume=resume)
+
+
+class StopAfter:
+    """A should_stop that says so from its n-th question on."""
+
+    def __init__(self, steps: int) -> None:
+        self.left = steps
+
+    def __call__(self) -> bool:
+        self.left -= 1
+        return self.left <= 0
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL where a real one would take the test with it: no handler runs on it."""
+
+
+class KillAfter(StopAfter):
+    """A should_stop that dies at its n-th question: nothing more is written."""
+
+    def __call__(self) -> bool:
+        if super().__call__():
+            raise Killed
+        return False
+
+
+def losses(run_dir: Path, kind: str = "step") -> list[float]:
+    """The run's losses from metrics.jsonl, in file order."""
+    key = "loss" if kind == "step" else "val_loss"
+    return [r[key] for r in records(run_dir) if r["kind"] == kind]
+
+
+def records(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def _worker(rank: int, world: int, store: str, work: Callable[[int, int], None]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    try:
+        work(rank, world)
+    finally:
+        dist.destroy_process_group()
+
+
+def spawn(work: Callable[[int, int], None], tmp_path: Path, world: int = 2) -> None:
+    """Run ``work(rank, world)`` in ``world`` new processes joined by gloo."""
+    store = tmp_path / f"rendezvous-{len(list(tmp_path.glob('rendezvous-*')))}"
+    mp.spawn(_worker, args=(world, str(store), work), nprocs=world, join=True)
