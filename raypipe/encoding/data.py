@@ -89,7 +89,8 @@ def _shard(features_dir: Path, feature: str, subject: AlgonautsSubject, split: s
         raise MissingInput(f"features folder {features_dir} does not exist; run raypipe extract")
     folder = features_dir / feature
     if not folder.is_dir():
-        known = [entry.parent.name for entry in features_dir.glob("*/*/") if entry.parent != folder]
+        shards = features_dir.glob("*/*/*.manifest.json")
+        known = {path.parent.parent.name for path in shards}
         raise UnknownName.of("feature", feature, known, f"folders below {features_dir}")
     return folder / subject.subj / f"{subject.shard_name(split)}.npy"
 

@@ -41,7 +41,7 @@ class Readout:
             raise InputError(f"{len(self.queries)} query names for {n_queries} rows of masks")
         for hemi, mask in self.masks.items():
             fed = np.asarray(mask, bool).sum(axis=0)
-            if not fed.size or not fed.all():
+            if not fed.size or fed.min() < 1:
                 raise InputError(
                     f"{hemi}: vertex {int(fed.argmin()) if fed.size else 0} is fed by no query; add"
                     " a query for the vertices in no ROI"
@@ -64,7 +64,7 @@ def rois_all(rois: RoiMasks, n_vertices: Mapping[str, int]) -> Readout:
         rows = np.zeros((0, n_vertices[hemi]), bool)
         if present:
             rows = np.stack(list(present.values()))
-        outside = ~rows.any(0)
+        outside = np.asarray(rows.sum(axis=0) == 0)
         if outside.any():
             rows = np.concatenate([rows, outside[None]])
         names += [f"{hemi} {roi}" for roi in [*present, NONE][: len(rows)]]

@@ -167,8 +167,7 @@ def _fit_subject(cfg: FitConfig, ready: Prepared, runner: Runner) -> SubjectFit:
     record = _claim(cfg, ready)
     absent = ready.split_data.subject.missing_families()
     if absent:
-        print(f"subject {ready.subject}: no ROI masks of {', '.join(absent)}; their vertices count")
-        print("as in no ROI")
+        print(f"subject {ready.subject}: no ROI masks of {', '.join(absent)}: readout without them")
     started = time.monotonic()
     result = runner.fit(
         ready.task,
@@ -206,11 +205,22 @@ def _claim(cfg: FitConfig, ready: Prepared) -> dict[str, Any]:
         "n_val": len(ready.split.val),
         "n_invalid": int((~ready.split_data.valid).sum()),
         "n_parameters": ready.n_parameters(),
+        "notes": _notes(cfg),
         "result": None,
     }
     write_json(run_file, record)
     data.save_split(ready.split, tuple(ready.split_data.store.names), split_file)
     return record
+
+
+def _notes(cfg: FitConfig) -> list[str]:
+    """What the report must say about these data."""
+    if not (cfg.data_dir / "planted.json").is_file():
+        return []
+    return [
+        "The responses are planted, not measured: each vertex is a known function of the image plus"
+        " noise of known size (planted.json), so the noise ceiling is exact."
+    ]
 
 
 def _check_same(found: Mapping[str, Any], ready: Prepared) -> None:

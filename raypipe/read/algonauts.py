@@ -64,7 +64,7 @@ class AlgonautsSubject:
                 "give the folder that holds subj01, subj02, …"
             )
         if number not in folders:
-            hint = f"all that {data_dir} holds: choose among these, or another --data-dir"
+            hint = f"choose one of those in {data_dir}"
             known = [f"subj{name}" for name in folders]
             raise UnknownName.of("subject", f"subj{number}", known, hint)
         return cls(folders[number], number)

@@ -89,10 +89,13 @@ def _draw_loss(ax: Axes, curves: Curves) -> None:
 
 
 def _draw_scores(ax: Axes, curves: Curves, scores: Mapping[str, Floats]) -> None:
-    palette = ["#009E73", COLOURS["lh"], COLOURS["rh"], "#CC79A7"]
-    for colour, (name, values) in zip(palette, scores.items(), strict=False):
-        label = name.removeprefix("val_").replace("_", " ")
-        ax.plot(curves.epoch_end, values, marker="o", ms=4, lw=2, color=colour, label=label)
+    for name, values in scores.items():
+        hemi = name.removeprefix("val_r_")
+        if name == "val_r" and len(scores) > 1:
+            continue  # the mean of the two curves that are drawn
+        colour = COLOURS.get(hemi, "#009E73")
+        label = HEMI_NAMES.get(hemi, name.removeprefix("val_").replace("_", " "))
+        ax.plot(curves.epoch_end, values, "o-", ms=4, lw=2, color=colour, label=label)
     _dress(ax, "Validation correlation", "optimiser step", "Pearson r, mean over vertices")
     ax.legend(frameon=False, fontsize=10, loc="lower right")
 

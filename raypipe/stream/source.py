@@ -2,7 +2,8 @@
 
 An `ArraySource` is a small picklable handle (path, dtype, shape, offset): it travels to workers
 instead of bytes and is mapped where it lands. Touching a map beyond the end of a file that was cut
-short is SIGBUS; so the size is checked when the file is mapped and again before every gather.
+short is SIGBUS; so the size is checked when the file is mapped and again before every gather (what
+is cut off during a gather, or fails on the disk itself, still is one).
 
 Batches of rows are `raypipe.stream.gather`'s; a store's manifest is `raypipe.store`'s.
 """

@@ -30,7 +30,9 @@ from raypipe.errors import MissingInput, NoSpace, StoreCorrupt
 
 _log = logging.getLogger(__name__)
 _META = "meta.json"
-_MODEL = "model.pt"
+_FORMAT = ("raypipe-checkpoint", 1)
+# torch says no more than "write failed": with less than this free, the disk was the reason.
+_SLACK = 1 << 20
 _GENERATION = re.compile(r"(last|best)(?:-(\d+))?\Z")
 
 
@@ -56,15 +58,19 @@ def save(
     """
     staging = run_dir / f".{name}.writing"
     shutil.rmtree(staging, ignore_errors=True)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    needed = _tensor_bytes(contents)
+    _require_space(run_dir, needed)
     try:
-        staging.mkdir(parents=True)
+        staging.mkdir()
         files = {f"{stem}.pt": _write(staging / f"{stem}.pt", c) for stem, c in contents.items()}
-        record = {"format": "raypipe-checkpoint", "version": 1, "files": files, **meta}
+        record = {"format": _FORMAT[0], "version": _FORMAT[1], "files": files, **meta}
         _write_bytes(staging / _META, json.dumps(record, indent=1).encode())
         _sync_folder(staging)
     except (OSError, RuntimeError) as error:  # torch wraps a failed write in RuntimeError
+        explained = _explained(error, run_dir, needed)  # before staging gives its bytes back
         shutil.rmtree(staging, ignore_errors=True)
-        raise _explained(error, run_dir) from error
+        raise explained from error
     _rotate(run_dir, name, keep, staging)
     return run_dir / name
 
@@ -160,6 +166,8 @@ def _inspect(path: Path) -> tuple[dict[str, Any] | None, str]:
     """(meta, "") of a whole checkpoint, or (None, what is wrong with it)."""
     try:
         meta = json.loads((path / _META).read_bytes())
+        if (meta["format"], meta["version"]) != _FORMAT:
+            return None, f"{path} is of another format than {_FORMAT}"
         for name, expected in meta["files"].items():
             if _digest(path / name) != expected:
                 return None, f"{path / name} is not as it was written"
@@ -199,12 +207,32 @@ def _sync_folder(path: Path) -> None:
         os.close(descriptor)
 
 
-def _explained(error: Exception, run_dir: Path) -> Exception:
-    free = shutil.disk_usage(run_dir if run_dir.is_dir() else run_dir.parent).free
+def _require_space(run_dir: Path, needed: int) -> None:
+    """Raise NoSpace before anything is written that the disk cannot hold."""
+    free = shutil.disk_usage(run_dir).free
+    if free < needed:
+        raise NoSpace(_full(run_dir, needed, free))
+
+
+def _explained(error: Exception, run_dir: Path, needed: int) -> Exception:
+    """NoSpace for a write that a full disk ended, the error itself for any other."""
+    free = shutil.disk_usage(run_dir).free
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-    if full or (isinstance(error, RuntimeError) and free < (1 << 20)):
-        return NoSpace(
-            f"{run_dir}: the disk is full ({free} bytes free) while writing a checkpoint; "
-            "free space, then run the same command to resume"
-        )
+    if full or (isinstance(error, RuntimeError) and free < _SLACK):
+        return NoSpace(_full(run_dir, needed, free))
     return error
+
+
+def _full(run_dir: Path, needed: int, free: int) -> str:
+    return (
+        f"{run_dir}: the disk is full: a checkpoint needs about {needed} bytes, {free} are free; "
+        "free space, then run the same command to resume"
+    )
+
+
+def _tensor_bytes(content: Any) -> int:
+    """Bytes of all tensors in nested dicts and lists."""
+    if isinstance(content, Tensor):
+        return content.nbytes
+    parts = content.values() if isinstance(content, Mapping) else content
+    return sum(map(_tensor_bytes, parts)) if isinstance(content, Mapping | list | tuple) else 0

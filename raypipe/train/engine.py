@@ -119,8 +119,8 @@ class Engine:
                 torch.distributed.broadcast(buffer, src=0)
 
     def model_state(self) -> dict[str, Tensor]:
-        """The bare module's state_dict, on the CPU (safe to save from rank 0)."""
-        return {k: v.detach().cpu().contiguous() for k, v in self.module.state_dict().items()}
+        """The bare module's state_dict, on the CPU; it shares memory with a model that is there."""
+        return {key: value.detach().cpu() for key, value in self.module.state_dict().items()}
 
     def training_state(self) -> dict[str, Any]:
         """All else that resuming needs; collective, because each rank has its own generators."""

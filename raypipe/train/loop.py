@@ -122,11 +122,13 @@ def _begin(ctx: WorkerContext, resume: bool) -> checkpoint.Found | None:
         return checkpoint.newest(ctx.run_dir)
 
     found: checkpoint.Found | None = ctx.on_main(choose)
-    if found and not found.path.is_dir():
-        raise ConfigError(
-            f"worker {ctx.rank} cannot see {found.path}; put the run on a shared disk"
-        )
+    ctx.together(lambda: _check_visible(found, ctx))
     return found
+
+
+def _check_visible(found: checkpoint.Found | None, ctx: WorkerContext) -> None:
+    if found and not found.path.is_dir():
+        raise ConfigError(f"worker {ctx.rank} cannot see {found.path}; put it on a shared disk")
 
 
 class _Fit:
@@ -157,13 +159,16 @@ class _Fit:
         self._announce()
         with MetricsLog(log_path, log_bytes) as self.log, ExitStack() as stack:
             if self.progress.cursor < self.plan.end:
-                train, self.val = (stack.enter_context(self._gatherer()) for _ in range(2))
+                train, self.val = self.ctx.together(lambda: self._open(stack))
                 self._steps(slices(self.progress.cursor), train)
         return self._result()
 
-    def _gatherer(self) -> Gatherer:
-        device = self.ctx.torch_device
-        return Gatherer(self.task.sources(), self.cfg.batch_size, device, _DEPTH)
+    def _open(self, stack: ExitStack) -> tuple[Gatherer, Gatherer]:
+        """For training, and for validation: one ring has a batch of the next epoch in it by then."""
+        sources, device = self.task.sources(), self.ctx.torch_device
+        new = (Gatherer(sources, self.cfg.batch_size, device, _DEPTH) for _ in range(2))
+        train, val = (stack.enter_context(gatherer) for gatherer in new)
+        return train, val
 
     def _steps(self, slices: Iterator[StepSlice], train: Gatherer) -> None:
         """All steps that are left, or those until someone asks to stop."""

@@ -100,7 +100,7 @@ def test_linked_subject_folder_is_whose_the_link_says(data: Path, tmp_path: Path
 
 
 def test_wrong_subject(data: Path) -> None:
-    with pytest.raises(UnknownName, match=r"subj03.*subj01, subj02"):
+    with pytest.raises(UnknownName, match=r"subj03.*subj02, subj01.*choose"):
         AlgonautsSubject.open(data, "03")
     with pytest.raises(UnknownName, match="subj01"):
         AlgonautsSubject.open(data / "subj01", "02")  # the folder is another's

@@ -52,8 +52,11 @@ def test_what_numpy_saves(tmp_path: Path) -> None:
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_all_protocols_and_numpy_scalars(tmp_path: Path, protocol: int) -> None:
     entries = {
-        np.int64(-(2**40)): np.str_("a"), np.uint8(255): "b", np.dtype(">i4").type(7): np.str_("größer"), 3: "",
-    }  # fmt: skip
+        np.int64(-(2**40)): np.str_("a"),
+        np.uint8(255): "b",
+        np.dtype(">i4").type(7): np.str_("größer"),
+        3: "",
+    }
     path = write_object(tmp_path / "m.npy", pickle.dumps(boxed(entries), protocol))
     loaded = load_roi_mapping(path)
     assert loaded == {int(key): str(value) for key, value in entries.items()}

@@ -267,6 +267,14 @@ def test_a_really_full_disk_is_no_space(noisy: ToyTask, tmp_path: Path) -> None:
         subprocess.run(["umount", str(mount)], check=True)
 
 
+def test_space_is_asked_for_before_a_byte_is_written(tmp_path: Path) -> None:
+    free = shutil.disk_usage(tmp_path).free
+    huge = torch.zeros(1).expand(free // 4 + 1)  # as large as the disk, but for its storage
+    with pytest.raises(NoSpace, match=rf"about {huge.nbytes} bytes, \d+ are free"):
+        checkpoint.save(tmp_path, "last", {"state": {"deep": [huge]}}, {})
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_torn_log_line_is_cut_off(noisy: ToyTask, tmp_path: Path) -> None:
     cfg = config(checkpoint_every_steps=2)
     run(noisy, cfg, tmp_path / "whole")

@@ -55,6 +55,8 @@ class Runs:
         go("to-two", self.toy, config())
         self.note(rank, "lost row", self.failure(lambda: self.lose_a_row(rank, world)))
         self.note(rank, "full disk", self.failure(lambda: self.full_disk(rank, go)))
+        elsewhere = replace(self.toy, data=self.root / "data" if rank == 0 else self.root / "no")
+        self.note(rank, "no data", self.failure(lambda: go("no", elsewhere, config())))
         reports: list[dict[str, Any]] = []
         go("reported", self.toy, config(batch_size=4), report=reports.append)
         self.note(rank, "reports", [r["val_loss"] for r in reports])
@@ -187,6 +189,7 @@ def test_a_run_of_two_goes_on_as_one(runs: Runs) -> None:
 def test_a_failure_of_one_is_known_to_both(runs: Runs) -> None:
     assert all("trained on 7 of its 8 rows" in text for text in runs.noted("lost row"))
     assert runs.noted("full disk") == ["NoSpace: the disk is full"] * 2
+    assert all("MissingInput" in text for text in runs.noted("no data"))
 
 
 def test_every_rank_reports_the_same(runs: Runs) -> None:
