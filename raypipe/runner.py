@@ -237,7 +237,7 @@ class TrainProgress:
         """Take in what was written since the last call."""
         for record in self._new_records():
             if record.get("kind") == "step":
-                self._count(record["global_step"])
+                self._count(record["global_step"] + 1)
             elif record.get("kind") == "epoch" and self._bar is not None:
                 self._bar.note(_epoch_line(record))
 
@@ -270,6 +270,6 @@ class TrainProgress:
 
 def _epoch_line(record: dict[str, Any]) -> str:
     """``epoch 3: train_loss 1.51, val_loss 1.62 (best)``."""
-    named = ("train_loss", "val_loss", "val_mean_r")
+    named = ("train_loss", "val_loss", "val_r")
     values = [f"{key} {record[key]:.4f}" for key in named if record.get(key) is not None]
     return f"epoch {record['epoch'] + 1}: {', '.join(values)}{' (best)' if record['best'] else ''}"

@@ -36,7 +36,7 @@ def build(spec: BackboneSpec, *, n_classes: int | None = None) -> nn.Module:
             f"{spec.name} cannot be built with {dict(spec.options)}: {reason}; "
             "choose another --image-size or none"
         ) from error
-    return model.eval().requires_grad_(False)
+    return model.eval()
 
 
 def build_on_meta(spec: BackboneSpec) -> nn.Module:
@@ -63,7 +63,7 @@ def load_file(spec: BackboneSpec, path: Path) -> nn.Module:
     Raises WeightsUnavailable when the file is not readable as plain tensors or is of another model.
     """
     try:
-        return _LOADERS[spec.library](spec, path).eval().requires_grad_(False)
+        return _LOADERS[spec.library](spec, path).eval()
     except InputError:
         raise
     except (

@@ -48,7 +48,7 @@ class Backbone:
         self.n_parameters = sum(parameter.numel() for parameter in model.parameters())
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
         # model.to(memory_format=contiguous_format) is a no-op that torch refuses for some modules
-        model = model.to(device)
+        model = model.eval().requires_grad_(False).to(device)
         self._model = model.to(memory_format=torch.channels_last) if channels_last else model
         self._taps = Taps(self._model, spec)
 
@@ -144,6 +144,7 @@ def shapes(spec: BackboneSpec, image_hw: tuple[int, int]) -> dict[str, tuple[int
 def _layouts(spec: BackboneSpec, height: int, width: int) -> tuple[tuple[str, TokenLayout], ...]:
     rows, columns = spec.preprocess.output_size(height, width)
     model = build_on_meta(spec)
+    _check_patches(spec, model, rows, columns)
     try:
         with torch.inference_mode(), torch.device("meta"):
             taken = Taps(model, spec).run(torch.empty(1, 3, rows, columns))
@@ -170,6 +171,20 @@ def _layout(spec: BackboneSpec, model: nn.Module, taken: Taken, hw: tuple[int, i
     if grid[0] * grid[1] and n_tokens == n_prefix + grid[0] * grid[1]:
         return TokenLayout(n_tokens=n_tokens, dim=dim, n_prefix=n_prefix, grid=grid)
     return TokenLayout(n_tokens=n_tokens, dim=dim)
+
+
+def _check_patches(spec: BackboneSpec, model: nn.Module, rows: int, columns: int) -> None:
+    """Raises ConfigError for a chosen size of which the model would drop the last pixels.
+
+    A model's own size may do that (SigLIP's 384 by patches of 14), and is left to it.
+    """
+    patch = spec.patch_size or _patch_size(getattr(model, "trunk", model))
+    chosen = {"img_size", "image_size"} & dict(spec.options).keys()
+    if chosen and patch and (rows % patch or columns % patch):
+        raise ConfigError(
+            f"image size {rows} is no multiple of {spec.name}'s patch of {patch} pixels; "
+            f"choose {max(rows // patch, 1) * patch} or {(rows // patch + 1) * patch}"
+        )
 
 
 def _patch_size(trunk: nn.Module) -> int | None:

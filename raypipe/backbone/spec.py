@@ -38,7 +38,7 @@ class LayerSpec:
     dim: int | None = None
 
     def __post_init__(self) -> None:
-        if self.folder != safe_name(self.folder):
+        if not self.folder or self.folder != safe_name(self.folder):
             raise ConfigError(
                 f"folder {self.folder!r} is not a plain folder name; try {safe_name(self.folder)!r}"
             )

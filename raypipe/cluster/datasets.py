@@ -99,7 +99,7 @@ def plan_dataset(plan: StreamPlan, rank: int, world: int, start: Cursor) -> ray.
     source = PlanSource(plan, rank, world, start)
     dataset = ray.data.read_datasource(
         source,
-        ray_remote_args={"num_cpus": READ_CPUS},
+        num_cpus=READ_CPUS,
         # Fewer blocks than read tasks would split tasks' outputs anew.
         override_num_blocks=max(1, len(source.spans)),
     )

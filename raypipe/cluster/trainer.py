@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchTrainer
 
 from raypipe.cluster.datasets import PlanDataConfig, plan_dataset, read_slices
@@ -73,6 +73,7 @@ def train_on_ray(
             name="ray-train",
             storage_path=str(run_dir),
             failure_config=FailureConfig(max_failures=MAX_FAILURES),
+            callbacks=[_NoSecondTry()],
         ),
     )
     return _fit_in_thread(trainer, tick)
@@ -98,21 +99,43 @@ def _fit_in_thread(trainer: TorchTrainer, tick: Callable[[], None]) -> FitResult
     return box["result"].return_value
 
 
+class _NoSecondTry(UserCallback):
+    """Ends training at the first error that raypipe raised itself: another try would end alike.
+
+    What a callback raises in the controller is final; other failures are retried by Ray Train.
+    """
+
+    def after_exception(
+        self, run_context: object, worker_exceptions: dict[int, Exception]
+    ) -> None:
+        for rank in sorted(worker_exceptions):
+            ours = _ours_within(worker_exceptions[rank])
+            if ours is not None:
+                raise ours
+
+
+def _ours_within(error: BaseException | None) -> RaypipeError | None:
+    """The raypipe error that Ray's wrappers hold, if there is one."""
+    for _ in range(10):
+        if error is None or isinstance(error, RaypipeError):
+            return error
+        inner = (getattr(error, "controller_failure", None), getattr(error, "cause", None))
+        error = next((e for e in (*inner, error.__cause__) if e is not None and e is not error), None)
+    return None
+
+
 def _our_error(error: BaseException) -> BaseException:
     """The raypipe error inside Ray Train's, or WorkerFailed naming the first cause."""
+    ours = _ours_within(error)
+    if ours is not None:
+        return ours
     failures = getattr(error, "worker_failures", None) or {}
-    for rank in sorted(failures):
-        cause = getattr(failures[rank], "cause", None) or failures[rank]
-        while cause is not None:
-            if isinstance(cause, RaypipeError):
-                return cause
-            cause = cause.__cause__
     first = failures[min(failures)] if failures else error
     lines = [line.strip() for line in str(first).splitlines() if line.strip()]
-    reason = lines[-1] if lines else type(first).__name__
     failed = WorkerFailed(
-        f"training failed {MAX_FAILURES + 1} times, last with: {reason}; its checkpoints are kept: "
-        "mend the cause and run the same command again"
+        f"training failed {MAX_FAILURES + 1} times, last with: "
+        f"{lines[-1] if lines else type(first).__name__}; its checkpoints are kept: mend the cause "
+        "and run the same command again"
     )
     failed.__cause__ = error
     return failed

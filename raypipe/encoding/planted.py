@@ -223,10 +223,20 @@ def _write_responses(
     mean, std = signals[0].mean(0), signals[0].std(0)
     places = ("training_split/training_fmri", "training"), ("test_split/test_fmri", "test")
     for signal, (place, kind) in zip(signals, places, strict=True):
-        noise = rng.standard_normal(signal.shape)
-        response = np.sqrt(truth.nc) * (signal - mean) / std + np.sqrt(1 - truth.nc) * noise
+        response = respond(signal, truth.nc, mean, std, rng)
         (folder / place).mkdir(parents=True, exist_ok=True)
         np.save(folder / place / f"{hemi}_{kind}_fmri.npy", response.astype(np.float32))
+
+
+def respond(
+    signal: Floats, nc: Floats, mean: Floats, std: Floats, rng: np.random.Generator
+) -> Floats:
+    """Responses to ``signal`` (n, V) of which the part ``nc`` (V,) of the variance is explainable.
+
+    mean, std : (V,) of the signal over the training images.
+    """
+    noise = rng.standard_normal(signal.shape)
+    return np.asarray(np.sqrt(nc) * (signal - mean) / std + np.sqrt(1 - nc) * noise)
 
 
 def _write_mappings(folder: Path) -> None:

@@ -7,6 +7,7 @@ model in it are refused. Training itself is ``raypipe.train``'s, by whatever run
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -190,6 +191,8 @@ def _claim(cfg: FitConfig, ready: Prepared) -> dict[str, Any]:
     split_file = ready.run_dir / "split.json"
     if not cfg.resume:
         split_file.unlink(missing_ok=True)
+        for old in ("evaluation", "predictions"):  # of the weights that are about to go
+            shutil.rmtree(ready.run_dir / old, ignore_errors=True)
     record = run_record(cfg) | {
         "kind": "encode fit",
         "subject": ready.subject,

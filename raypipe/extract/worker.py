@@ -24,7 +24,7 @@ from raypipe.backbone import BackboneSpec
 from raypipe.backbone.model import load as load_backbone
 from raypipe.errors import BadImage, InputError, MemoryBudgetExceeded
 from raypipe.extract.plan import RangeItem
-from raypipe.read import read_image
+from raypipe.read import Undecodable, try_read_image
 from raypipe.runner import Done
 from raypipe.store import RowSource, ShardWriter, WriterTarget
 
@@ -168,12 +168,9 @@ class ExtractWorker:
 
     def _decode_one(self, path: Path, out: np.ndarray) -> RowSource:
         """Decode and resize into ``out`` (H, W, 3); a bad image leaves it zero, with the reason."""
-        try:
-            image = read_image(path)
-        except BadImage as error:
-            if self._setup.fail_on_bad_image:
-                raise
-            return RowSource(digest="", size_bytes=_size(path), reason=str(error))
+        image = try_read_image(path)
+        if isinstance(image, Undecodable):
+            return self._bad(path, image)
         preprocess = self._backbone.spec.preprocess
         if preprocess.resize is None and image.pixels.shape[:2] != self._setup.image_hw:
             got, want = image.pixels.shape[:2], self._setup.image_hw
@@ -181,8 +178,16 @@ class ExtractWorker:
                 f"{path.name} has {got[0]}x{got[1]} pixels, the first image {want[0]}x{want[1]}; "
                 f"{self._backbone.spec.name} does not resize: give --image-size, or sort them apart"
             )
-        out[...] = preprocess.host(image.pixels)
+        try:
+            out[...] = preprocess.host(image.pixels)
+        except BadImage as error:  # too narrow to be resized
+            return self._bad(path, Undecodable(str(error), image.digest, image.size_bytes))
         return RowSource(digest=image.digest, size_bytes=image.size_bytes, reason=None)
+
+    def _bad(self, path: Path, image: Undecodable) -> RowSource:
+        if self._setup.fail_on_bad_image:
+            raise BadImage(f"{path}: {image.reason}; mend or remove it, or --on-bad-image mark")
+        return RowSource(digest=image.digest, size_bytes=image.size_bytes, reason=image.reason)
 
     # --- forward -----------------------------------------------------------------------------
 
@@ -284,9 +289,3 @@ def _join(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
         return parts[0]
     return {layer: np.concatenate([part[layer] for part in parts]) for layer in parts[0]}
 
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from tyro.conf import Positional
+
 from raypipe.report import build_report
 
 
@@ -12,7 +14,7 @@ from raypipe.report import build_report
 class ReportConfig:
     """Rebuild report.html from the files of a run folder."""
 
-    run_dir: Path
+    run_dir: Positional[Path]
     """A run folder, of one subject or of several."""
 
 

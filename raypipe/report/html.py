@@ -40,7 +40,8 @@ def run_page(run_dir: Path) -> Page:
         found += _of_subject(folders[subj], run, f"Subject {subj} · " if several else "")
     names = ", ".join(f"subject {subj}" for subj in folders if subj)
     feature = ((parent.get("config") or {}).get("feature")) or ""
-    subtitle = " · ".join(filter(None, [names, feature, str(parent.get("started", ""))]))
+    started = str(parent.get("started", ""))[:16].replace("T", " ")
+    subtitle = " · ".join(filter(None, [names, feature, started]))
     title = {"encode fit": "Brain encoding"}.get(str(parent.get("kind")), "Run")
     return Page(
         title, subtitle, found, f"raypipe {parent.get('raypipe', '')} · {run_dir.resolve()}"

@@ -85,7 +85,7 @@ def _draw_loss(ax: Axes, curves: Curves) -> None:
     finite = finite[np.isfinite(finite)]
     if finite.size and finite.min() > 0 and finite.max() > 20 * finite.min():
         ax.set_yscale("log")
-    ax.legend(frameon=False, fontsize=10)
+    _legend(ax, "best")
 
 
 def _draw_scores(ax: Axes, curves: Curves, scores: Mapping[str, Floats]) -> None:
@@ -97,7 +97,7 @@ def _draw_scores(ax: Axes, curves: Curves, scores: Mapping[str, Floats]) -> None
         label = HEMI_NAMES.get(hemi, name.removeprefix("val_").replace("_", " "))
         ax.plot(curves.epoch_end, values, "o-", ms=4, lw=2, color=colour, label=label)
     _dress(ax, "Validation correlation", "optimiser step", "Pearson r, mean over vertices")
-    ax.legend(frameon=False, fontsize=10, loc="lower right")
+    _legend(ax, "lower right")
 
 
 def _mark_best(ax: Axes, curves: Curves, *, label: bool = True) -> None:
@@ -218,7 +218,7 @@ def vertex_histogram(
     _zoom(axes[0], np.concatenate(list(r.values())))
     _dress(axes[0], "All vertices", "Pearson r on held-out images", "number of vertices")
     axes[0].margins(y=0.25)
-    axes[0].legend(frameon=False, fontsize=10, loc="upper left")
+    _legend(axes[0], "upper left")
     if ceiling_r:
         _draw_against_ceiling(axes[1], r, ceiling_r)
     return fig
@@ -241,7 +241,12 @@ def _draw_against_ceiling(
         ax.scatter(x, values, s=size, alpha=alpha, lw=0, color=colour, rasterized=True)
     _dress(ax, "Against the noise ceiling", "ceiling of r, √(explainable variance)", "Pearson r")
     ax.set_xlim(-0.02, 1.0)
-    ax.legend(frameon=False, fontsize=10, loc="upper left")
+    _legend(ax, "upper left")
+
+
+def _legend(ax: Axes, place: str) -> None:
+    """On white, so that no line runs through the words."""
+    ax.legend(fontsize=10, loc=place, facecolor="white", edgecolor="none", framealpha=0.9)
 
 
 def _dress(ax: Axes, title: str, x: str, y: str) -> None:
@@ -256,13 +261,13 @@ def _dress(ax: Axes, title: str, x: str, y: str) -> None:
     ax.set_axisbelow(True)
 
 
-def png(fig: Figure, dpi: int = 200) -> bytes:
+def png(fig: Figure, dpi: int = 150) -> bytes:
     """The figure as PNG: the same bytes for the same figure (no date, no version inside)."""
     buffer = io.BytesIO()
     fig.savefig(buffer, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
     return buffer.getvalue()
 
 
-def data_uri(fig: Figure, dpi: int = 200) -> str:
+def data_uri(fig: Figure, dpi: int = 150) -> str:
     """The figure as a ``data:`` address, for a page that must stand alone."""
     return "data:image/png;base64," + base64.b64encode(png(fig, dpi)).decode("ascii")

@@ -69,9 +69,23 @@ def score_section(run_dir: Path, run: Run) -> Section | None:
     """Correlations per ROI and vertex, of every split that was evaluated."""
     blocks: list[Block] = []
     for split, words in _SPLITS.items():
-        if _summary(run_dir, split) is not None:
-            blocks += _score_blocks(run_dir / "evaluation" / split, words)
+        summary = _summary(run_dir, split)
+        if summary is not None:
+            blocks += _outdated(summary, run) + _score_blocks(run_dir / "evaluation" / split, words)
     return Section("Prediction of held-out images", blocks) if blocks else None
+
+
+def _outdated(summary: Run, run: Run) -> list[Block]:
+    """A warning when training went on to a better epoch after the evaluation."""
+    best = (run.get("result") or {}).get("best_epoch")
+    if summary.get("checkpoint") != "best" or best is None or summary.get("epoch") == best:
+        return []
+    return [
+        Note(
+            f"These scores are of epoch {summary.get('epoch', -1) + 1}; training has since found a"
+            f" better one, epoch {best + 1}. Run raypipe encode evaluate again."
+        )
+    ]
 
 
 def _score_blocks(folder: Path, words: str) -> list[Block]:

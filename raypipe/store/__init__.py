@@ -8,11 +8,12 @@ files). Making features is `backbone`'s business, feeding them to training is `s
 
 from __future__ import annotations
 
+from raypipe.store.discard import discard_store
 from raypipe.store.info import describe, find_shards
 from raypipe.store.journal import CommitRecord, RowSource
 from raypipe.store.narrow import from_bfloat16, to_bfloat16
 from raypipe.store.reader import FeatureStore, StoreLocator, open_locator
-from raypipe.store.run import Progress, ShardRun, discard_store, open_for_writing, space_needed
+from raypipe.store.run import Progress, ShardRun, open_for_writing, space_needed
 from raypipe.store.schema import ShardSpec
 from raypipe.store.space import require_space
 from raypipe.store.verify import VerifyReport, verify

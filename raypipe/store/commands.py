@@ -115,5 +115,7 @@ def verify_line(path: Path, report: VerifyReport) -> str:
 def _shards(store: Path) -> list[Path]:
     found = find_shards(store)
     if not found:
-        raise MissingInput(f"{store}: no store there; give a shard's .npy file or a folder of stores")
+        raise MissingInput(
+            f"{store}: no store there; give a shard's .npy file or a folder of stores"
+        )
     return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,13 +26,14 @@ from raypipe.store.layout import CellGrid
 from raypipe.store.narrow import NarrowingError
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a record's line lies."""
+class Claim(NamedTuple):
+    """What one record says of its cell, and where its line lies (file -1: in no journal)."""
 
-    file: int
-    offset: int
-    length: int
+    checksum: int
+    batch: int
+    attempt: int
+    error: tuple[float, float, float]
+    place: tuple[int, int, int] = (-1, 0, 0)  # file, offset, length
 
 
 class Commits:
@@ -52,7 +54,7 @@ class Commits:
         self.error = np.zeros((cells, 3))
         self.files: list[Path] = []
         self._place = np.zeros((cells, 3), np.int64)  # file, offset, length
-        self._rivals: dict[int, list[tuple[CommitRecord, Place | None]]] = {}
+        self._rivals: dict[int, list[Claim]] = {}
 
     @classmethod
     def read(cls, grid: CellGrid, journals: Sequence[Path], fingerprint: str) -> Commits:
@@ -65,37 +67,55 @@ class Commits:
         return commits
 
     def _add_line(self, file: int, line: Line) -> None:
+        # Not CommitRecord.from_fields: its thousands of sources are not looked at here, and
+        # building them would take most of the time of reading.
+        fields = line.fields
         try:
-            record = CommitRecord.from_fields(line.fields)
+            relative, normal, absolute = map(float, fields["error"])
+            claim = Claim(
+                int(fields["xxh3"], 16),
+                int(fields["batch"]),
+                int(fields["attempt"]),
+                (relative, normal, absolute),
+                (file, line.offset, len(line.raw)),
+            )
+            self._add(fields["lo"], fields["hi"], len(fields["sources"]), claim)
         except (KeyError, TypeError, ValueError):
             self.count.damaged += 1
-            return
-        self.add(record, Place(file, line.offset, len(line.raw)))
 
-    def add(self, record: CommitRecord, place: Place | None = None) -> None:
+    def add(self, record: CommitRecord) -> None:
         """Take in one record; one that is no cell of this grid is counted as damaged.
 
         Two records of one cell with other checksums (a halved batch, done again by another
         worker) are rivals: the first stands until `resolve` has seen the disk.
         """
-        cell = self.grid.cell_at(record.lo, record.hi)
-        if cell is None or len(record.sources) != record.hi - record.lo:
+        error = record.error
+        claim = Claim(
+            int(record.checksum, 16),
+            record.batch,
+            record.attempt,
+            (error.relative, error.relative_normal, error.absolute),
+        )
+        self._add(record.lo, record.hi, len(record.sources), claim)
+
+    def _add(self, lo: int, hi: int, n_sources: int, claim: Claim) -> None:
+        cell = self.grid.cell_at(lo, hi)
+        if cell is None or n_sources != hi - lo:
             self.count.damaged += 1
             return
-        self.retried[cell] |= record.attempt > 1
+        if claim.attempt > 1:
+            self.retried[cell] = True
         if not self.done[cell]:
-            self._set(cell, record, place)
-        elif int(record.checksum, 16) != int(self.checksum[cell]):
-            self._rivals.setdefault(cell, []).append((record, place))
+            self._set(cell, claim)
+        elif claim.checksum != int(self.checksum[cell]):
+            self._rivals.setdefault(cell, []).append(claim)
 
-    def _set(self, cell: int, record: CommitRecord, place: Place | None) -> None:
+    def _set(self, cell: int, claim: Claim) -> None:
         self.done[cell] = True
-        self.checksum[cell] = int(record.checksum, 16)
-        self.batch[cell] = record.batch
-        error = record.error
-        self.error[cell] = error.relative, error.relative_normal, error.absolute
-        if place is not None:
-            self._place[cell] = place.file, place.offset, place.length
+        self.checksum[cell] = claim.checksum
+        self.batch[cell] = claim.batch
+        self.error[cell] = claim.error
+        self._place[cell] = claim.place
 
     @property
     def disputed(self) -> list[int]:
@@ -108,9 +128,9 @@ class Commits:
         rivals = self._rivals.pop(cell, [])
         if found == int(self.checksum[cell]):
             return True
-        for record, place in rivals:
-            if found == int(record.checksum, 16):
-                self._set(cell, record, place)
+        for claim in rivals:
+            if found == claim.checksum:
+                self._set(cell, claim)
                 return True
         self.done[cell] = False
         return False
@@ -171,14 +191,17 @@ class RowTable:
         table = cls(np.zeros(rows, f"S{MAX_DIGEST}"), np.zeros(rows, np.int64), {})
         for raw in lines:
             fields = open_line(raw)
-            if fields is None:
-                raise StoreCorrupt("a journal changed while it was read; run the command again")
-            table._add(CommitRecord.from_fields(fields))
+            try:
+                table._add(fields or {})
+            except (KeyError, TypeError, ValueError, IndexError) as error:
+                raise StoreCorrupt(
+                    f"a journal line changed while it was read ({error!r}); run again"
+                ) from None
         return table
 
-    def _add(self, record: CommitRecord) -> None:
-        for row, source in enumerate(record.sources, record.lo):
-            self.digest[row] = source.digest.encode()
-            self.size_bytes[row] = source.size_bytes
-            if source.reason is not None:
-                self.reasons[row] = source.reason
+    def _add(self, fields: dict[str, Any]) -> None:
+        for row, (digest, size_bytes, *reason) in enumerate(fields["sources"], fields["lo"]):
+            self.digest[row] = digest
+            self.size_bytes[row] = size_bytes
+            if reason:
+                self.reasons[row] = reason[0]

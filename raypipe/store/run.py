@@ -24,6 +24,7 @@ import xxhash
 
 from raypipe.errors import FingerprintMismatch, NoSpace, StoreCorrupt, StoreError
 from raypipe.store.commits import Commits, RowTable
+from raypipe.store.discard import remove_contents, tidy
 from raypipe.store.durable import fsync_dir, make_dirs, move, pwrite_all, remove, write_atomic
 from raypipe.store.fence import Fence, FenceState
 from raypipe.store.flocks import Flock
@@ -92,21 +93,6 @@ def open_for_writing(
         run._let_go()
         raise
     return run
-
-
-def discard_store(path: Path) -> None:
-    """Remove a shard and all that belongs to it; StoreLocked while a run writes it."""
-    paths = ShardPaths.of(path)
-    if not paths.folder.is_dir():
-        return
-    lock = take_lock(paths)
-    try:
-        _pass_the_fence(paths)
-        _remove_contents(paths)
-        remove([paths.manifest])
-        _tidy(paths)
-    finally:
-        lock.close()
 
 
 class ShardRun:
@@ -247,7 +233,7 @@ class ShardRun:
         """Remove what is there. Said first in the manifest: a crash half-way is then no riddle."""
         if manifest is not None:
             manifest.with_state(DISCARDED).write()
-        _remove_contents(self.paths)
+        remove_contents(self.paths)
 
     def _is_ours(self) -> bool:
         """Whether the file at the final name can be our data: named, then crashed before sealed."""
@@ -275,7 +261,7 @@ class ShardRun:
             if manifest is None:  # new, and it does not fit: as if never begun
                 remove([self.paths.partial, self.paths.manifest])
                 self._owner = None
-                _tidy(self.paths)
+                tidy(self.paths)
             raise
         self._commits, self.recovery = recover(
             self.spec, self._data, epoch=self.epoch, threads=self._threads
@@ -355,7 +341,7 @@ class ShardRun:
 
     def _finish(self) -> None:
         """Remove what only writing needs; a crash in here leaves a sealed store with leftovers."""
-        _tidy(self.paths)
+        tidy(self.paths)
         self._owner = None
         self._let_go()
 
@@ -400,27 +386,3 @@ def _latest_epoch(paths: ShardPaths, manifest: Manifest | None, fence: Fence) ->
     known += [int(manifest.fields.get("epoch", 0))] if manifest else []
     heads = (path.name.split("-")[0] for path in paths.journals())
     return max(known + [int(head) for head in heads if head.isdigit()])
-
-
-def _pass_the_fence(paths: ShardPaths) -> None:
-    if paths.fence.exists():
-        fence = Fence(paths.fence)
-        state = fence.read()
-        fence.raise_to(FenceState((state.epoch if state else 0) + 1, "", closed=True))
-        fence.close()
-
-
-def _remove_contents(paths: ShardPaths) -> None:
-    """Data, journals and index; the manifest, the fence and the lock stay."""
-    remove([paths.final, paths.partial, paths.index, *paths.journals()])
-
-
-def _tidy(paths: ShardPaths) -> None:
-    """Remove journals, fence, owner, temporary files and, last, the lock that the caller holds."""
-    whole = (paths.manifest, paths.index, paths.owner)
-    temporary = [path.with_name(f".{path.name}.tmp") for path in whole]
-    inside = list(paths.journal.iterdir()) if paths.journal.is_dir() else []
-    remove([*inside, *temporary, paths.owner])
-    with contextlib.suppress(FileNotFoundError):
-        paths.journal.rmdir()
-    remove([paths.lock])

@@ -76,7 +76,7 @@ def preallocate(fd: int, path: Path, size_bytes: int) -> str:
     if code in _UNSUPPORTED:
         require_space({path: need})
         os.ftruncate(fd, max(before.st_size, size_bytes))
-        why = f"sparse: fallocate gave {errno.errorcode[code]}"
+        why = f"sparse: fallocate says {os.strerror(code)!r}"
         log.warning("%s is not preallocated (%s): the disk may fill up later", path, why)
         return why
     if code:

@@ -112,7 +112,7 @@ def test_maps_of_either_memory_order() -> None:
         ("", "nearest"),
         ("timm:", "timm:NAME"),
         ("timm:vit_bse_patch16_224", "timm:vit_base_patch16_224"),
-        ("timm:vit_base_patch16_224.nope", "timm:vit_base_patch16_224.augreg_in21k"),
+        ("timm:vit_base_patch16_224.nope", r"timm:vit_base_patch16_224\.[a-z]"),
         ("vit_base_patch16_224", "timm:vit_base_patch16_224"),
         ("open_clip:ViT-L14", "open_clip:ViT-L-14"),
         ("open_clip:ViT-L-14@openal", "openai"),
@@ -161,8 +161,15 @@ def test_values_outside_of_their_rule(name: str, options: dict[str, object]) -> 
 
 
 def test_a_size_the_model_cannot_take() -> None:
+    for name in ("timm:vit_tiny_patch16_224", "clip", "open_clip:ViT-B-32"):
+        with pytest.raises(ConfigError, match="patch of"):  # the last pixels would be dropped
+            shapes(resolve(name, image_size=230), (9, 9))
+        with pytest.raises(InputError):
+            shapes(resolve(name, image_size=8), (9, 9))
     with pytest.raises(InputError, match="image-size"):
-        shapes(resolve("timm:swin_tiny_patch4_window7_224", image_size=8), (9, 9))
+        shapes(resolve("timm:vit_tiny_patch16_224", layers=["blocks.0"]), (9, 9)) and shapes(
+            resolve("timm:coat_mini", image_size=8), (9, 9)
+        )
 
 
 def test_whose_mean_and_std() -> None:

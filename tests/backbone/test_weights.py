@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def test_random_weights_are_known_numbers() -> None:
     fill_random(model, 5)
     bound = np.float32((3 / 512) ** 0.5)
     np.testing.assert_array_equal(
-        model.get_parameter("fc.weight").numpy().ravel()[:1000], want * bound
+        model.get_parameter("fc.weight").detach().numpy().ravel()[:1000], want * bound
     )
 
 
@@ -81,7 +82,7 @@ def test_random_keeps_constants_and_gives_usable_activations() -> None:
     for name in ("resnet18", "resnet50", TINY, "timm:resnet10t"):
         (tokens,) = load(resolve(name), weights="random:0")(batch).values()
         assert torch.isfinite(tokens).all()
-        assert 0.05 < float(tokens.std()) < 1000  # float16 stores hold it
+        assert 0.05 < float(tokens.std()) < 20
         assert float((tokens[0] - tokens[1]).abs().max()) > 0  # pictures differ
 
 
@@ -118,7 +119,7 @@ def test_digest_is_of_names_dtypes_shapes_and_bytes() -> None:
 # --- a file
 
 
-@pytest.mark.parametrize("name", [TINY, "resnet18", "timm:resnet10t", "open_clip:ViT-B-32"])
+@pytest.mark.parametrize("name", [TINY, "resnet18", "timm:resnet10t", "open_clip:ViT-S-32"])
 @pytest.mark.parametrize("form", [".safetensors", ".pth", "wrapped", "ddp"])
 def test_a_file_gives_its_weights(tmp_path: Path, name: str, form: str) -> None:
     spec = resolve(name)
@@ -170,14 +171,14 @@ def test_the_original_dinov2_release_loads(tmp_path: Path) -> None:
 
 
 def test_a_whole_clip_checkpoint_gives_its_vision_part(tmp_path: Path) -> None:
-    spec = resolve("open_clip:ViT-B-32")
+    spec = resolve("open_clip:ViT-S-32")
     vision = fill_random(build(spec), 4)
     whole = {f"visual.{key}": value for key, value in vision.state_dict().items()}
-    whole |= {"text_projection": torch.zeros(512, 512), "logit_scale": torch.zeros(())}
+    whole |= {"text_projection": torch.zeros(384, 384), "logit_scale": torch.zeros(())}
     path = saved(tmp_path / "clip.pt", {"state_dict": whole})
     assert load(spec, weights=path).weights_sha256 == digest_of(vision)
-    larger = load_file(resolve("open_clip:ViT-B-32", image_size=256), Path(path))
-    assert larger.get_parameter("positional_embedding").shape == (1 + 8 * 8, 768)
+    larger = load_file(resolve("open_clip:ViT-S-32", image_size=256), Path(path))
+    assert larger.get_parameter("positional_embedding").shape == (1 + 8 * 8, 384)
 
 
 class Evil:
@@ -185,7 +186,7 @@ class Evil:
         return (Path.touch, (Path("/tmp/raypipe-evil"),))
 
 
-@pytest.mark.parametrize("name", [TINY, "resnet18", "open_clip:ViT-B-32"])
+@pytest.mark.parametrize("name", [TINY, "resnet18", "open_clip:ViT-S-32"])
 def test_files_that_do_not_fit(tmp_path: Path, name: str) -> None:
     spec = resolve(name)
     state = dict(build(spec).state_dict())
@@ -239,24 +240,12 @@ def test_files_that_are_no_weights(tmp_path: Path) -> None:
 
 def test_a_torchscript_archive_is_named_as_such(tmp_path: Path) -> None:
     """OpenAI's own .pt files are such archives, and hold code."""
-    import zipfile
-
     path = tmp_path / "ViT-L-14.pt"
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, data in (
-            ("version", b"3\n"),
-            ("constants.pkl", b"\x80\x02)."),
-            ("data.pkl", b"\x80\x02)."),
-        ):
-            archive.writestr(f"x/{name}", data)
-        archive.writestr("x/code/x.py", "")
-    with pytest.raises(WeightsUnavailable) as caught:
-        load(resolve("open_clip:ViT-B-32"), weights=str(path))
-    assert (
-        "TorchScript" in str(caught.value)
-        or "does not" in str(caught.value)
-        or "not load" in str(caught.value)
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch means to give TorchScript up
+        torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)), path)
+    with pytest.raises(WeightsUnavailable, match="TorchScript archive"):
+        load(resolve("open_clip:ViT-S-32"), weights=str(path))
 
 
 # --- pretrained

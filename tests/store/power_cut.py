@@ -18,7 +18,17 @@ from typing import Any
 
 import pytest
 
-WATCHED = ("pwrite", "write", "ftruncate", "fsync", "fdatasync", "replace", "unlink", "mkdir", "rmdir")
+WATCHED = (
+    "pwrite",
+    "write",
+    "ftruncate",
+    "fsync",
+    "fdatasync",
+    "replace",
+    "unlink",
+    "mkdir",
+    "rmdir",
+)
 
 
 class Blackout(BaseException):
@@ -49,7 +59,9 @@ class PowerCut:
                 return True
         return False
 
-    def _watch(self, name: str, real: Callable[..., Any], stop_at: int | None) -> Callable[..., Any]:
+    def _watch(
+        self, name: str, real: Callable[..., Any], stop_at: int | None
+    ) -> Callable[..., Any]:
         def operation(*args: Any, **options: Any) -> Any:
             if self.dark:
                 raise Blackout
@@ -60,7 +72,7 @@ class PowerCut:
             self.operations += 1
             if name not in ("fsync", "fdatasync"):
                 return real(*args, **options)
-            path = Path(os.readlink(f"/proc/self/fd/{args[0]}"))
+            path = Path(f"/proc/self/fd/{args[0]}").readlink()
             if path.is_dir():
                 self._sync_names(path)
             else:

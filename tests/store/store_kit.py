@@ -40,7 +40,9 @@ def rows_of(spec: ShardSpec, lo: int, hi: int) -> np.ndarray:
 
 
 def sources_of(lo: int, hi: int, bad: Sequence[int] = ()) -> list[RowSource]:
-    return [RowSource(f"{row:032x}", row, "truncated" if row in bad else None) for row in range(lo, hi)]
+    return [
+        RowSource(f"{row:032x}", row, "truncated" if row in bad else None) for row in range(lo, hi)
+    ]
 
 
 def fill(

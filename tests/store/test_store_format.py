@@ -136,13 +136,13 @@ def test_open_by_folder_and_split(tmp_path):
     assert len(FeatureStore.open(spec.path.parent, "train")) == 10
     with pytest.raises(MissingInput, match=r"no store at .*synt\.npy"):
         FeatureStore.open(spec.path.parent, "synt")
-    with pytest.raises(ConfigError, match="does not end in .npy"):
+    with pytest.raises(ConfigError, match=r"does not end in \.npy"):
         FeatureStore.open(spec.path.parent)
 
 
 def test_foreign_npy_has_no_manifest(tmp_path):
     np.save(tmp_path / "train.npy", np.zeros(3))
-    with pytest.raises(MissingInput, match="has no manifest train.manifest.json"):
+    with pytest.raises(MissingInput, match=r"has no manifest train\.manifest\.json"):
         FeatureStore.open(tmp_path / "train.npy")
 
 

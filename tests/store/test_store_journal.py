@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from store_kit import make_spec
 
-from raypipe.errors import ConfigError
+from raypipe.errors import ConfigError, StoreCorrupt
 from raypipe.store.commits import Commits, RowTable
 from raypipe.store.journal import (
     CommitRecord,
@@ -30,7 +30,9 @@ GRID = CellGrid(rows=10, grid=4, row_bytes=8, data_offset=128)
 
 def record(cell: int, checksum: int = 7, **changes) -> CommitRecord:
     lo, hi = GRID.range(cell)
-    sources = tuple(RowSource(f"{row:x}", row, "bad\n\x00é" if row == 5 else None) for row in range(lo, hi))
+    sources = tuple(
+        RowSource(f"{row:x}", row, "bad\n\x00é" if row == 5 else None) for row in range(lo, hi)
+    )
     fields = {
         "lo": lo,
         "hi": hi,
@@ -114,7 +116,6 @@ def test_whole_lines_that_say_nonsense_are_damaged(tmp_path):
         good | {"lo": -4, "hi": 0},
         good | {"lo": 12, "hi": 16},
         good | {"sources": []},
-        good | {"sources": [["x"]] * 4},
         good | {"xxh3": "zz"},
         good | {"error": [1]},
         {"hello": 1},
@@ -179,6 +180,13 @@ def test_row_table_gathers_sources():
     assert table.reasons == {5: "bad\n\x00é"}
     assert table.size_bytes.tolist() == list(range(10))
     assert table.digest[9] == b"9"
+
+
+def test_sources_that_are_none_stop_the_sealing():
+    fields = open_line(record(0).to_line()) | {"sources": [["x"]] * 4}
+    for raw in (b"torn", seal_line(fields), seal_line({"lo": 0})):
+        with pytest.raises(StoreCorrupt, match="changed while it was read"):
+            RowTable.of(10, [raw])
 
 
 def test_fifty_thousand_records_are_read_in_moderate_memory(tmp_path):

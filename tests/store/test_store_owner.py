@@ -61,9 +61,8 @@ def test_a_second_run_fails_at_once_and_names_the_owner(tmp_path):
 
 def test_a_second_run_in_the_same_process_too(tmp_path):
     spec = make_spec(tmp_path)
-    with open_for_writing(spec, run_id="a"):
-        with pytest.raises(StoreLocked, match="run a"):
-            open_for_writing(spec, run_id="b")
+    with open_for_writing(spec, run_id="a"), pytest.raises(StoreLocked, match="run a"):
+        open_for_writing(spec, run_id="b")
     with open_for_writing(spec, run_id="b") as run:
         assert run.epoch == 2
 
@@ -341,9 +340,9 @@ def test_a_namesake_gets_a_journal_of_its_own(tmp_path):
 
 @pytest.mark.parametrize("writer_id", ["", "a/b", "..\n", "x" * 101, "é"])
 def test_writer_ids_are_file_names(tmp_path, writer_id):
-    with open_for_writing(make_spec(tmp_path), run_id="r") as run:
-        with pytest.raises(ConfigError, match="writer id"):
-            ShardWriter(run.target, writer_id)
+    run = open_for_writing(make_spec(tmp_path), run_id="r")
+    with run, pytest.raises(ConfigError, match="writer id"):
+        ShardWriter(run.target, writer_id)
 
 
 def test_what_write_refuses(tmp_path):

@@ -18,6 +18,7 @@ from train_helpers import (
     ToyModel,
     ToyTask,
     config,
+    grad_norms,
     losses,
     records,
     run,
@@ -30,8 +31,10 @@ from raypipe.train import rng as train_rng
 from raypipe.train.precision import prepare
 
 
-def plain_torch(task: ToyTask, cfg: TrainConfig) -> tuple[list[float], list[float], nn.Module]:
-    """(step losses, epoch val losses, model): the loop that one would write by hand."""
+def plain_torch(
+    task: ToyTask, cfg: TrainConfig
+) -> tuple[list[float], list[float], list[float], nn.Module]:
+    """(step losses, gradient norms, val losses, model): the loop that one would write by hand."""
     x = torch.from_numpy(np.load(task.data / "x.npy")).float()
     y = torch.from_numpy(np.load(task.data / "y.npy"))
     train_rng.seed_all(cfg.seed)
@@ -39,7 +42,7 @@ def plain_torch(task: ToyTask, cfg: TrainConfig) -> tuple[list[float], list[floa
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, cfg.step_size, cfg.gamma)
     plan = StreamPlan(task.train_rows, cfg.seed, cfg.batch_size * cfg.accumulate, cfg.epochs)
-    steps, vals = [], []
+    steps, norms, vals = [], [], []
     for epoch in range(cfg.epochs):
         for step in range(plan.steps_per_epoch):
             rows = plan.step_rows(epoch, step)
@@ -47,21 +50,23 @@ def plain_torch(task: ToyTask, cfg: TrainConfig) -> tuple[list[float], list[floa
             loss = nn.functional.mse_loss(model(x[rows]), y[rows])
             loss.backward()
             assert cfg.clip_norm is not None
-            nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_norm)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.clip_norm)
+            norms.append(norm.item())
             optimizer.step()
             steps.append(loss.item())
         scheduler.step()
         with torch.no_grad():
             vals.append(nn.functional.mse_loss(model(x[task.val_rows]), y[task.val_rows]).item())
-    return steps, vals, model
+    return steps, norms, vals, model
 
 
 @pytest.mark.parametrize("split", [{"batch_size": 16}, {"batch_size": 4, "accumulate": 4}])
 def test_it_trains_as_plain_torch_does(toy: ToyTask, tmp_path: Path, split: dict[str, int]) -> None:
     with torch.random.fork_rng():
-        steps, vals, model = plain_torch(toy, config(**split))
+        steps, norms, vals, model = plain_torch(toy, config(**split))
     result = run(toy, config(**split), tmp_path / "run")
     assert losses(tmp_path / "run") == pytest.approx(steps, rel=2e-5)
+    assert grad_norms(tmp_path / "run") == pytest.approx(norms, rel=2e-4)
     assert losses(tmp_path / "run", "epoch") == pytest.approx(vals, rel=2e-5)
     for name, weight in load_model_state(tmp_path / "run" / "last").items():
         torch.testing.assert_close(weight, model.state_dict()[name], rtol=1e-4, atol=1e-5)

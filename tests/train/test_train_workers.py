@@ -14,11 +14,22 @@ from typing import Any
 
 import pytest
 import torch
-from train_helpers import StopAfter, ToyTask, config, losses, records, run, spawn, write_toy
+from train_helpers import (
+    StopAfter,
+    ToyTask,
+    config,
+    grad_norms,
+    losses,
+    records,
+    run,
+    spawn,
+    write_toy,
+)
 
 from raypipe.errors import NoSpace, RaypipeError
 from raypipe.stream import StepSlice
 from raypipe.train import WorkerContext, checkpoint, fit, load_model_state, precision, training_plan
+from raypipe.train.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -55,6 +66,11 @@ class Runs:
         go("to-two", self.toy, config())
         self.note(rank, "lost row", self.failure(lambda: self.lose_a_row(rank, world)))
         self.note(rank, "full disk", self.failure(lambda: self.full_disk(rank, go)))
+        with torch.random.fork_rng():
+            ctx = WorkerContext(run_dir=self.root / "seeds", rank=rank, world=world)
+            model = Engine(self.toy, config(), ctx).module
+            self.note(rank, "weights", float(model.head.weight.sum()))
+            self.note(rank, "dropout", torch.rand(1).item())
         elsewhere = replace(self.toy, data=self.root / "data" if rank == 0 else self.root / "no")
         self.note(rank, "no data", self.failure(lambda: go("no", elsewhere, config())))
         reports: list[dict[str, Any]] = []
@@ -141,6 +157,7 @@ def same_losses(runs: Runs, ours: str, one: str) -> None:
     for kind in ("step", "epoch"):
         expected = losses(runs.root / one, kind)
         assert losses(runs.root / ours, kind) == pytest.approx(expected, rel=1e-5)
+    assert grad_norms(runs.root / ours) == pytest.approx(grad_norms(runs.root / one), rel=1e-4)
     a, b = (load_model_state(runs.root / name / "last") for name in (ours, one))
     for key in a:
         torch.testing.assert_close(a[key], b[key], rtol=1e-4, atol=1e-5)
@@ -190,6 +207,11 @@ def test_a_failure_of_one_is_known_to_both(runs: Runs) -> None:
     assert all("trained on 7 of its 8 rows" in text for text in runs.noted("lost row"))
     assert runs.noted("full disk") == ["NoSpace: the disk is full"] * 2
     assert all("MissingInput" in text for text in runs.noted("no data"))
+
+
+def test_ranks_share_weights_and_draw_their_own_dropout(runs: Runs) -> None:
+    assert len(set(runs.noted("weights"))) == 1
+    assert len(set(runs.noted("dropout"))) == 2
 
 
 def test_every_rank_reports_the_same(runs: Runs) -> None:

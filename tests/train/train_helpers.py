@@ -171,6 +171,11 @@ def losses(run_dir: Path, kind: str = "step") -> list[float]:
     return [r[key] for r in records(run_dir) if r["kind"] == kind]
 
 
+def grad_norms(run_dir: Path) -> list[float]:
+    """Norms before clipping: AdamW and clipping would both hide a gradient of the wrong size."""
+    return [r["grad_norm"] for r in records(run_dir) if r["kind"] == "step"]
+
+
 def records(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 

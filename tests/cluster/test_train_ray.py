@@ -1,0 +1,165 @@
+"""Real Ray Data and Ray Train: the plan's rows arrive, the loop's losses are those without Ray."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import ray
+import train_helpers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from train_helpers import ToyTask, config, write_toy
+
+from raypipe.cluster.datasets import plan_dataset, read_slices, step_table
+from raypipe.cluster.runner import RayRunner
+from raypipe.errors import ConfigError, WorkerFailed
+from raypipe.runner import LocalRunner
+from raypipe.stream import Cursor, StreamPlan
+
+for module in (sys.modules[__name__], train_helpers):
+    ray.cloudpickle.register_pickle_by_value(module)  # workers cannot import tests
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session"), pytest.mark.slow]
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> ToyTask:
+    return write_toy(tmp_path / "data")
+
+
+@pytest.fixture
+def runner() -> RayRunner:
+    return RayRunner(joined=False, on_event=print)
+
+
+def records(run_dir: Path, kind: str) -> list[dict[str, float]]:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [record for line in lines if (record := json.loads(line))["kind"] == kind]
+
+
+def losses(run_dir: Path) -> list[float]:
+    return [record["loss"] for record in records(run_dir, "step")]
+
+
+@given(
+    n=st.integers(1, 60),
+    per_step=st.integers(1, 20),
+    epochs=st.integers(1, 3),
+    world=st.integers(1, 4),
+    data=st.data(),
+)
+@settings(deadline=None)
+def test_blocks_of_descriptors_are_the_plan(
+    n: int, per_step: int, epochs: int, world: int, data: st.DataObject
+) -> None:
+    plan = StreamPlan(np.arange(n), 3, per_step, epochs)
+    total = epochs * plan.steps_per_epoch
+    lo = data.draw(st.integers(0, total - 1))
+    hi = data.draw(st.integers(lo + 1, total))
+    for rank in range(world):
+        table = step_table(plan, rank, world, lo, hi).to_pylist()
+        whole = list(plan.slices(rank, world, Cursor()))[lo:hi]
+        assert [(r["epoch"], r["step"], r["global_rows"], r["rows"]) for r in table] == [
+            (s.epoch, s.step, s.global_rows, s.rows.tolist()) for s in whole
+        ]
+
+
+@pytest.mark.parametrize(("world", "start"), [(1, Cursor()), (3, Cursor(1, 4))])
+def test_ray_data_brings_each_rank_its_slices_in_order(world: int, start: Cursor) -> None:
+    plan = StreamPlan(np.arange(1000), 1, 7, 3)
+    for rank in range(world):
+        shard = plan_dataset(plan, rank, world, start).iterator()
+        got = [(s.epoch, s.step, s.global_rows, s.rows.tolist()) for s in read_slices(shard)]
+        want = [
+            (s.epoch, s.step, s.global_rows, s.rows.tolist())
+            for s in plan.slices(rank, world, start)
+        ]
+        assert got == want
+
+
+def test_one_ray_worker_trains_as_no_ray_does(
+    toy: ToyTask, runner: RayRunner, tmp_path: Path
+) -> None:
+    cfg = config()
+    by_ray = runner.fit(toy, cfg, tmp_path / "ray", device="cpu")
+    LocalRunner().fit(toy, cfg, tmp_path / "local", device="cpu")
+    np.testing.assert_allclose(losses(tmp_path / "ray"), losses(tmp_path / "local"), rtol=1e-6)
+    assert by_ray.epochs == 3
+    assert by_ray.best_val_loss == pytest.approx(
+        min(r["val_loss"] for r in records(tmp_path / "local", "epoch")), rel=1e-6
+    )
+
+
+def test_two_workers_equal_one_with_twice_the_batch(
+    toy: ToyTask, runner: RayRunner, tmp_path: Path
+) -> None:
+    runner.fit(toy, config(batch_size=4), tmp_path / "two", workers=2, device="cpu")
+    runner.fit(toy, config(batch_size=8), tmp_path / "one", device="cpu")
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-4)
+
+
+@dataclass(frozen=True)
+class SlowTask(ToyTask):
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        time.sleep(0.2)
+        return super().loss(model, batch)
+
+
+def train_workers() -> list[int]:
+    """Processes that run a Train worker's function now."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.cmdline()[:1] and "RayTrainWorker" in process.cmdline()[0]:
+                found.append(process.pid)
+        except psutil.Error:
+            continue
+    return found
+
+
+def test_a_killed_train_worker_goes_on_from_the_last_checkpoint(
+    toy: ToyTask, runner: RayRunner, tmp_path: Path
+) -> None:
+    task = SlowTask(toy.data, dropout=0.2)
+    cfg = config(checkpoint_every_steps=3)
+    killed: list[int] = []
+
+    def kill() -> None:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / "run" / "last" / "meta.json").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        killed.extend(train_workers())
+        os.kill(killed[0], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    result = runner.fit(task, cfg, tmp_path / "run", device="cpu")
+    killer.join()
+    assert killed
+    assert result.epochs == 3
+    LocalRunner().fit(ToyTask(toy.data, dropout=0.2), cfg, tmp_path / "unbroken", device="cpu")
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(tmp_path / "unbroken"), rtol=1e-5)
+
+
+def test_our_errors_reach_the_driver_as_they_are(
+    toy: ToyTask, runner: RayRunner, tmp_path: Path
+) -> None:
+    with pytest.raises(WorkerFailed, match="the loss is nan"):
+        runner.fit(ToyTask(toy.data, poison_row=4), config(), tmp_path / "nan", device="cpu")
+    runner.fit(toy, config(epochs=1), tmp_path / "run", device="cpu")
+    with pytest.raises(ConfigError, match="other options"):
+        runner.fit(toy, config(epochs=1, lr=3e-2), tmp_path / "run", device="cpu")
+    runner.fit(toy, config(epochs=1, lr=3e-2), tmp_path / "run", device="cpu", resume=False)
