@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from raypipe.encoding.run import evaluate
-
 from raypipe.cli import entry
 from raypipe.encoding.config import EvaluateConfig
+from raypipe.encoding.run import evaluate
 
 if __name__ == "__main__":
     sys.exit(entry(EvaluateConfig, evaluate, on_runner=False))

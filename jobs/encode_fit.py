@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from raypipe.encoding.run import fit
-
 from raypipe.cli import entry
 from raypipe.encoding.config import FitConfig
+from raypipe.encoding.run import fit
 
 if __name__ == "__main__":
     sys.exit(entry(FitConfig, fit))

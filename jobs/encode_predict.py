@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from raypipe.encoding.run import predict
-
 from raypipe.cli import entry
 from raypipe.encoding.config import PredictConfig
+from raypipe.encoding.run import predict
 
 if __name__ == "__main__":
     sys.exit(entry(PredictConfig, predict, on_runner=False))

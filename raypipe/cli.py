@@ -130,7 +130,7 @@ def _run(
     both = dataclasses.make_dataclass(
         "Options", [("job", cls), ("launch", LaunchConfig)], frozen=True, kw_only=True
     )
-    options = configs.parse(both, args, prog=prog, description=description)
+    options: Any = configs.parse(both, args, prog=prog, description=description)
     if getattr(options.job, "dry_run", False):  # nothing is computed: no cluster is needed
         run(options.job, None)
         return

@@ -9,6 +9,7 @@ repeated and the order does not depend on timing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -78,11 +79,7 @@ class PlanSource(Datasource):
 def step_table(plan: StreamPlan, rank: int, world: int, lo: int, hi: int) -> pa.Table:
     """Global steps [lo, hi) of ``rank`` as a table of ``SCHEMA``."""
     start = Cursor(*divmod(lo, plan.steps_per_epoch))
-    slices = []
-    for part in plan.slices(rank, world, start):
-        if len(slices) == hi - lo:
-            break
-        slices.append(part)
+    slices = list(islice(plan.slices(rank, world, start), hi - lo))
     return pa.table(
         {
             "epoch": [part.epoch for part in slices],

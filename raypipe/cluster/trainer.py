@@ -105,9 +105,7 @@ class _NoSecondTry(UserCallback):
     What a callback raises in the controller is final; other failures are retried by Ray Train.
     """
 
-    def after_exception(
-        self, run_context: object, worker_exceptions: dict[int, Exception]
-    ) -> None:
+    def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
         for rank in sorted(worker_exceptions):
             ours = _ours_within(worker_exceptions[rank])
             if ours is not None:
@@ -120,7 +118,9 @@ def _ours_within(error: BaseException | None) -> RaypipeError | None:
         if error is None or isinstance(error, RaypipeError):
             return error
         inner = (getattr(error, "controller_failure", None), getattr(error, "cause", None))
-        error = next((e for e in (*inner, error.__cause__) if e is not None and e is not error), None)
+        error = next(
+            (e for e in (*inner, error.__cause__) if e is not None and e is not error), None
+        )
     return None
 
 

@@ -9,9 +9,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from raypipe.errors import BadImage, InputError, MissingInput
+from raypipe.errors import BadImage, ConfigError, InputError, MissingInput
 from raypipe.extract.config import ExtractConfig
-from raypipe.read import AlgonautsSubject, ImageFolder, available_subjects, list_images, read_image
+from raypipe.read import (
+    AlgonautsSubject,
+    ImageFolder,
+    available_subjects,
+    list_images,
+    normalise_subject,
+    read_image,
+)
 
 # A work item is about this many bytes of rows: large enough that its fdatasync is hidden behind
 # the next item's forward pass, small enough that little is lost with a killed worker.
@@ -67,24 +74,33 @@ class RangeItem:
 
 
 def find_groups(cfg: ExtractConfig) -> tuple[Group, ...]:
-    """The groups that ``cfg`` names. Raises MissingInput, UnknownName."""
+    """The groups that ``cfg`` names. Raises MissingInput, UnknownName, ConfigError."""
     if cfg.layout == "folder" or (cfg.layout == "auto" and _holds_images(cfg.data_dir)):
-        paths = ImageFolder.open(cfg.data_dir).image_paths("train")
-        return (Group(cfg.subj[0] if cfg.subj else cfg.data_dir.resolve().name, "train", paths),)
+        return (_folder_group(cfg),)
     subjects = cfg.subj or available_subjects(cfg.data_dir)
     if not subjects:
         raise MissingInput(
-            f"--data-dir {cfg.data_dir} holds neither subjNN folders nor images; give the folder that "
-            "holds subj01, subj02, …, one subject's own folder, or a folder of images"
+            f"--data-dir {cfg.data_dir} holds neither subjNN folders nor images; give the folder "
+            "that holds subj01, subj02, …, one subject's own folder, or a folder of images"
         )
     groups = []
-    for name in dict.fromkeys(subjects):
+    for name in dict.fromkeys(normalise_subject(subj) for subj in subjects):
         subject = AlgonautsSubject.open(cfg.data_dir, name)
         for split in dict.fromkeys(cfg.split or subject.splits):
-            groups.append(
-                Group(subject.subj, subject.shard_name(split), subject.image_paths(split))
-            )
+            shard, paths = subject.shard_name(split), subject.image_paths(split)
+            groups.append(Group(subject.subj, shard, paths))
     return tuple(groups)
+
+
+def _folder_group(cfg: ExtractConfig) -> Group:
+    """A plain folder is one subject, named as the folder or by ``--subj``, with one split."""
+    if len(cfg.subj) > 1 or "test" in cfg.split:
+        raise ConfigError(
+            f"--data-dir {cfg.data_dir} holds plain images: one --subj (a name for the store) at "
+            "most, and no test split; extract a second folder by a second command"
+        )
+    name = cfg.subj[0] if cfg.subj else cfg.data_dir.resolve().name
+    return Group(name, "train", ImageFolder.open(cfg.data_dir).image_paths("train"))
 
 
 def image_hw(groups: Sequence[Group]) -> tuple[int, int]:

@@ -119,7 +119,7 @@ def extract(cfg: ExtractConfig, runner: Runner) -> ExtractSummary:
         device=device,
         precision=cfg.precision,
         torch_threads=max(1, int(needs.cpus)) if device == "cpu" else None,
-        decode_threads=cfg.decode_threads,
+        decode_threads=cfg.decode_threads or (8 if device.startswith("cuda") else 2),
         fail_on_bad_image=cfg.on_bad_image == "fail",
         image_hw=plan.hw,
     )

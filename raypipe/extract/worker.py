@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from raypipe.backbone import BackboneSpec
+from raypipe.backbone.model import Precision
 from raypipe.backbone.model import load as load_backbone
 from raypipe.errors import BadImage, InputError, MemoryBudgetExceeded
 from raypipe.extract.plan import RangeItem
@@ -44,7 +45,7 @@ class WorkerSetup:
     spec: BackboneSpec
     weights: str
     device: str
-    precision: str
+    precision: Precision
     torch_threads: int | None
     decode_threads: int
     fail_on_bad_image: bool
@@ -181,7 +182,10 @@ class ExtractWorker:
         try:
             out[...] = preprocess.host(image.pixels)
         except BadImage as error:  # too narrow to be resized
-            return self._bad(path, Undecodable(str(error), image.digest, image.size_bytes))
+            narrow = Undecodable(
+                reason=str(error), digest=image.digest, size_bytes=image.size_bytes
+            )
+            return self._bad(path, narrow)
         return RowSource(digest=image.digest, size_bytes=image.size_bytes, reason=None)
 
     def _bad(self, path: Path, image: Undecodable) -> RowSource:
@@ -288,4 +292,3 @@ def _join(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     if len(parts) == 1:
         return parts[0]
     return {layer: np.concatenate([part[layer] for part in parts]) for layer in parts[0]}
-

@@ -157,7 +157,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     place = tmp_path / "small"
     place.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True, text=True
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)],
+        capture_output=True,
+        text=True,
     )
     if mounted.returncode:
         pytest.skip(f"mounting a tmpfs is not allowed here: {mounted.stderr.strip()}")
@@ -178,7 +180,9 @@ def test_a_disk_too_small_is_refused_before_a_byte_is_written(
 
 def test_numpy_alone_reads_the_store(config: MakeConfig, images: Path, tmp_path: Path) -> None:
     cfg = config(image_size=64)
-    subprocess.run(command(cfg, "--runner", "local", "--image-size", "64"), check=True, timeout=RUN_S)
+    subprocess.run(
+        command(cfg, "--runner", "local", "--image-size", "64"), check=True, timeout=RUN_S
+    )
     code = (
         "import sys, numpy as np\n"
         "assert not any('raypipe' in m for m in sys.modules)\n"

@@ -54,6 +54,20 @@ def test_a_plain_folder_is_one_group(images: Path, tmp_path: Path) -> None:
     assert image_hw([group]) == (256, 256)
 
 
+def test_a_plain_folder_has_one_subject_and_one_split(images: Path, tmp_path: Path) -> None:
+    for options in ({"subj": ("01", "02")}, {"split": ("test",)}):
+        with pytest.raises(ConfigError, match="plain images"):
+            find_groups(ExtractConfig(data_dir=images, output_dir=tmp_path, **options))
+
+
+def test_a_subject_named_in_two_ways_is_one(tmp_path: Path) -> None:
+    folder = tmp_path / "subj01" / "training_split" / "training_images"
+    folder.mkdir(parents=True)
+    (folder / "train-0001_nsd-00001.png").touch()
+    cfg = ExtractConfig(data_dir=tmp_path, output_dir=tmp_path, subj=("01", "1", "subj01"))
+    assert [group.key for group in find_groups(cfg)] == ["01/train"]
+
+
 def test_empty_and_unreadable_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(MissingInput, match="neither subjNN folders nor images"):
         find_groups(ExtractConfig(data_dir=tmp_path, output_dir=tmp_path))

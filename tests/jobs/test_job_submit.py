@@ -34,7 +34,13 @@ def clean_env(**more: str) -> dict[str, str]:
     """Ours, without what would point to another cluster."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
     path = f"{BIN}{os.pathsep}{kept.get('PATH', '')}"  # a job's `python` is this environment's
-    return {**kept, "PATH": path, "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", **more}
+    return {
+        **kept,
+        "PATH": path,
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "disabled",
+        **more,
+    }
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +65,11 @@ def head() -> Iterator[str]:
     args = [
         *("start", "--head", "--block", "--node-ip-address=127.0.0.1", "--num-cpus=2"),
         *("--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--port={free_port()}"),
-        *(f"--ray-client-server-port={free_port()}", f"--temp-dir={temp}", "--object-store-memory=100000000"),
+        *(
+            f"--ray-client-server-port={free_port()}",
+            f"--temp-dir={temp}",
+            "--object-store-memory=100000000",
+        ),
     ]
     log = (temp / "head.log").open("w")
     process = subprocess.Popen([BIN / "ray", *args], env=clean_env(), stdout=log, stderr=log)
