@@ -24,6 +24,13 @@ from raypipe.train import FitResult, Task, TrainConfig, WorkerContext, checkpoin
 # A worker that dies is restarted from the last whole checkpoint this often.
 MAX_FAILURES = 3
 POLL_S = 0.5
+_RAY_TRAIN_ENV = {
+    # A report waits until the controller looks: every 2 s by default, which here was most of an
+    # epoch (20 epochs of 14 small steps: 7 steps/s against 56 without Ray).
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
+    # Relative paths mean the same in a worker as in the driver.
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +57,8 @@ def train_on_ray(
 
     Raises the worker's own RaypipeError, or WorkerFailed when restarts did not help.
     """
-    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    for name, value in _RAY_TRAIN_ENV.items():
+        os.environ.setdefault(name, value)
     run_dir = setup.run_dir
 
     def start() -> Cursor:

@@ -76,7 +76,7 @@ class Hemisphere:
 
     labels  : family -> (V,) int, 0 for none; streams : (V,) int
     pooling : (n_fields, V) which receptive fields a vertex averages; columns sum to 1
-    mixture : (6, V) weight of each quantity; nc : (V,) explainable variance
+    mixture : (6, V) signed weight of each quantity; nc : (V,) explainable variance
     """
 
     labels: dict[str, NDArray[np.int64]]
@@ -159,7 +159,10 @@ def plant_hemisphere(cfg: PlantedConfig, rng: np.random.Generator) -> Hemisphere
     outside = np.flatnonzero(home == N_ROIS)
     nc[outside] *= 0.5
     nc[outside[: len(outside) // 4]] = 0.0
-    mixture = rng.dirichlet(np.full(len(QUANTITIES), 0.6), size=n).T
+    # Signs differ, or all vertices would follow the image's brightness and a pipeline that mixes
+    # vertices up would still reach 60 % of the ceiling; so it stays near 0.
+    weights = rng.dirichlet(np.full(len(QUANTITIES), 0.6), size=n)
+    mixture = (weights * rng.choice([-1.0, 1.0], size=weights.shape)).T
     return Hemisphere(
         _labels(pooling), _streams(home), pooling / pooling.sum(0), mixture * _SCALE[:, None], nc
     )

@@ -31,6 +31,7 @@ from raypipe.report.saved import RUN_FILE, read_run, subject_folders, write_json
 from raypipe.runner import Runner
 from raypipe.store import require_space
 from raypipe.train import FitResult
+from raypipe.train.hold import hold_run
 from raypipe.units import format_seconds
 
 
@@ -57,7 +58,7 @@ def fit(cfg: FitConfig, runner: Runner | None) -> FitSummary:
 
     ``runner`` may be None for a dry run. Raises MissingInput, UnknownName, InputError (features and
     responses do not belong together), ConfigError (the folder holds another run), NoSpace, and what
-    training raises.
+    training raises; StoreLocked when another fit works in the run folder.
     """
     subjects = _subjects(cfg)
     run_dir = cfg.run_dir.resolve()
@@ -70,10 +71,11 @@ def fit(cfg: FitConfig, runner: Runner | None) -> FitSummary:
     if runner is None:
         raise ConfigError("fit needs a runner; open one with raypipe.launch.open_runner")
     require_space({ready.run_dir: ready.disk_bytes(cfg) for ready in prepared.values()})
-    if len(subjects) > 1:
-        _write_parent(cfg, run_dir, folders)
-    fits = tuple(_fit_subject(cfg, ready, runner) for ready in prepared.values())
-    page = build_report(run_dir)
+    with hold_run(run_dir):
+        if len(subjects) > 1:
+            _write_parent(cfg, run_dir, folders)
+        fits = tuple(_fit_subject(cfg, ready, runner) for ready in prepared.values())
+        page = build_report(run_dir)
     print(f"report: {page}")
     return FitSummary(run_dir=run_dir, subjects=fits, report=page)
 

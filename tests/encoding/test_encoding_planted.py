@@ -138,3 +138,12 @@ def test_receptive_fields_lie_where_they_say() -> None:
             assert weights.sum(0) @ at == pytest.approx(x, abs=0.06)
             assert weights.sum(1) @ at == pytest.approx(y, abs=0.06)
     assert len({field[:3] for field in fields()}) == N_ROIS + 1
+
+
+def test_vertices_that_are_mixed_up_do_not_pass(world: World) -> None:
+    """A perfect prediction of the wrong vertex must score near 0, or the demo would prove little."""
+    subject = AlgonautsSubject.open(world.data, "01")
+    responses = np.load(subject.fmri("train")["lh"]).astype(float)
+    r = np.corrcoef(responses.T)
+    others = r[~np.eye(len(r), dtype=bool)]
+    assert abs(others.mean()) < 0.1 < others.std()

@@ -101,6 +101,7 @@ def test_a_forked_child_does_not_keep_the_lock(tmp_path):
     if child == 0:
         try:
             out.write(0, rows_of(spec, 0, 4), sources_of(0, 4))
+            os.write(writer, b"written")
         except StoreError:
             os.write(writer, b"refused")
         time.sleep(60)
@@ -179,6 +180,22 @@ def test_a_zombie_that_slept_through_removal_and_a_new_store(tmp_path):
         with pytest.raises(Fenced), ShardWriter(target, "late") as out:
             out.write(0, rows_of(spec, 0, 4), sources_of(0, 4))
     zombie.close()
+
+
+def test_sealing_shuts_out_this_runs_own_writers(tmp_path):
+    spec = make_spec(tmp_path)
+    with open_for_writing(spec, run_id="r") as run:
+        straggler = ShardWriter(run.target, "straggler")
+        straggler.write(0, rows_of(spec, 0, 4), sources_of(0, 4))
+        fill(run)
+        run.seal()
+        before = spec.path.read_bytes()
+        with pytest.raises(Fenced, match="is being sealed"):
+            straggler.write(0, rows_of(spec, 0, 4) + 1, sources_of(0, 4))
+        with pytest.raises(Fenced, match="is being sealed"):
+            straggler.commit()
+        straggler.close()
+    assert spec.path.read_bytes() == before
 
 
 def test_a_single_writer_is_given_up(tmp_path):
