@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
@@ -23,6 +24,9 @@ from raypipe.progress import Progress
 if TYPE_CHECKING:
     from raypipe.stream import Cursor, StepSlice
     from raypipe.train import FitResult, Task, TrainConfig
+
+
+LOG_FILE = "train.log"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +144,10 @@ class LocalRunner:
         plan = training_plan(task.train_rows, cfg, 1, run_dir)
         progress = TrainProgress(plan.steps_per_epoch * plan.epochs, run_dir)
         ctx = WorkerContext(
-            device=self.resolve_device(device), run_dir=run_dir, on_step=lambda _: progress.tick()
+            device=self.resolve_device(device),
+            run_dir=run_dir,
+            on_step=lambda _: progress.tick(),
+            say=log_to(run_dir),
         )
 
         def slices(start: Cursor) -> Iterator[StepSlice]:
@@ -209,15 +216,15 @@ class LocalPool:
 
 
 class TrainProgress:
-    """Follows a run's metrics.jsonl, which rank 0 writes, wherever it runs.
+    """Follows a run's metrics.jsonl and train.log, which rank 0 writes, wherever it runs.
 
     steps : optimiser steps of the whole run. The rate counts from the first step on, without
     start-up; what an earlier run wrote is not told again.
     """
 
     def __init__(self, steps: int, run_dir: Path) -> None:
-        self._file, self._steps = run_dir / "metrics.jsonl", steps
-        self._offset = self._size()
+        self._metrics, self._log = _Tail(run_dir / "metrics.jsonl"), _Tail(run_dir / LOG_FILE)
+        self._steps = steps
         self._bar: Progress | None = None
 
     def __enter__(self) -> TrainProgress:
@@ -235,11 +242,17 @@ class TrainProgress:
 
     def tick(self) -> None:
         """Take in what was written since the last call."""
-        for record in self._new_records():
-            if record.get("kind") == "step":
-                self._count(record["global_step"] + 1)
-            elif record.get("kind") == "epoch" and self._bar is not None:
-                self._bar.note(_epoch_line(record))
+        for text in self._log.new_lines():
+            print(text, file=sys.stderr, flush=True)
+        for line in self._metrics.new_lines():
+            with suppress(ValueError):  # half a line, when a resumed run cut the file between looks
+                self._take(json.loads(line))
+
+    def _take(self, record: dict[str, Any]) -> None:
+        if record.get("kind") == "step":
+            self._count(record["global_step"] + 1)
+        elif record.get("kind") == "epoch" and self._bar is not None:
+            self._bar.note(_epoch_line(record))
 
     def _count(self, step: int) -> None:
         if self._bar is None:
@@ -247,25 +260,43 @@ class TrainProgress:
             self._bar.__enter__()
         self._bar.update(max(0, step - self._bar.done))
 
-    def _new_records(self) -> Iterator[dict[str, Any]]:
+
+class _Tail:
+    """The lines that are added to a file from now on."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = self._size()
+
+    def new_lines(self) -> Iterator[str]:
+        """Whole lines added since the last call."""
         # A resumed run first cuts off the steps that its checkpoint does not know.
         self._offset = min(self._offset, self._size())
         if not self._offset < self._size():
             return
-        with self._file.open("rb") as file:
+        with self._path.open("rb") as file:
             file.seek(self._offset)
             for line in file:
                 if not line.endswith(b"\n"):
                     break
                 self._offset += len(line)
-                with suppress(ValueError):  # the first line, when the cut came between two looks
-                    yield json.loads(line)
+                yield line.decode(errors="replace").rstrip("\n")
 
     def _size(self) -> int:
         try:
-            return self._file.stat().st_size
+            return self._path.stat().st_size
         except FileNotFoundError:
             return 0
+
+
+def log_to(run_dir: Path) -> Callable[[str], None]:
+    """Writes what training says to the run's train.log; a worker's own output goes nowhere."""
+
+    def say(text: str) -> None:
+        with (run_dir / LOG_FILE).open("a", encoding="utf-8") as file:
+            file.write(text.rstrip("\n") + "\n")
+
+    return say
 
 
 def _epoch_line(record: dict[str, Any]) -> str:

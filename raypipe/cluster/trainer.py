@@ -18,6 +18,7 @@ from ray.train.torch import TorchTrainer
 
 from raypipe.cluster.datasets import PlanDataConfig, plan_dataset, read_slices
 from raypipe.errors import RaypipeError, WorkerFailed
+from raypipe.runner import log_to
 from raypipe.stream import Cursor, StepSlice, StreamPlan
 from raypipe.train import FitResult, Task, TrainConfig, WorkerContext, checkpoint, fit
 
@@ -165,6 +166,7 @@ def _train_worker(config: dict[str, Any]) -> FitResult:
         device=str(get_device()),
         run_dir=setup.run_dir,
         report=lambda metrics: ray_train.report(metrics),
+        say=log_to(setup.run_dir),
     )
     shard = ray_train.get_dataset_shard("train")
 

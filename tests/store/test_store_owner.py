@@ -26,7 +26,8 @@ from raypipe.errors import ConfigError, Fenced, StoreError, StoreLocked
 from raypipe.store import RowSource, ShardWriter, discard_store, open_for_writing
 from raypipe.store import fence as fence_module
 from raypipe.store.fence import Fence, FenceState
-from raypipe.store.lock import Owner
+from raypipe.store.flocks import Flock
+from raypipe.store.lock import Owner, take_lock
 
 HOLDER = """
 import sys, time
@@ -90,6 +91,25 @@ def test_many_at_once_one_wins(tmp_path):
     assert outcomes.count("wrote") == 1
     assert len(outcomes) == 8
     assert beside(spec) == SEALED_FILES
+
+
+def test_a_lock_file_that_was_removed_as_we_opened_it(tmp_path, monkeypatch):
+    """Sealing removes the lock file: who locks the removed one would own a store with another."""
+    spec = make_spec(tmp_path)
+    spec.path.parent.mkdir(parents=True)
+    real, calls = Flock.try_exclusive, []
+
+    def seal_just_now(lock):
+        calls.append(lock)
+        if len(calls) == 1:
+            spec.paths.lock.unlink()
+        return real(lock)
+
+    monkeypatch.setattr(Flock, "try_exclusive", seal_just_now)
+    lock = take_lock(spec.paths)
+    assert len(calls) == 2
+    assert os.path.samestat(os.fstat(lock.fd), spec.paths.lock.stat())
+    lock.close()
 
 
 def test_a_forked_child_does_not_keep_the_lock(tmp_path):
@@ -390,6 +410,33 @@ def test_what_write_refuses(tmp_path):
         assert [record.lo for record in out.commit()] == [4]
     with pytest.raises(StoreError, match="it is closed"):
         out.write(0, good, [source] * 4)
+
+
+def test_a_failed_rewrite_takes_the_cell_back(tmp_path):
+    """The first chunk of the bad rows is in the file already: the good record would be a lie."""
+    spec = make_spec(tmp_path, row_shape=(70_000,))
+    good = rows_of(spec, 0, 8)
+    with open_for_writing(spec, run_id="r") as run, ShardWriter(run.target, "w") as out:
+        out.write(0, good, sources_of(0, 8))
+        bad = good[:4] + 1
+        bad[3, -1] = np.nan
+        with pytest.raises(StoreError, match="row 3 holds nan"):
+            out.write(0, bad, sources_of(0, 4))
+        assert [record.lo for record in out.commit()] == [4]
+
+
+def test_recovery_leaves_one_journal(tmp_path):
+    spec = make_spec(tmp_path)
+    for epoch in (1, 2, 3):
+        run = open_for_writing(spec, run_id="r")
+        lo, hi = run.missing()[0]
+        with ShardWriter(run.target, "w") as out:
+            out.write(lo, rows_of(spec, lo, hi), sources_of(lo, hi))
+            out.commit()
+        abandon(run)
+        merged = [f"{epoch:08d}-recovered.jsonl"] if epoch > 1 else []
+        assert [p.name for p in spec.paths.journals()] == [*merged, f"{epoch:08d}-w.jsonl"]
+    whole(spec)
 
 
 def test_rows_that_are_not_contiguous(tmp_path):

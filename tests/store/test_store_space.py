@@ -81,6 +81,16 @@ def test_preallocation_that_fails_leaves_nothing(small_disk, monkeypatch):
     assert stat.f_bfree > stat.f_blocks - 8  # folders only
 
 
+def test_preallocation_that_fails_cuts_back_to_what_was_there(small_disk):
+    path = small_disk / "x"
+    path.write_bytes(b"kept" * 1024)
+    fd = os.open(path, os.O_RDWR)
+    with pytest.raises(NoSpace, match="needs 3995904 bytes"):
+        space_module.preallocate(fd, path, 4_000_000)
+    os.close(fd)
+    assert path.read_bytes() == b"kept" * 1024
+
+
 def test_a_preallocated_store_cannot_run_out_of_space_for_data(small_disk):
     spec = make_spec(small_disk, rows=40, row_shape=(4096,))
     with open_for_writing(spec, run_id="r") as run:
