@@ -113,14 +113,20 @@ def flags(images: Path, out: Path) -> list[str]:
 
 
 def submit(head: str, *command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [BIN / "ray", "job", "submit", "--address", head, "--working-dir", ".", "--", *command],
-        cwd=ROOT,
-        env=clean_env(),
-        capture_output=True,
-        text=True,
-        timeout=STEP_S,
-    )
+    """Submit and wait; the head answers before its job agent does, so "no agent yet" is asked again."""
+    deadline = time.monotonic() + STEP_S
+    while True:
+        done = subprocess.run(
+            [BIN / "ray", "job", "submit", "--address", head, "--working-dir", ".", "--", *command],
+            cwd=ROOT,
+            env=clean_env(),
+            capture_output=True,
+            text=True,
+            timeout=STEP_S,
+        )
+        if "No available agent" not in done.stdout + done.stderr or time.monotonic() > deadline:
+            return done
+        time.sleep(1)
 
 
 def test_a_submitted_extraction_has_the_digests_of_the_command_line(
