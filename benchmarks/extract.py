@@ -88,7 +88,7 @@ def peak_anon_mib(images: Path, out: Path, device: str) -> float:
 
 
 class _Watch:
-    """Samples RssAnon of the processes of one name while the block runs."""
+    """Samples RssAnon of this process's descendants of one name while the block runs."""
 
     def __init__(self, name: str) -> None:
         self._name, self._stop = name, threading.Event()
@@ -111,7 +111,8 @@ class _Watch:
         while not self._stop.wait(0.005):
             if time.monotonic() - looked > 0.5:
                 looked = time.monotonic()
-                pids = [p.pid for p in psutil.process_iter() if _titled(p, self._name)]
+                below = psutil.Process().children(recursive=True)
+                pids = [p.pid for p in below if _titled(p, self._name)]
             for pid in pids:
                 try:
                     self.peak_bytes = max(self.peak_bytes, anon_bytes(pid))

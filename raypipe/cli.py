@@ -7,8 +7,10 @@ command is known. Exit codes are those of ``raypipe.errors``.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import importlib
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -107,9 +109,22 @@ def guarded(action: Callable[[], Any]) -> int:
     except KeyboardInterrupt:
         stopped = Interrupted("interrupted; what was committed is kept: the same command resumes")
         return _fail(str(stopped), stopped.exit_code)
-    except BrokenPipeError:
+    except BrokenPipeError:  # the reader of our output left, perhaps before the work was done
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        step = "make room" if full else "check the path and its permissions"
+        return _fail(
+            f"{error.filename or 'a file'}: {error.strerror or error}; {step}", 3 if full else 2
+        )
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [""]
+        return _fail(
+            f"{type(error).__name__}: {lines[0]}; this is a fault of raypipe's own or of its "
+            "surroundings: RAYPIPE_TRACEBACK=1 shows where",
+            RaypipeError.exit_code,
+        )
     return 0
 
 

@@ -63,20 +63,30 @@ class Item(Protocol):
         """The same work, handed out once more after its worker failed."""
         ...
 
+    def with_less_memory(self) -> Item:
+        """As ``again``, for a worker that was ended for the memory it took.
+
+        Raises MemoryBudgetExceeded when it cannot be done with less.
+        """
+        ...
+
 
 class StepWorker(Protocol):
     """A worker that overlaps items: it may report an item as done in a later call.
 
-    ``open(shared)`` comes first, also to a worker that replaces a dead one.
+    ``open(shared)`` comes first, also to a worker that replaces a dead one; what it returns is the
+    driver's ticket to shut this worker out.
     """
 
     def describe(self) -> Any: ...
 
-    def open(self, shared: Any) -> None: ...
+    def open(self, shared: Any) -> Any: ...
 
     def step(self, item: Any, upcoming: Any | None) -> list[Done]: ...
 
     def drain(self) -> list[Done]: ...
+
+    def close(self) -> None: ...
 
 
 class Pool(Protocol):
@@ -84,7 +94,9 @@ class Pool(Protocol):
 
     def describe(self) -> Any: ...
 
-    def run(self, items: Sequence[Any], shared: Any) -> Iterator[Done]: ...
+    def run(
+        self, items: Sequence[Any], shared: Any, lost: Callable[[Any], None] = ...
+    ) -> Iterator[Done]: ...
 
 
 class Runner(Protocol):
@@ -193,13 +205,20 @@ class LocalPool:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if self._worker is not None:
+            self._worker.close()
         self._worker = None
 
     def describe(self) -> Any:
         """What the loaded worker says of itself."""
         return self._loaded.describe()
 
-    def run(self, items: Sequence[Any], shared: Any) -> Iterator[Done]:
+    def run(
+        self,
+        items: Sequence[Any],
+        shared: Any,
+        lost: Callable[[Any], None] = lambda ticket: None,
+    ) -> Iterator[Done]:
         """Work through ``items`` in order, yielding each as it becomes durable."""
         self._loaded.open(shared)
         queue = deque(items)

@@ -16,9 +16,9 @@ from types import TracebackType
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnschedulableError, GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import ActorUnschedulableError, OutOfMemoryError, RayError, RayTaskError
 
-from raypipe.errors import RaypipeError, WorkerFailed
+from raypipe.errors import MemoryBudgetExceeded, RaypipeError, WorkerFailed
 from raypipe.runner import Done, Needs, StepWorker
 
 # A range that killed its worker this often is at fault itself.
@@ -40,8 +40,8 @@ class PooledWorker:
     def describe(self) -> Any:
         return self._worker.describe()
 
-    def open(self, shared: Any) -> None:
-        self._worker.open(shared)
+    def open(self, shared: Any) -> Any:
+        return self._worker.open(shared)
 
     def step(self, item: Any, upcoming: Any | None) -> list[Done]:
         return self._worker.step(item, upcoming)
@@ -52,11 +52,17 @@ class PooledWorker:
 
 @dataclass(eq=False)
 class _Seat:
-    """One actor and what it holds."""
+    """One actor and what it holds.
+
+    A seat is loading, then opening, then has a call under way or is idle. ticket : what its
+    worker's ``open`` gave, by which the driver can shut it out.
+    """
 
     actor: Any
     loading: Any | None
     pid: int = 0
+    opening: Any | None = None
+    ticket: Any | None = None
     call: Any | None = None
     current: Any | None = None
     reserved: Any | None = None
@@ -82,8 +88,11 @@ class RayPool:
         self._seats: list[_Seat] = []
         self._replacements_left = MAX_ATTEMPTS * needs.workers
         self._shared: Any | None = None
+        self._lost: Callable[[Any], None] = lambda ticket: None
+        self._deadline = 0.0
 
     def __enter__(self) -> RayPool:
+        self._restart_clock()
         self._make_ref = ray.put(self._make)
         self._seats = [self._seat() for _ in range(self._needs.workers)]
         return self
@@ -105,44 +114,49 @@ class RayPool:
 
     def describe(self) -> Any:
         """What the first worker to have loaded says of itself."""
-        deadline = time.monotonic() + self._start_timeout_s
         while True:
-            ready, _ = ray.wait(
-                [seat.loading for seat in self._seats if seat.loading is not None],
-                timeout=SAY_WAITING_EVERY_S,
-            )
+            loading = [seat.loading for seat in self._seats if seat.loading is not None]
+            ready, _ = ray.wait(loading, timeout=SAY_WAITING_EVERY_S)
             for seat in [seat for seat in self._seats if seat.loading in ready]:
                 if self._finish_loading(seat):
-                    return self._get(seat.actor.describe.remote())
+                    try:
+                        return self._get(seat.actor.describe.remote())
+                    except (_Died, _WorkerError) as error:
+                        self._replace(seat, error)
             if not ready:
-                self._say_waiting(deadline)
+                self._say_waiting()
 
-    def run(self, items: Sequence[Any], shared: Any) -> Iterator[Done]:
+    def run(
+        self,
+        items: Sequence[Any],
+        shared: Any,
+        lost: Callable[[Any], None] = lambda ticket: None,
+    ) -> Iterator[Done]:
         """Hand out ``items``; yield each once, when its worker reports it durable.
 
-        shared : small; passed to every worker's ``open`` through the object store.
+        shared : small; passed to every worker's ``open`` through the object store. lost : told what
+        a given-up worker's ``open`` gave, before its items go to another: it may be alive somewhere.
         Raises the worker's own RaypipeError, or WorkerFailed after bounded retries.
         """
-        self._shared = ray.put(shared)
+        self._shared, self._lost = ray.put(shared), lost
         queue, left = deque(items), {item.key for item in items}
         attempts: dict[Any, int] = {}
+        self._restart_clock()
         for seat in self._seats:
-            if seat.loading is None:
-                seat.actor.open.remote(self._shared)
-        deadline = time.monotonic() + self._start_timeout_s
+            seat.opening = seat.actor.open.remote(self._shared) if seat.loading is None else None
         while left:
             self._feed(queue)
-            calls = {seat.call or seat.loading: seat for seat in self._seats}
+            calls = {seat.call or seat.opening or seat.loading: seat for seat in self._seats}
             calls.pop(None, None)
             ready, _ = ray.wait(list(calls), num_returns=1, timeout=SAY_WAITING_EVERY_S)
             if not ready and not any(seat.pid for seat in self._seats):
-                self._say_waiting(deadline)
+                self._say_waiting()
             for ref in ready:
                 yield from self._settle(calls[ref], queue, left, attempts)
 
     def _feed(self, queue: deque[Any]) -> None:
         for seat in self._seats:
-            if seat.loading is not None or seat.call is not None:
+            if not (seat.loading is seat.opening is seat.call is None):
                 continue
             item = seat.reserved or (queue.popleft() if queue else self._steal(seat))
             seat.reserved = None
@@ -167,34 +181,47 @@ class RayPool:
         """Take in what one finished call says."""
         if seat.loading is not None:
             if self._finish_loading(seat):
-                seat.actor.open.remote(self._shared)
+                seat.opening = seat.actor.open.remote(self._shared)
             return
-        call, seat.call = seat.call, None
+        call = seat.opening or seat.call
         try:
-            results = self._get(call)
-        except (RayActorError, _WorkerError) as error:
+            result = self._get(call)
+        except (_Died, _WorkerError) as error:
             self._requeue(seat, queue, attempts, error)
             return
-        seat.current = None
-        for done in results:
+        if seat.opening is not None:
+            seat.opening, seat.ticket = None, result
+            return
+        seat.call = seat.current = None
+        for done in result:
             seat.unacked.pop(done.key, None)
             if done.key in left:
                 left.discard(done.key)
+                self._replacements_left = MAX_ATTEMPTS * self._needs.workers  # it gets on
                 yield done
 
     def _requeue(
         self, seat: _Seat, queue: deque[Any], attempts: dict[Any, int], error: Exception
     ) -> None:
-        lost = [*seat.unacked.values(), *([seat.reserved] if seat.reserved else [])]
-        blamed = seat.current if seat.current is not None else next(iter(lost), None)
-        if blamed is not None:
+        """Give up a worker; its items go back, the one it died of asked for less memory."""
+        short_of_memory = isinstance(error, _Died) and error.out_of_memory
+        if seat.ticket is not None:
+            self._lost(seat.ticket)
+        lost: list[Any] = [*seat.unacked.values(), *([seat.reserved] if seat.reserved else [])]
+        blamed: Any = seat.current if seat.current is not None else next(iter(lost), None)
+        if blamed is not None and not short_of_memory:
             attempts[blamed.key] = attempts.get(blamed.key, 0) + 1
             if attempts[blamed.key] >= MAX_ATTEMPTS:
                 raise WorkerFailed(
-                    f"item {blamed.key} failed {MAX_ATTEMPTS} times, last with: {_one_line(error)}; "
-                    "what was committed is kept: mend the cause and run the same command again"
+                    f"item {blamed.key} failed {MAX_ATTEMPTS} times, last with: "
+                    f"{_one_line(error)}; what was committed is kept: mend the cause and run the "
+                    "same command again"
                 ) from error
-        queue.extendleft(item.again() for item in reversed(lost))
+        again = [
+            item.with_less_memory() if short_of_memory and item is blamed else item.again()
+            for item in lost
+        ]
+        queue.extendleft(reversed(again))
         self._say(
             f"worker {seat.pid} failed ({_one_line(error)}); its {len(lost)} unfinished item(s) "
             "go to others"
@@ -203,13 +230,17 @@ class RayPool:
 
     def _replace(self, seat: _Seat, error: Exception) -> None:
         if self._replacements_left == 0:
-            raise WorkerFailed(
-                f"workers died {MAX_ATTEMPTS * self._needs.workers} times, last with: "
+            short_of_memory = isinstance(error, _Died) and error.out_of_memory
+            kind = MemoryBudgetExceeded if short_of_memory else WorkerFailed
+            raise kind(
+                f"workers died {MAX_ATTEMPTS * self._needs.workers} times in a row, last with: "
                 f"{_one_line(error)}; see Ray's worker logs (--verbose), then run the same command"
             ) from error
         self._replacements_left -= 1
         ray.kill(seat.actor, no_restart=True)
         self._seats[self._seats.index(seat)] = self._seat()
+        if not any(other.pid for other in self._seats):
+            self._restart_clock()
 
     def _seat(self) -> _Seat:
         gpus = 1 if self._needs.device.startswith("cuda") else 0
@@ -225,7 +256,7 @@ class RayPool:
         ref, seat.loading = seat.loading, None
         try:
             seat.pid = self._get(ref)
-        except RayActorError as error:
+        except _Died as error:
             self._say(f"a worker died while loading ({_one_line(error)}); starting another")
             self._replace(seat, error)
             return False
@@ -234,6 +265,7 @@ class RayPool:
         return True
 
     def _get(self, ref: Any) -> Any:
+        """The call's result; raises the worker's RaypipeError, _WorkerError, _Died, WorkerFailed."""
         try:
             return ray.get(ref)
         except RayTaskError as error:
@@ -241,13 +273,18 @@ class RayPool:
             if isinstance(cause, RaypipeError):
                 raise cause from None
             raise _WorkerError(f"{type(cause).__name__}: {cause}") from error
-        except (ActorUnschedulableError, GetTimeoutError) as error:
+        except ActorUnschedulableError as error:
             raise WorkerFailed(f"no place for a worker: {_one_line(error)}") from error
+        except RayError as error:  # the actor, its node, or an object on it is gone
+            raise _Died(_one_line(error), isinstance(error, OutOfMemoryError)) from error
 
-    def _say_waiting(self, deadline: float) -> None:
+    def _restart_clock(self) -> None:
+        self._deadline = time.monotonic() + self._start_timeout_s
+
+    def _say_waiting(self) -> None:
         has = ray.cluster_resources()
         text = f"the cluster has {has.get('CPU', 0):g} CPUs and {has.get('GPU', 0):g} GPUs"
-        if time.monotonic() > deadline:
+        if time.monotonic() > self._deadline:
             raise WorkerFailed(
                 f"no worker started in {self._start_timeout_s:.0f} s; {text}: ask for fewer workers"
             )
@@ -258,8 +295,16 @@ class _WorkerError(Exception):
     """An exception out of a worker that is none of ours: worth another try elsewhere."""
 
 
+class _Died(Exception):
+    """A worker is gone. out_of_memory : Ray's memory monitor ended it."""
+
+    def __init__(self, text: str, out_of_memory: bool) -> None:
+        super().__init__(text)
+        self.out_of_memory = out_of_memory
+
+
 def _one_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if isinstance(error, _WorkerError):
+    if isinstance(error, (_WorkerError, _Died)):
         return lines[0]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

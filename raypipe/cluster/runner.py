@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import ray
+from ray.autoscaler.sdk import request_resources
 
-from raypipe.cluster.pool import RayPool
+from raypipe.cluster.pool import SAY_WAITING_EVERY_S, START_TIMEOUT_S, RayPool
 from raypipe.cluster.trainer import TrainSetup, train_on_ray
-from raypipe.errors import ConfigError, DeviceUnavailable
+from raypipe.errors import ConfigError, DeviceUnavailable, WorkerFailed
 from raypipe.runner import Needs, StepWorker, TrainProgress
 from raypipe.train import FitResult, Task, TrainConfig, checkpoint, training_plan
 
@@ -57,7 +59,8 @@ class RayRunner:
             torch_threads=None if on_cuda else max(1, int(_node_cpus() // workers)),
         )
         plan = training_plan(task.train_rows, cfg, workers, run_dir)
-        cpus = min(1.0, TRAIN_SHARE * _cpus() / workers)
+        cpus = min(1.0, TRAIN_SHARE * (_cpus() or 1.0) / workers)
+        wait_for_room({"CPU": cpus, **({"GPU": 1.0} if on_cuda else {})}, workers, self._say)
         with TrainProgress(plan.steps_per_epoch * plan.epochs, run_dir) as progress:
             return train_on_ray(
                 setup, plan, workers=workers, use_gpu=on_cuda, cpus=cpus, tick=progress.tick
@@ -70,6 +73,11 @@ class RayRunner:
         """
         gpus = ray.cluster_resources().get("GPU", 0)
         if device == "auto":
+            if self._joined and not gpus:
+                self._say(
+                    "--device auto: the cluster shows no GPU now, so this runs on CPUs; "
+                    "--device cuda waits for GPU nodes to come up"
+                )
             return "cuda" if gpus else "cpu"
         if device == "cuda" and not gpus and not self._joined:
             raise DeviceUnavailable(
@@ -94,6 +102,44 @@ class RayRunner:
         count = workers or 1
         cpus = _node_cpus() / count if count == 1 or not self._joined else 1.0
         return Needs(workers=count, device=device, cpus=cpus if cpus < 1 else float(int(cpus)))
+
+
+def wait_for_room(
+    bundle: dict[str, float],
+    workers: int,
+    say: Callable[[str], None],
+    *,
+    timeout_s: float = START_TIMEOUT_S,
+    look_every_s: float = 2.0,
+) -> None:
+    """Wait until the cluster could hold ``workers`` times ``bundle``, asking an autoscaler for it.
+
+    Ray Train itself waits for ever, in silence. Raises DeviceUnavailable or WorkerFailed when the
+    room does not come.
+    """
+    deadline, next_word = time.monotonic() + timeout_s, time.monotonic()
+    asked = False
+    while True:
+        has = ray.cluster_resources()
+        short = {k: v * workers for k, v in bundle.items() if has.get(k, 0.0) < v * workers - 1e-6}
+        if not short:
+            break
+        text = ", ".join(f"{v:g} {k}, it has {has.get(k, 0.0):g}" for k, v in short.items())
+        if time.monotonic() > deadline:
+            kind = DeviceUnavailable if "GPU" in short else WorkerFailed
+            raise kind(
+                f"{workers} training worker(s) need {text}; none came in {timeout_s:.0f} s: give "
+                "fewer --workers, --device cpu, or let the cluster grow"
+            )
+        if not asked:
+            request_resources(bundles=[bundle] * workers)
+            asked = True
+        if time.monotonic() >= next_word:
+            say(f"waiting for the cluster to grow: {workers} training worker(s) need {text}")
+            next_word = time.monotonic() + SAY_WAITING_EVERY_S
+        time.sleep(look_every_s)
+    if asked:
+        request_resources(bundles=[])  # the training run itself asks from here on
 
 
 def _cpus() -> float:

@@ -32,6 +32,9 @@ def open_session(address: str | None = None, *, verbose: bool = False) -> Iterat
     _quiet(verbose)
     level = logging.INFO if verbose else logging.ERROR
     named = address or os.environ.get("RAY_ADDRESS")
+    # Ray starts workers at nice 15: beside anything else on the machine they got half of what the
+    # script they replace gets. Only the session that we start ourselves can be told.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     try:
         if named:
             # Inside a job RAY_ADDRESS is set by Ray, and any sizing argument would raise.

@@ -24,6 +24,8 @@ from raypipe.train import FitResult, Task, TrainConfig, WorkerContext, checkpoin
 
 # A worker that dies is restarted from the last whole checkpoint this often.
 MAX_FAILURES = 3
+# Ray Train gives a worker group a minute to start, and by default as many minutes as it takes.
+MAX_START_TIMEOUTS = 20
 POLL_S = 0.5
 _RAY_TRAIN_ENV = {
     # A report waits until the controller looks: every 2 s by default, which here was most of an
@@ -81,7 +83,9 @@ def train_on_ray(
         run_config=RunConfig(
             name="ray-train",
             storage_path=str(run_dir),
-            failure_config=FailureConfig(max_failures=MAX_FAILURES),
+            failure_config=FailureConfig(
+                max_failures=MAX_FAILURES, controller_failure_limit=MAX_START_TIMEOUTS
+            ),
             callbacks=[_NoSecondTry()],
         ),
     )
@@ -142,7 +146,7 @@ def _our_error(error: BaseException) -> BaseException:
     first = failures[min(failures)] if failures else error
     lines = [line.strip() for line in str(first).splitlines() if line.strip()]
     failed = WorkerFailed(
-        f"training failed {MAX_FAILURES + 1} times, last with: "
+        f"training failed for good after up to {MAX_FAILURES} restarts, last with: "
         f"{lines[-1] if lines else type(first).__name__}; its checkpoints are kept: mend the cause "
         "and run the same command again"
     )

@@ -5,11 +5,12 @@ Pure but for reading folder listings and one image header.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from raypipe.errors import BadImage, ConfigError, InputError, MissingInput
+from raypipe.backbone.spec import safe_name
+from raypipe.errors import BadImage, ConfigError, InputError, MemoryBudgetExceeded, MissingInput
 from raypipe.extract.config import ExtractConfig
 from raypipe.read import (
     AlgonautsSubject,
@@ -25,6 +26,7 @@ from raypipe.read import (
 ITEM_BYTES = 32 * 1024**2
 # Also at the end of a run the workers should run dry together.
 MIN_ITEMS_PER_WORKER = 4
+LESS_MEMORY = "take a smaller --image-size or backbone, fewer --workers, or a larger machine"
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class RangeItem:
     grid: int
     paths: tuple[Path, ...]
     attempt: int = 1
+    batch_limit: int | None = None
 
     @property
     def key(self) -> tuple[str, int]:
@@ -65,6 +68,16 @@ class RangeItem:
     def again(self) -> RangeItem:
         """The same rows, handed out once more; sealing then checks them against the disk."""
         return replace(self, attempt=self.attempt + 1)
+
+    def with_less_memory(self) -> RangeItem:
+        """As ``again`` with half the batch; raises MemoryBudgetExceeded at one image a batch."""
+        batch = min(self.batch_limit or self.grid, self.hi - self.lo)
+        if batch == 1:
+            raise MemoryBudgetExceeded(
+                f"a worker ran out of memory with one image a batch (rows {self.lo} to {self.hi} of "
+                f"{self.group}); {LESS_MEMORY}"
+            )
+        return replace(self.again(), batch_limit=batch // 2)
 
     def cells(self) -> Iterator[tuple[int, tuple[Path, ...]]]:
         """(first row, its images) for each cell of the grid."""
@@ -100,6 +113,8 @@ def _folder_group(cfg: ExtractConfig) -> Group:
             "most, and no test split; extract a second folder by a second command"
         )
     name = cfg.subj[0] if cfg.subj else cfg.data_dir.resolve().name
+    if name != safe_name(name):
+        raise ConfigError(f"{name!r} cannot name a folder of the store; give --subj, e.g. 01")
     return Group(name, "train", ImageFolder.open(cfg.data_dir).image_paths("train"))
 
 
@@ -140,12 +155,6 @@ def cut_items(
             hi = min(lo + step, last)
             items.append(RangeItem(group.key, lo, hi, grid, group.paths[lo:hi]))
     return items
-
-
-def store_bytes(groups: Sequence[Group], row_nbytes: Mapping[str, int]) -> dict[str, int]:
-    """Bytes that each layer's stores take, all groups together."""
-    rows = sum(len(group.paths) for group in groups)
-    return {layer: rows * nbytes for layer, nbytes in row_nbytes.items()}
 
 
 def _holds_images(folder: Path) -> bool:

@@ -12,22 +12,24 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from raypipe import config as configs
 from raypipe.backbone import BackboneSpec, TokenLayout, resolve
 from raypipe.backbone.model import layouts
 from raypipe.errors import ConfigError
+from raypipe.extract.checks import bad_rows, changed_error, changed_images, check_unfinished
 from raypipe.extract.config import ExtractConfig
 from raypipe.extract.plan import Group, RangeItem, cut_items, find_groups, image_hw
-from raypipe.extract.worker import Described, Extracted, WorkerSetup
+from raypipe.extract.worker import Described, Extracted, Shared, WorkerSetup
 from raypipe.progress import Progress
 from raypipe.provenance import run_record
 from raypipe.runner import Needs, Pool, Runner
-from raypipe.store import ShardRun, ShardSpec, open_for_writing, require_space
+from raypipe.store import ShardRun, ShardSpec, discard_store, open_for_writing, require_space
 from raypipe.units import format_bytes, format_seconds
 
+MAX_BAD_NAMED = 20
 _ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -67,6 +69,9 @@ class ExtractPlan:
     def path(self, root: Path, group: Group, layer: str) -> Path:
         return root / self.spec.folder(layer) / group.subject / f"{group.shard}.npy"
 
+    def paths(self, root: Path) -> list[Path]:
+        return [self.path(root, group, layer) for group in self.groups for layer in self.layouts]
+
     def row_bytes(self, layer: str) -> int:
         return math.prod(self.row_shape(layer)) * self.itemsize
 
@@ -99,40 +104,61 @@ def make_plan(cfg: ExtractConfig) -> ExtractPlan:
     )
 
 
-def extract(cfg: ExtractConfig, runner: Runner) -> ExtractSummary:
-    """Run ``cfg`` on ``runner``; see the errors of the modules it calls.
+def extract(cfg: ExtractConfig, runner: Runner | None) -> ExtractSummary:
+    """Run ``cfg`` on ``runner`` (None for a dry run); see the errors of the modules it calls.
 
     Raises MissingInput, UnknownName, ConfigError, FingerprintMismatch, StoreLocked, NoSpace,
-    WeightsUnavailable, DeviceUnavailable, MemoryBudgetExceeded, WorkerFailed.
+    WeightsUnavailable, DeviceUnavailable, MemoryBudgetExceeded, WorkerFailed; StoreError when the
+    images are no longer those that a finished store was made from.
     """
     check(cfg)
+    cfg = _absolute(cfg)
     plan = make_plan(cfg)
     if cfg.dry_run:
         print(describe_plan(cfg, plan))
         return ExtractSummary()
+    if runner is None:
+        raise ConfigError("extract needs a runner; open one with raypipe.launch.open_runner")
     device = runner.resolve_device(cfg.device)
-    needs = runner.needs(cfg.workers, device)
+    for path in plan.paths(cfg.output_dir):
+        check_unfinished(path, device, overwrite=cfg.overwrite)
     _require_room(cfg, plan)
-    setup = WorkerSetup(
+    needs = runner.needs(cfg.workers, device)
+    run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    run_dir = cfg.output_dir / "runs" / f"extract-{run_id}"
+    with runner.pool(_worker_setup(cfg, plan, needs), needs) as pool, ExitStack() as stack:
+        described = pool.describe()
+        shards = _open_shards(cfg, plan, described, run_id, stack)
+        record = run_record(cfg) | {"weights": asdict(described), "torch_threads": needs.cpus}
+        _save_run(cfg, record, run_dir)
+        summary = _compute(cfg, plan, pool, shards, needs, described)
+    summary.run_dir = str(run_dir)
+    summary.bad = _bad_images(plan, cfg)
+    _save_run(cfg, record | {"summary": asdict(summary) | {"rows_per_s": summary.rate}}, run_dir)
+    _say_summary(summary)
+    return summary
+
+
+def _absolute(cfg: ExtractConfig) -> ExtractConfig:
+    """Workers have a working directory of their own."""
+    is_file = cfg.weights != "pretrained" and not cfg.weights.startswith("random:")
+    weights = str(Path(cfg.weights).absolute()) if is_file else cfg.weights
+    data_dir, output_dir = cfg.data_dir.absolute(), cfg.output_dir.absolute()
+    return replace(cfg, data_dir=data_dir, output_dir=output_dir, weights=weights)
+
+
+def _worker_setup(cfg: ExtractConfig, plan: ExtractPlan, needs: Needs) -> WorkerSetup:
+    on_cpu = needs.device == "cpu"
+    return WorkerSetup(
         spec=plan.spec,
         weights=cfg.weights,
-        device=device,
+        device=needs.device,
         precision=cfg.precision,
-        torch_threads=max(1, int(needs.cpus)) if device == "cpu" else None,
-        decode_threads=cfg.decode_threads or (8 if device.startswith("cuda") else 2),
+        torch_threads=max(1, int(needs.cpus)) if on_cpu else None,
+        decode_threads=cfg.decode_threads or (2 if on_cpu else 8),
         fail_on_bad_image=cfg.on_bad_image == "fail",
         image_hw=plan.hw,
     )
-    with runner.pool(setup, needs) as pool, ExitStack() as stack:
-        described = pool.describe()
-        run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-        run_dir = cfg.output_dir / "runs" / f"extract-{run_id}"
-        shards = _open_shards(cfg, plan, described, run_id, stack)
-        summary = _compute(cfg, plan, pool, shards, needs)
-        summary.run_dir = str(run_dir)
-        _save_run(cfg, plan, described, summary, run_dir)
-    _say_summary(summary)
-    return summary
 
 
 def describe_plan(cfg: ExtractConfig, plan: ExtractPlan) -> str:
@@ -164,19 +190,27 @@ def _require_room(cfg: ExtractConfig, plan: ExtractPlan) -> None:
 def _open_shards(
     cfg: ExtractConfig, plan: ExtractPlan, described: Described, run_id: str, stack: ExitStack
 ) -> dict[str, dict[str, ShardRun]]:
-    shards: dict[str, dict[str, ShardRun]] = {}
+    shards: dict[str, dict[str, ShardRun]] = {group.key: {} for group in plan.groups}
     for group in plan.groups:
-        shards[group.key] = {
-            layer: stack.enter_context(
-                open_for_writing(
-                    _shard_spec(cfg, plan, group, layer, described),
-                    run_id=run_id,
-                    overwrite=cfg.overwrite,
-                )
+        for layer in plan.layouts:
+            spec = _shard_spec(cfg, plan, group, layer, described)
+            shards[group.key][layer] = stack.enter_context(
+                _open_shard(spec, group, run_id, overwrite=cfg.overwrite)
             )
-            for layer in plan.layouts
-        }
     return shards
+
+
+def _open_shard(spec: ShardSpec, group: Group, run_id: str, *, overwrite: bool) -> ShardRun:
+    """The shard new, resumed, or finished from just these images."""
+    run = open_for_writing(spec, run_id=run_id, overwrite=overwrite)
+    changed = changed_images(spec.path, group) if run.sealed else []
+    if not changed:
+        return run
+    run.close()
+    if not overwrite:
+        raise changed_error(spec.path, changed)
+    discard_store(spec.path)
+    return open_for_writing(spec, run_id=run_id)
 
 
 def _shard_spec(
@@ -191,19 +225,15 @@ def _shard_spec(
         grid=cfg.batch_size,
         identity={
             **plan.spec.identity(layer),
-            "weights": _weights_name(cfg.weights),
             "weights_sha256": described.weights_sha256,
             "precision": cfg.precision,
-            "image_hw": list(plan.hw),
+            # Where weights lie does not matter, their digest does; but a seed is worth reading.
+            **({"weights": cfg.weights} if cfg.weights.startswith("random:") else {}),
+            **({"image_hw": list(plan.hw)} if plan.spec.preprocess.resize is None else {}),
         },
         token_layout=plan.layouts[layer].describe(),
-        provenance=run_record(cfg) | {"device": described.device_name},
+        provenance=run_record(cfg) | asdict(described),
     )
-
-
-def _weights_name(weights: str) -> str:
-    """Where weights lie does not matter, their digest does; a seed is worth reading."""
-    return weights if weights == "pretrained" or weights.startswith("random:") else "file"
 
 
 def _compute(  # the heart of the run: items out, durable ranges in, stores sealed
@@ -212,32 +242,42 @@ def _compute(  # the heart of the run: items out, durable ranges in, stores seal
     pool: Pool,
     shards: Mapping[str, Mapping[str, ShardRun]],
     needs: Needs,
+    described: Described,
 ) -> ExtractSummary:
     items = [item for group in plan.groups for item in _items(cfg, plan, group, shards, needs)]
+    groups = {group.key: group for group in plan.groups}
     waiting = {key: {item.key for item in items if item.group == key} for key in shards}
     rows = {item.key: item.hi - item.lo for item in items}
     total = sum(len(group.paths) for group in plan.groups)
     resumed = total - sum(rows.values())
     summary = ExtractSummary(rows_resumed=resumed)
-    summary.stores = [str(run.spec.path) for runs in shards.values() for run in runs.values()]
+    summary.stores = [str(path) for path in plan.paths(cfg.output_dir)]
     if resumed:
         print(f"{resumed} of {total} rows are committed already", file=sys.stderr)
     targets = {
         key: {layer: run.target for layer, run in runs.items() if not run.sealed}
         for key, runs in shards.items()
     }
+    shared = Shared(targets, described.weights_sha256)
+    open_runs = [run for runs in shards.values() for run in runs.values() if not run.sealed]
+
+    def shut_out(writer_id: str) -> None:
+        for run in open_runs:
+            if not run.sealed:
+                run.fence_writer(writer_id)
+
     started = time.monotonic()
     with Progress("extract", total, "images", done=resumed) as progress:
         for key in [key for key, left in waiting.items() if not left]:
-            _seal(shards[key])
+            _seal(shards[key], groups[key])
         if items:
-            for done in pool.run(items, targets):
+            for done in pool.run(items, shared, shut_out):
                 group, _ = done.key
                 progress.update(rows[done.key])
                 _account(summary, group, done.payload, progress)
                 waiting[group].discard(done.key)
                 if not waiting[group]:
-                    _seal(shards[group])
+                    _seal(shards[group], groups[group])
     summary.rows = sum(rows.values())
     summary.seconds = time.monotonic() - started
     return summary
@@ -270,33 +310,35 @@ def _union(parts: Sequence[Sequence[tuple[int, int]]]) -> list[tuple[int, int]]:
 
 
 def _account(summary: ExtractSummary, group: str, payload: Extracted, progress: Progress) -> None:
-    for name, reason in payload.bad:
-        summary.bad.append((group, name, reason))
-        progress.note(f"bad image, row kept and marked invalid: {group} {reason}")
     if payload.halved_to is not None:
         summary.halved.append(f"{group}: batch {payload.halved_to}")
         progress.note(f"out of memory: {group} goes on with a batch of {payload.halved_to}")
 
 
-def _seal(runs: Mapping[str, ShardRun]) -> None:
+def _seal(runs: Mapping[str, ShardRun], group: Group) -> None:
     for run in runs.values():
-        if not run.sealed:
-            run.seal()
+        if run.sealed:
+            continue
+        resumed = run.progress.rows_kept > 0
+        path = run.seal()
+        changed = changed_images(path, group) if resumed else []
+        if changed:
+            raise changed_error(path, changed)
 
 
-def _save_run(
-    cfg: ExtractConfig,
-    plan: ExtractPlan,
-    described: Described,
-    summary: ExtractSummary,
-    run_dir: Path,
-) -> None:
+def _bad_images(plan: ExtractPlan, cfg: ExtractConfig) -> list[tuple[str, str, str]]:
+    """(group, image, reason) of every invalid row, those of earlier runs too."""
+    layer = next(iter(plan.layouts))
+    return [
+        (group.key, name, reason)
+        for group in plan.groups
+        for name, reason in bad_rows(plan.path(cfg.output_dir, group, layer))
+    ]
+
+
+def _save_run(cfg: ExtractConfig, record: Mapping[str, object], run_dir: Path) -> None:
+    """Written before the first row, and again with the summary."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    record = run_record(cfg) | {
-        "weights_sha256": described.weights_sha256,
-        "n_parameters": described.n_parameters,
-        "summary": asdict(summary) | {"rows_per_s": summary.rate},
-    }
     (run_dir / "run.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
     configs.save(cfg, run_dir / "config.yaml")
 
@@ -305,6 +347,8 @@ def _say_summary(summary: ExtractSummary) -> None:
     text = f"{summary.rows} rows in {format_seconds(summary.seconds)} ({summary.rate:.3g} images/s)"
     if summary.rows_resumed:
         text += f", {summary.rows_resumed} were there before"
+    for group, name, reason in summary.bad[:MAX_BAD_NAMED]:
+        print(f"bad image, row kept and marked invalid: {group} {name}: {reason}", file=sys.stderr)
     if summary.bad:
         text += f"; {len(summary.bad)} bad image(s) marked invalid, named in {summary.run_dir}"
     print(text, file=sys.stderr)

@@ -10,9 +10,10 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import platform
 import uuid
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from raypipe.backbone import BackboneSpec
 from raypipe.backbone.model import Precision
 from raypipe.backbone.model import load as load_backbone
 from raypipe.errors import BadImage, InputError, MemoryBudgetExceeded
-from raypipe.extract.plan import RangeItem
+from raypipe.extract.plan import LESS_MEMORY, RangeItem
 from raypipe.read import Undecodable, try_read_image
 from raypipe.runner import Done
 from raypipe.store import RowSource, ShardWriter, WriterTarget
@@ -33,6 +34,14 @@ logger = logging.getLogger(__name__)
 
 Targets = Mapping[str, Mapping[str, WriterTarget]]
 """group key -> layer key -> where its rows go."""
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all workers of a run share: where rows go, and the weights that they must have."""
+
+    targets: Targets
+    weights_sha256: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,15 +70,15 @@ class Described:
 
     weights_sha256: str
     n_parameters: int
+    device_type: str
     device_name: str
 
 
 @dataclass(frozen=True)
 class Extracted:
-    """What became of one item: rows, unreadable images (name, reason), halved batches."""
+    """What became of one item: its rows, and the batch that memory forced, if it did."""
 
     rows: int
-    bad: tuple[tuple[str, str], ...]
     halved_to: int | None
 
 
@@ -103,38 +112,58 @@ class ExtractWorker:
         self._batch = 0
         self._writer_id = f"{os.getpid()}-{uuid.uuid4().hex[:12]}"
         self._targets: Targets = {}
-        self._writers: dict[tuple[str, str], ShardWriter] = {}
+        self._open_group = ""
+        self._writers: dict[str, ShardWriter] = {}
 
     def describe(self) -> Described:
         """Weights digest, size, device."""
         device = self._setup.device
-        name = torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu"
-        return Described(self._backbone.weights_sha256, self._backbone.n_parameters, name)
+        on_cuda = device.startswith("cuda")
+        return Described(
+            weights_sha256=self._backbone.weights_sha256,
+            n_parameters=self._backbone.n_parameters,
+            device_type="cuda" if on_cuda else "cpu",
+            device_name=torch.cuda.get_device_name(device) if on_cuda else platform.processor(),
+        )
 
-    def open(self, shared: Targets) -> None:
-        """Take the stores that rows go to; files are opened when first written."""
-        self.close()
-        self._targets = shared
+    def open(self, shared: Shared) -> str:
+        """Take the stores that rows go to; files are opened when first written.
+
+        Returns this worker's writer id. Raises InputError when this machine has other weights, or
+        does not see the output folder.
+        """
+        mine = self._backbone.weights_sha256
+        if mine != shared.weights_sha256:
+            raise InputError(
+                f"{platform.node()} has other weights (sha256 {mine[:12]}…) than the rest of the run "
+                f"({shared.weights_sha256[:12]}…); give every machine the same --weights FILE"
+            )
+        for target in (t for layers in shared.targets.values() for t in layers.values()):
+            if not target.journal.parent.is_dir():
+                raise InputError(
+                    f"{platform.node()} does not see {target.journal.parent}; put --output-dir on a "
+                    "disk that every machine mounts"
+                )
+        self._finish_writing()
+        self._targets = shared.targets
+        return self._writer_id
 
     def step(self, item: RangeItem, upcoming: RangeItem | None) -> list[Done]:
         """Compute ``item``; report what became durable, which may be an earlier item."""
         cells = list(item.cells())
-        bad: list[tuple[str, str]] = []
         halved: int | None = None
+        writes: list[Future[None]] = []
         for index, (lo, paths) in enumerate(cells):
             cell = self._take(item.group, lo, paths)
             if index + 1 < len(cells):
                 self._read_ahead(item.group, *cells[index + 1])
             elif upcoming is not None:
                 self._read_ahead(upcoming.group, *next(upcoming.cells()))
-            features, used = self._forward(cell.pixels)
-            bad += [
-                (n, s.reason) for n, s in zip(cell.names, cell.sources, strict=True) if s.reason
-            ]
+            features, used = self._forward(cell.pixels, item.batch_limit)
             halved = used if used < item.grid and used < len(paths) else halved
-            self._write_behind(item.group, cell, features, used, item.attempt)
+            writes.append(self._write_behind(item, cell, features, used))
             del cell, features
-        self._commit_behind(item, Extracted(item.hi - item.lo, tuple(bad), halved))
+        self._commit_behind(item, writes, Extracted(item.hi - item.lo, halved))
         return self._collect(wait_for_all=False)
 
     def drain(self) -> list[Done]:
@@ -142,11 +171,20 @@ class ExtractWorker:
         return self._collect(wait_for_all=True)
 
     def close(self) -> None:
-        """Finish writing and close the files."""
+        """Finish writing, close the files, end the threads."""
+        self._finish_writing()
+        for pool in (self._reader, self._decoders, self._sink):
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _finish_writing(self) -> None:
         self._collect(wait_for_all=True)
+        self._close_writers()
+
+    def _close_writers(self) -> None:
         for writer in self._writers.values():
             writer.close()
         self._writers.clear()
+        self._open_group = ""
 
     # --- reading ahead -----------------------------------------------------------------------
 
@@ -158,8 +196,8 @@ class ExtractWorker:
         ahead, self._ahead = self._ahead, None
         if ahead is not None and ahead[0] == (group, lo):
             return ahead[1].result()
-        if ahead is not None:
-            ahead[1].cancel()
+        if ahead is not None and not ahead[1].cancel():
+            wait([ahead[1]])  # its memory comes first: two decoded cells at a time, not three
         return self._decode(lo, paths)
 
     def _decode(self, lo: int, paths: tuple[Path, ...]) -> _Cell:
@@ -171,6 +209,11 @@ class ExtractWorker:
         """Decode and resize into ``out`` (H, W, 3); a bad image leaves it zero, with the reason."""
         image = try_read_image(path)
         if isinstance(image, Undecodable):
+            if not image.digest:  # listed by the driver, and not even its bytes can be had here
+                raise InputError(
+                    f"{platform.node()} cannot open {path} ({image.reason}); put --data-dir on a disk "
+                    "that every machine mounts, or mend or remove the file"
+                )
             return self._bad(path, image)
         preprocess = self._backbone.spec.preprocess
         if preprocess.resize is None and image.pixels.shape[:2] != self._setup.image_hw:
@@ -195,14 +238,14 @@ class ExtractWorker:
 
     # --- forward -----------------------------------------------------------------------------
 
-    def _forward(self, pixels: np.ndarray) -> tuple[dict[str, np.ndarray], int]:
+    def _forward(self, pixels: np.ndarray, limit: int | None) -> tuple[dict[str, np.ndarray], int]:
         """Features by layer, (n, T, D) float32, and the batch they were computed with.
 
         Out of memory halves the batch for this cell and all later ones of this worker.
         """
         n_rows = len(pixels)
         while True:
-            batch = min(self._batch or n_rows, n_rows)
+            batch = min(self._batch or n_rows, limit or n_rows, n_rows)
             try:
                 parts = [
                     self._forward_batch(pixels[i : i + batch]) for i in range(0, n_rows, batch)
@@ -212,8 +255,7 @@ class ExtractWorker:
                     raise
                 if batch == 1:
                     raise MemoryBudgetExceeded(
-                        f"out of memory with one image a batch ({str(error).splitlines()[0]}); "
-                        "take a smaller --image-size or backbone, fewer --workers, or a larger device"
+                        f"out of memory with one image a batch ({error}); {LESS_MEMORY}"
                     ) from error
                 self._batch = (batch + 1) // 2
                 logger.warning("out of memory at batch %d; going on with %d", batch, self._batch)
@@ -230,46 +272,47 @@ class ExtractWorker:
     # --- writing behind ----------------------------------------------------------------------
 
     def _write_behind(
-        self, group: str, cell: _Cell, features: dict[str, np.ndarray], batch: int, attempt: int
-    ) -> None:
-        """Hand the rows to the writing thread; waits while the cell before is still being written."""
+        self, item: RangeItem, cell: _Cell, features: dict[str, np.ndarray], batch: int
+    ) -> Future[None]:
+        """Hand the rows to the writing thread; waits while the cell before is being written."""
         if self._writing is not None:
-            self._writing.result()
+            wait([self._writing])
         halved = batch if batch < len(cell.sources) else None
-        self._writing = self._sink.submit(self._write, group, cell, features, halved, attempt)
+        self._writing = self._sink.submit(self._write, item, cell, features, halved)
+        return self._writing
 
     def _write(
-        self,
-        group: str,
-        cell: _Cell,
-        features: dict[str, np.ndarray],
-        halved: int | None,
-        attempt: int,
+        self, item: RangeItem, cell: _Cell, features: dict[str, np.ndarray], halved: int | None
     ) -> None:
-        for layer in self._targets[group]:  # a layer whose store is sealed has no target
-            self._writer(group, layer).write(
-                cell.lo, features[layer], cell.sources, batch=halved, attempt=attempt
+        if item.group != self._open_group:  # what was written of the group before is committed
+            self._close_writers()
+            self._open_group = item.group
+        for layer in self._targets[item.group]:  # a layer whose store is sealed has no target
+            self._writer(layer).write(
+                cell.lo, features[layer], cell.sources, batch=halved, attempt=item.attempt
             )
 
-    def _commit_behind(self, item: RangeItem, result: Extracted) -> None:
-        self._committing.append((item.key, self._sink.submit(self._commit, item.group, result)))
+    def _commit_behind(
+        self, item: RangeItem, writes: list[Future[None]], result: Extracted
+    ) -> None:
+        job = self._sink.submit(self._commit, item.group, writes, result)
+        self._committing.append((item.key, job))
 
-    def _commit(self, group: str, result: Extracted) -> Extracted:
+    def _commit(self, group: str, writes: list[Future[None]], result: Extracted) -> Extracted:
+        for write in writes:
+            write.result()  # a failed write raises here: nothing of this item is committed
         for layer in self._targets[group]:
-            self._writer(group, layer).commit()
+            self._writer(layer).commit()
         return result
 
-    def _writer(self, group: str, layer: str) -> ShardWriter:
-        key = (group, layer)
-        if key not in self._writers:
-            self._writers[key] = ShardWriter(self._targets[group][layer], self._writer_id)
-        return self._writers[key]
+    def _writer(self, layer: str) -> ShardWriter:
+        if layer not in self._writers:
+            target = self._targets[self._open_group][layer]
+            self._writers[layer] = ShardWriter(target, self._writer_id)
+        return self._writers[layer]
 
     def _collect(self, *, wait_for_all: bool) -> list[Done]:
         """Items whose commit is on disk; at most one older item may still be under way."""
-        if wait_for_all and self._writing is not None:
-            self._writing.result()
-            self._writing = None
         done = []
         while self._committing:
             key, job = self._committing[0]
@@ -285,7 +328,15 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     text = str(error)
-    return "DefaultCPUAllocator: can't allocate memory" in text or "out of memory" in text.lower()
+    return any(sign in text for sign in _OUT_OF_MEMORY_SIGNS) or "out of memory" in text.lower()
+
+
+_OUT_OF_MEMORY_SIGNS = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "Unable to find a valid cuDNN algorithm",  # its workspace did not fit
+)
 
 
 def _join(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import ray
 
+from raypipe.cluster import pool as pool_module
 from raypipe.cluster.pool import RayPool
 from raypipe.errors import NoSpace, WorkerFailed
 from raypipe.runner import Done, LocalPool, Needs
@@ -30,6 +31,9 @@ class Item:
     def again(self) -> Item:
         return self
 
+    def with_less_memory(self) -> Item:
+        return self
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -41,6 +45,7 @@ class Setup:
     refuse: int = -1
     slow_s: float = 0.0
     late: bool = False
+    load_s: float = 0.0
 
     def __call__(self) -> Recorder:
         return Recorder(self)
@@ -49,6 +54,7 @@ class Setup:
 class Recorder:
     def __init__(self, setup: Setup) -> None:
         self.setup = setup
+        time.sleep(setup.load_s)
         self.held: list[Done] = []
         self.shared: Any = None
         # The first worker to claim this is the slow one.
@@ -57,8 +63,12 @@ class Recorder:
     def describe(self) -> str:
         return "recorder"
 
-    def open(self, shared: Any) -> None:
+    def open(self, shared: Any) -> int:
         self.shared = shared
+        return os.getpid()
+
+    def close(self) -> None:
+        self.shared = None
 
     def step(self, item: Item, upcoming: Item | None) -> list[Done]:
         with self.setup.log.open("a") as file:
@@ -118,6 +128,68 @@ def test_a_slow_worker_does_not_hold_the_others(tmp_path: Path) -> None:
 def test_a_killed_workers_items_go_to_others(tmp_path: Path, late: bool) -> None:
     done = run(Setup(tmp_path / "log", die_at=4, late=late), 12)
     assert sorted(d.key for d in done) == list(range(12))
+
+
+def test_the_driver_is_told_whom_to_shut_out(tmp_path: Path) -> None:
+    lost: list[int] = []
+    setup = Setup(tmp_path / "log", die_at=4)
+    with RayPool(setup, HALF, on_event=lambda text: None) as pool:
+        done = list(pool.run([Item(i) for i in range(12)], "shared", lost.append))
+    assert len(done) == 12
+    died = [line.split()[1] for line in (tmp_path / "log").open() if line.startswith("4 ")]
+    assert lost == [int(died[0])]
+
+
+def test_the_clock_of_a_replacement_starts_with_its_loss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A long healthy run must not use up the time that a replacement has to load."""
+    monkeypatch.setattr(pool_module, "SAY_WAITING_EVERY_S", 0.5)
+    setup = Setup(tmp_path / "log", die_at=5, slow_s=1.0, load_s=2.0)
+    with RayPool(setup, Needs(workers=1), on_event=lambda text: None, start_timeout_s=5.0) as pool:
+        pool.describe()
+        assert len(list(pool.run([Item(i) for i in range(7)], "shared"))) == 7
+
+
+class Short(Exception):
+    """What an item raises when it cannot take less memory."""
+
+
+@dataclass(frozen=True)
+class Shrinking:
+    key: int
+    size: int = 4
+
+    def again(self) -> Shrinking:
+        return self
+
+    def with_less_memory(self) -> Shrinking:
+        if self.size == 1:
+            raise Short
+        return Shrinking(self.key, self.size // 2)
+
+
+def test_rays_memory_kill_asks_for_less_until_there_is_no_less(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray's monitor kills by an error of its own, which is not an actor's death."""
+    sizes: list[int] = []
+    get = RayPool._get
+
+    def killed(self: RayPool, ref: Any) -> Any:
+        seat = next((s for s in self._seats if s.call == ref), None)
+        if seat is not None and isinstance(seat.current, Shrinking):
+            sizes.append(seat.current.size)
+            raise pool_module._Died("OutOfMemoryError: the node is short of memory", True)
+        return get(self, ref)
+
+    monkeypatch.setattr(RayPool, "_get", killed)
+    with (
+        RayPool(Setup(tmp_path / "log"), Needs(workers=1), on_event=lambda text: None) as pool,
+        pytest.raises(Short),
+    ):
+        list(pool.run([Shrinking(0)], "shared"))
+    assert sizes == [4, 2, 1]
 
 
 def test_the_only_worker_is_replaced_and_opened_again(tmp_path: Path) -> None:

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from train_helpers import ToyTask, config, write_toy
 
 from raypipe.cluster.datasets import plan_dataset, read_slices, step_table
-from raypipe.cluster.runner import RayRunner
-from raypipe.errors import ConfigError, WorkerFailed
+from raypipe.cluster.runner import RayRunner, wait_for_room
+from raypipe.errors import ConfigError, DeviceUnavailable, WorkerFailed
 from raypipe.runner import LocalRunner
 from raypipe.stream import Cursor, StreamPlan
 
@@ -118,9 +118,9 @@ class SlowTask(ToyTask):
 
 
 def train_workers() -> list[int]:
-    """Processes that run a Train worker's function now."""
+    """Train workers below this process: not those of another run on this machine."""
     found = []
-    for process in psutil.process_iter():
+    for process in psutil.Process().children(recursive=True):
         try:
             if process.cmdline()[:1] and "RayTrainWorker" in process.cmdline()[0]:
                 found.append(process.pid)
@@ -163,3 +163,18 @@ def test_our_errors_reach_the_driver_as_they_are(
     with pytest.raises(ConfigError, match="other options"):
         runner.fit(toy, config(epochs=1, lr=3e-2), tmp_path / "run", device="cpu")
     runner.fit(toy, config(epochs=1, lr=3e-2), tmp_path / "run", device="cpu", resume=False)
+
+
+def test_a_cluster_without_room_is_named_and_not_waited_for_in_silence() -> None:
+    said: list[str] = []
+    with pytest.raises(DeviceUnavailable, match=r"2 training worker\(s\) need 2 GPU, it has 0"):
+        wait_for_room({"CPU": 0.1, "GPU": 1.0}, 2, said.append, timeout_s=0.5, look_every_s=0.1)
+    assert len(said) == 1
+    wait_for_room({"CPU": 0.1}, 2, said.append)
+    assert len(said) == 1
+
+
+def test_cuda_without_a_gpu_is_refused_by_the_ray_runner(runner: RayRunner) -> None:
+    with pytest.raises(DeviceUnavailable, match="--device cuda"):
+        runner.resolve_device("cuda")
+    assert runner.resolve_device("auto") == "cpu"

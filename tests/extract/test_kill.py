@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -46,9 +47,9 @@ def wait_for(condition: Callable[[], object], what: str) -> None:
 
 
 def actors() -> list[int]:
-    """Worker processes of our pools."""
+    """Workers of our pools, below this process: not those of another run on this machine."""
     found = []
-    for process in psutil.process_iter():
+    for process in psutil.Process().children(recursive=True):
         try:
             if process.cmdline()[:1] and "PooledWorker" in process.cmdline()[0]:
                 found.append(process.pid)
@@ -142,9 +143,11 @@ def test_a_second_run_on_one_store_fails_at_once_and_names_the_owner(config: Mak
         command(cfg), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     wait_for(lambda: path.with_name("train.owner.json").exists(), "the first run's claim")
+    first.send_signal(signal.SIGSTOP)  # it keeps the store for as long as the second one looks
     second = subprocess.run(
         command(cfg, "--runner", "local"), capture_output=True, text=True, timeout=RUN_S
     )
+    first.send_signal(signal.SIGCONT)
     assert second.returncode == StoreLocked.exit_code
     assert str(first.pid) in second.stderr
     assert first.wait(timeout=RUN_S) == 0
@@ -176,6 +179,39 @@ def test_a_disk_too_small_is_refused_before_a_byte_is_written(
         extract(config(output_dir=small_disk / "features"), runner)
     assert stop.value.exit_code == 3
     assert not list(small_disk.rglob("*.npy*"))
+
+
+def test_a_disk_that_fills_up_in_the_run_exits_3_and_resumes(
+    config: MakeConfig, unbroken: bytes, tmp_path: Path
+) -> None:
+    """The data are preallocated: what meets the full disk is a journal."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)]
+    mounted = subprocess.run(mount, capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"mounting a tmpfs is not allowed here: {mounted.stderr.strip()}")
+    try:
+        cfg = config(output_dir=place / "features")
+        path = shard(cfg.output_dir, cfg.data_dir)
+        run = subprocess.Popen(
+            command(cfg), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        wait_for(lambda: path.with_name("train.npy.partial").exists(), "preallocation")
+        filler = place / "filler"
+        with filler.open("wb", buffering=0) as file, suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+        _, stderr = run.communicate(timeout=RUN_S)
+        assert run.returncode == 3, stderr
+        assert "bytes" in stderr.splitlines()[-1]
+        assert "free" in stderr.splitlines()[-1]
+        assert not path.exists()
+        filler.unlink()
+        subprocess.run(command(cfg), check=True, capture_output=True, timeout=RUN_S)
+        assert path.read_bytes() == unbroken
+    finally:
+        subprocess.run(["umount", "-l", str(place)], check=True)
 
 
 def test_numpy_alone_reads_the_store(config: MakeConfig, images: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +13,24 @@ import torch
 
 from raypipe.backbone import resolve
 from raypipe.backbone.model import load
-from raypipe.errors import BadImage, ConfigError, InputError, MemoryBudgetExceeded
+from raypipe.errors import (
+    BadImage,
+    ConfigError,
+    FingerprintMismatch,
+    InputError,
+    MemoryBudgetExceeded,
+    NoSpace,
+    StoreError,
+)
 from raypipe.extract import worker as worker_module
+from raypipe.extract.checks import check_unfinished
 from raypipe.extract.config import ExtractConfig
+from raypipe.extract.plan import RangeItem
 from raypipe.extract.run import extract
-from raypipe.extract.worker import ExtractWorker
+from raypipe.extract.worker import ExtractWorker, Shared, WorkerSetup
 from raypipe.read import list_images, read_image
 from raypipe.runner import LocalRunner
-from raypipe.store import FeatureStore, verify
+from raypipe.store import FeatureStore, ShardWriter, verify
 
 MakeConfig = Callable[..., ExtractConfig]
 
@@ -154,3 +165,116 @@ def test_a_dry_run_tells_and_writes_nothing(
 def test_layer_goes_with_any_model_names_only(config: MakeConfig) -> None:
     with pytest.raises(ConfigError, match="--layer goes with timm:NAME"):
         extract(config(layer=("layer2",)), LocalRunner())
+
+
+def test_a_mended_image_is_noticed_and_extracted_again_on_request(
+    config: MakeConfig, images: Path, tmp_path: Path
+) -> None:
+    photos = tmp_path / "photos"
+    shutil.copytree(images, photos)
+    bad = photos / "image-003.png"
+    whole = bad.read_bytes()
+    bad.write_bytes(whole[:1500])
+    cfg = config(data_dir=photos, image_size=64)
+    assert len(extract(cfg, LocalRunner()).bad) == 1
+    assert len(extract(cfg, LocalRunner()).bad) == 1, "the same command finds its work done"
+    bad.write_bytes(whole)
+    with pytest.raises(StoreError, match=r"1 image\(s\) changed since, first image-003\.png"):
+        extract(cfg, LocalRunner())
+    assert not extract(replace(cfg, overwrite=True), LocalRunner()).bad
+    assert store_of(cfg).valid.all()
+
+
+def test_an_image_that_this_machine_cannot_open_stops_the_run(
+    config: MakeConfig, images: Path, tmp_path: Path
+) -> None:
+    """A folder that is not mounted here must not become a store of unreadable images."""
+    photos = tmp_path / "photos"
+    shutil.copytree(images, photos)
+    (photos / "image-030.png").unlink()
+    (photos / "image-030.png").symlink_to(tmp_path / "elsewhere.png")
+    cfg = config(data_dir=photos, image_size=64)
+    with pytest.raises(InputError, match=r"cannot open .*image-030\.png.*mounts"):
+        extract(cfg, LocalRunner())
+    assert not list(cfg.output_dir.rglob("train.npy"))
+
+
+def test_relative_paths_mean_the_drivers_folder(
+    config: MakeConfig, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(images.parent)
+    cfg = config(data_dir=Path(images.name), image_size=64)
+    summary = extract(cfg, LocalRunner())
+    assert all(Path(store).is_absolute() for store in summary.stores)
+
+
+def test_a_failed_write_is_never_reported_as_done(
+    config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = ShardWriter.write
+
+    def full(self: ShardWriter, lo: int, *args: object, **options: object) -> None:
+        if lo == 44:  # the last cell
+            raise NoSpace("needs 4096 bytes, 0 free; make room")
+        write(self, lo, *args, **options)  # type: ignore[arg-type]
+
+    cfg = config(image_size=64)
+    with monkeypatch.context() as patched:
+        patched.setattr(ShardWriter, "write", full)
+        with pytest.raises(NoSpace):
+            extract(cfg, LocalRunner())
+    extract(cfg, LocalRunner())
+    assert verify(store_of(cfg).path).ok
+
+
+def test_a_worker_with_other_weights_is_refused(images: Path) -> None:
+    setup = WorkerSetup(
+        spec=resolve("resnet18", image_size=64),
+        weights="random:0",
+        device="cpu",
+        precision="fp32",
+        torch_threads=None,
+        decode_threads=1,
+        fail_on_bad_image=False,
+        image_hw=(256, 256),
+    )
+    worker = setup()
+    with pytest.raises(InputError, match="other weights"):
+        worker.open(Shared({}, "0" * 64))
+    worker.close()
+
+
+def test_a_store_begun_on_another_device_is_not_mixed(
+    config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = config(image_size=64)
+
+    def die(self: ExtractWorker, pixels: np.ndarray) -> dict[str, np.ndarray]:
+        raise ValueError("stopped on purpose")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ExtractWorker, "_forward_batch", die)
+        with pytest.raises(ValueError, match="on purpose"):
+            extract(cfg, LocalRunner())
+    path = cfg.output_dir / "resnet18_layer4" / cfg.data_dir.name / "train.npy"
+    check_unfinished(path, "cpu", overwrite=False)
+    with pytest.raises(FingerprintMismatch, match="begun on cpu, this run computes on cuda"):
+        check_unfinished(path, "cuda", overwrite=False)
+
+
+def test_local_runs_leave_no_files_open(config: MakeConfig) -> None:
+    extract(config(image_size=64), LocalRunner())
+    before = set(Path("/proc/self/fd").iterdir())
+    out = config().output_dir
+    extract(config(image_size=64, output_dir=out.with_name("second")), LocalRunner())
+    assert len(set(Path("/proc/self/fd").iterdir())) <= len(before)
+
+
+def test_less_memory_ends_at_one_image() -> None:
+    item = RangeItem("01/train", 0, 6, 4, ())
+    batches = []
+    with pytest.raises(MemoryBudgetExceeded, match="one image a batch"):
+        while True:
+            item = item.with_less_memory()
+            batches.append(item.batch_limit)
+    assert batches == [2, 1]
