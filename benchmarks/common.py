@@ -8,7 +8,7 @@ import os
 import platform
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -60,18 +60,6 @@ def emit(name: str, metrics: Mapping[str, object], file: Path | None) -> None:
 def say(text: str) -> None:
     """What happens meanwhile goes to stderr."""
     print(text, file=sys.stderr, flush=True)
-
-
-def in_turn(
-    rounds: int, contenders: Mapping[str, Callable[[], float]]
-) -> dict[str, Sequence[float]]:
-    """Each contender's figure, ``rounds`` times in turn: a slow spell of the machine meets all."""
-    figures: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(rounds):
-        for name, run in contenders.items():
-            figures[name].append(run())
-            say(f"round {number + 1}: {name} {figures[name][-1]:.4g}")
-    return figures
 
 
 def median(figures: Sequence[float]) -> float:

@@ -1,34 +1,42 @@
 """Extraction against a bare loop, and its memory against the number of images.
 
 ratio_to_bare: images/s of `raypipe extract` (Ray, one worker, decode, store, commit; start-up not
-counted) over images/s of a loop that only runs the same model on the same decoded batches.
+counted) over images/s of a loop that only runs the same model on the same decoded batches. The two
+take turns of a few seconds, so that a slow spell of the machine meets both; median of the rounds.
 peak_anon_mib_N: largest RssAnon of the extraction worker over N images, sampled every 5 ms.
 """
 
 from __future__ import annotations
 
+import itertools
+import os
 import shutil
+import signal
+import subprocess
 import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import psutil
 import torch
-from common import emit, in_turn, median, parser, say
+from common import emit, median, parser, say
 from PIL import Image
 
 from raypipe.backbone import resolve
 from raypipe.backbone.model import load
 from raypipe.extract.config import ExtractConfig
-from raypipe.extract.run import extract
+from raypipe.extract.run import ExtractSummary, extract
 from raypipe.launch import LaunchConfig, open_runner
 from raypipe.memory import anon_bytes
 from raypipe.read import list_images, read_image
 
 DISTINCT = 50
+TURN_S = 6.0
+WORKER = "ray::PooledWorker"
 
 
 def make_images(folder: Path, n: int, side: int) -> Path:
@@ -44,9 +52,8 @@ def make_images(folder: Path, n: int, side: int) -> Path:
     return folder
 
 
-def ours(images: Path, out: Path, backbone: str, batch: int, device: str) -> float:
-    """Images/s of ``raypipe extract`` with one worker, into a fresh store."""
-    shutil.rmtree(out, ignore_errors=True)
+def ours(images: Path, out: Path, backbone: str, batch: int, device: str) -> ExtractSummary:
+    """``raypipe extract`` with one worker, into a fresh store."""
     cfg = ExtractConfig(
         data_dir=images,
         output_dir=out,
@@ -57,31 +64,76 @@ def ours(images: Path, out: Path, backbone: str, batch: int, device: str) -> flo
         device=device,  # type: ignore[arg-type]
     )
     with open_runner(LaunchConfig()) as runner:
-        return extract(cfg, runner).rate
+        return extract(cfg, runner)
 
 
-def bare(images: Path, backbone: str, batch: int, device: str) -> float:
-    """Images/s of the model alone on batches decoded beforehand."""
+def bare_child(images: Path, log: Path, backbone: str, batch: int, device: str) -> None:
+    """The bare loop, as a process: the model alone on batches decoded beforehand, until killed.
+
+    Warms up, stops itself, and from then on writes the time of each batch's end.
+    """
     spec = resolve(backbone)
     model = load(spec, weights="random:0", device=device)
     decoded = np.stack([spec.preprocess.host(read_image(p).pixels) for p in list_images(images)])
     batches = [torch.from_numpy(decoded[i : i + batch]) for i in range(0, len(decoded), batch)]
-    _run(model, batches[0], device)
-    started = time.perf_counter()
-    for pixels in batches:
-        _run(model, pixels, device)
-    return len(decoded) / (time.perf_counter() - started)
+    model.forward(batches[0])
+    os.kill(os.getpid(), signal.SIGSTOP)
+    with log.open("w") as file:
+        for pixels in itertools.cycle(batches):
+            model.forward(pixels)
+            if device.startswith("cuda"):
+                torch.cuda.synchronize()
+            file.write(f"{time.monotonic()} {len(pixels)}\n")
+            file.flush()
 
 
-def _run(model: object, pixels: torch.Tensor, device: str) -> None:
-    model.forward(pixels)  # type: ignore[attr-defined]
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
+def paired(images: Path, root: Path, backbone: str, batch: int, device: str) -> tuple[float, float]:
+    """Images/s of (ours, bare), each over its own running time, while the two take turns of a few
+    seconds by SIGSTOP and SIGCONT: a slow spell of the machine meets both.
+    """
+    log, out = root / "bare.log", root / "store"
+    shutil.rmtree(out, ignore_errors=True)
+    args = [str(images), str(log), backbone, str(batch), device]
+    child = subprocess.Popen([sys.executable, __file__, "--bare-child", *args])
+    while psutil.Process(child.pid).status() != psutil.STATUS_STOPPED:
+        time.sleep(0.2)
+    summaries: list[ExtractSummary] = []
+    job = threading.Thread(
+        target=lambda: summaries.append(ours(images, out, backbone, batch, device))
+    )
+    job.start()
+    while not list(out.rglob("*.npy.partial")):
+        time.sleep(0.01)
+        if not job.is_alive():
+            sys.exit("the extraction ended before it began: see above")
+    worker = next(p for p in psutil.Process().children(recursive=True) if _titled(p, WORKER))
+    turns: list[tuple[float, float]] = []  # the bare loop's
+    paused_s = 0.0
+    while True:
+        job.join(TURN_S)
+        if not job.is_alive():
+            break
+        with suppress(psutil.NoSuchProcess):  # the worker's last turn is over
+            worker.suspend()
+            began = time.monotonic()
+            child.send_signal(signal.SIGCONT)
+            time.sleep(TURN_S)
+            child.send_signal(signal.SIGSTOP)
+            turns.append((began, time.monotonic()))
+            worker.resume()
+            paused_s += turns[-1][1] - began
+    child.kill()
+    child.wait()
+    ends = [line.split() for line in log.read_text().splitlines()]
+    last = float(ends[-1][0])
+    bare_s = sum(min(end, last) - begin for begin, end in turns if begin < last)
+    (summary,) = summaries
+    return summary.rows / (summary.seconds - paused_s), sum(int(n) for _, n in ends) / bare_s
 
 
 def peak_anon_mib(images: Path, out: Path, device: str) -> float:
     """Largest RssAnon of the extraction worker, MiB."""
-    watch = _Watch("ray::PooledWorker")
+    watch = _Watch(WORKER)
     with watch:
         ours(images, out, "resnet18", 16, device)
     return watch.peak_bytes / 2**20
@@ -128,30 +180,32 @@ def _titled(process: psutil.Process, name: str) -> bool:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["--bare-child"]:
+        images, log, backbone, batch, device = sys.argv[2:]
+        bare_child(Path(images), Path(log), backbone, int(batch), device)
+        return
     args = parser(__doc__)
-    args.add_argument("--images", type=int, default=32, help="images a pass of the full model")
+    args.add_argument("--images", type=int, default=32, help="images a round of the full model")
     args.add_argument("--rounds", type=int, default=3)
-    args.add_argument("--batch", type=int, default=8)
+    args.add_argument("--batch", type=int, default=4)
     args.add_argument("--backbone", default="dinov2_q")
     args.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = args.parse_args()
     with tempfile.TemporaryDirectory() as tmp:
         root = Path(tmp)
-        images = make_images(root / "images", options.images, 425)
-        common = (options.backbone, options.batch, options.device)
-        rates = in_turn(
-            options.rounds,
-            {
-                "bare": lambda: bare(images, *common),
-                "ours": lambda: ours(images, root / "store", *common),
-            },
-        )
+        images_dir = make_images(root / "images", options.images, 425)
+        rounds = []
+        for _ in range(options.rounds):
+            model = (options.backbone, options.batch, options.device)
+            rounds.append(paired(images_dir, root, *model))
+            say(f"ours {rounds[-1][0]:.4g}, bare {rounds[-1][1]:.4g} images/s")
         metrics: dict[str, object] = {
-            "ours_images_per_s": median(rates["ours"]),
-            "bare_images_per_s": median(rates["bare"]),
-            "ratio_to_bare": median(rates["ours"]) / median(rates["bare"]),
-            "ratios": [o / b for o, b in zip(rates["ours"], rates["bare"], strict=True)],
+            "ours_images_per_s": median([o for o, _ in rounds]),
+            "bare_images_per_s": median([b for _, b in rounds]),
+            "ratio_to_bare": median([o / b for o, b in rounds]),
+            "ratios": [o / b for o, b in rounds],
             "backbone": options.backbone,
+            "batch": options.batch,
         }
         for n in (200, 2000):
             folder = make_images(root / f"images-{n}", n, 224)

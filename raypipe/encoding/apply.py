@@ -130,7 +130,8 @@ def _load_model(record: Mapping[str, Any], opened: data.SplitData, place: Path) 
     cfg = ModelConfig(**record["config"]["encoder"])
     n_vertices = {hemi: int(record["responses"][hemi][1]) for hemi in HEMIS}
     readout = build_readout(cfg.readout, opened.subject.rois(), n_vertices)
-    if list(readout.queries) != record["identity"]["queries"]:
+    fitted = record["identity"]
+    if (list(readout.queries), readout.digest) != (fitted["queries"], fitted.get("ROI masks")):
         raise InputError(
             f"{opened.subject.root} has other ROI masks than the fit in {place.parent}; give the"
             " data of the fit with --data-dir"

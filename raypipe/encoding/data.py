@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from raypipe.encoding.shapes import TokenShape
@@ -115,18 +116,25 @@ def _check_names(store: FeatureStore, subject: AlgonautsSubject, split: str) -> 
     )
 
 
-def check_finite(path: Path) -> None:
-    """Raise InputError at the first NaN or infinity of a (N, V) array, read a piece at a time."""
+def checked_digest(path: Path) -> str:
+    """xxh3_128 of a (N, V) array: its dtype, shape and values, read once, a piece at a time.
+
+    Raises InputError at the first NaN or infinity.
+    """
     array = np.load(path, mmap_mode="r")
+    digest = xxhash.xxh3_128(f"{array.dtype.str} {array.shape}".encode())
     step = max(1, _CHECK_BYTES // max(1, array[:1].nbytes))
     for lo in range(0, len(array), step):
-        good = np.isfinite(array[lo : lo + step])
+        piece = np.ascontiguousarray(array[lo : lo + step])  # the map itself where it is C order
+        digest.update(piece.data)
+        good = np.isfinite(piece)
         if not good.all():
             row, vertex = np.argwhere(~good)[0]
             raise InputError(
                 f"{path} is not finite at image {lo + row}, vertex {vertex}; training on it would"
                 " spoil every weight: drop the vertex or the image first"
             )
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

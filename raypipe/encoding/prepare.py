@@ -1,11 +1,12 @@
 """One subject made ready to fit: data opened and checked, rows divided, task built; nothing written.
 
-What a run will take on disk and in memory is known here, before it starts.
+What a run will take on disk and in memory is known here, before it starts. Every byte of the
+responses is read, once: they must be finite, and a resumed run must find the same.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from raypipe.encoding import data
 from raypipe.encoding.config import FitConfig
 from raypipe.encoding.readout import HEMIS, build_readout
 from raypipe.encoding.task import EncodingTask, token_statistics
+from raypipe.train.checkpoint import on_disk_bytes
 from raypipe.units import format_bytes
 
 
@@ -32,8 +34,10 @@ class Prepared:
         return {
             "subject": self.subject,
             "features": self.split_data.store.fingerprint,
+            **{f"{hemi} responses": self.task.responses[hemi].fingerprint for hemi in HEMIS},
             "encoder": configs.to_dict(self.task.encoder),
             "queries": list(self.task.readout.queries),
+            "ROI masks": self.task.readout.digest,
         }
 
     def n_parameters(self) -> int:
@@ -47,34 +51,59 @@ class Prepared:
         return sum(p.numel() for p in model.parameters())
 
     def disk_bytes(self, cfg: FitConfig) -> int:
-        """Checkpoints: weights and two AdamW moments for each generation and one being written,
-        weights alone for the best and the one that replaces it.
+        """The most that checkpoints take: float32 weights and two AdamW moments for each generation
+        and the one being written, and the best weights.
         """
-        return 4 * self.n_parameters() * (3 * (cfg.train.keep + 1) + 2)
+        return self._generation_bytes() * (cfg.train.keep + 1) + 4 * self.n_parameters()
 
-    def memory_bytes(self, cfg: FitConfig) -> int:
-        """A worker's weights, gradients, moments and batches; activations come on top."""
-        rows = sum(source.row_bytes for source in self.task.sources().values())
-        return 16 * self.n_parameters() + 4 * rows * cfg.train.batch_size
+    def missing_bytes(self, cfg: FitConfig) -> int:
+        """What of ``disk_bytes`` must still be free, with the checkpoints that are there.
+
+        A resumed run writes a generation before it drops one; one that starts over drops all first.
+        """
+        missing = self.disk_bytes(cfg) - on_disk_bytes(self.run_dir)
+        return max(missing, self._generation_bytes() if cfg.resume else 0)
+
+    def _generation_bytes(self) -> int:
+        return 12 * self.n_parameters()
+
+    def model_bytes(self) -> int:
+        """A worker's float32 weights, gradients and two AdamW moments, on its device."""
+        return 16 * self.n_parameters()
 
     def describe(self, cfg: FitConfig) -> str:
         """What ``--dry-run`` prints."""
-        shape = self.task.shape
-        return (
-            f"subject {self.subject}: {len(self.split.train)} images to train,"
-            f" {len(self.split.val)} to validate; tokens {shape.n_tokens} x {shape.dim};"
-            f" {self.n_parameters():,} parameters; disk {format_bytes(self.disk_bytes(cfg))},"
-            f" memory of a worker {format_bytes(self.memory_bytes(cfg))} and activations"
+        from raypipe.train.loop import buffer_bytes
+
+        shape, train = self.task.shape, cfg.train
+        there = on_disk_bytes(self.run_dir)
+        batches = buffer_bytes(self.task.sources(), train.batch_size)
+        steps = -(-len(self.split.train) // train.rows_per_step(cfg.workers))
+        return "\n".join(
+            (
+                f"subject {self.subject}: {len(self.split.train)} images to train,"
+                f" {len(self.split.val)} to validate; tokens {shape.n_tokens} x {shape.dim};"
+                f" {self.n_parameters():,} parameters; {train.epochs} epochs of {steps} steps",
+                f"  disk    {format_bytes(self.disk_bytes(cfg))} at most in {self.run_dir}:"
+                f" {train.keep} generations of checkpoints, one being written, the best weights"
+                + (f"; {format_bytes(there)} of checkpoints are there already" if there else "")
+                + ". Not in it: logs, the report",
+                f"  memory  each of {cfg.workers} worker(s): {format_bytes(self.model_bytes())} on its"
+                f" device for weights, gradients and AdamW moments, {format_bytes(batches)} of the"
+                " host's for batches. Not in it: activations, Python and torch themselves",
+                "  time    not known before the first steps; training then shows it",
+            )
         )
 
 
 def prepare(cfg: FitConfig, subj: str, run_dir: Path) -> Prepared:
     """Open, check and split one subject's data, and build its task; writes nothing."""
     opened = data.open_split(cfg.data_dir, cfg.features_dir, cfg.feature, subj, "train")
-    for path in (opened.fmri or {}).values():
-        data.check_finite(path)
+    responses = {
+        hemi: replace(source, fingerprint=data.checked_digest(source.path))
+        for hemi, source in opened.responses().items()
+    }
     split = data.seeded_split(opened.valid, cfg.val_fraction, cfg.split_seed)
-    responses = opened.responses()
     readout = build_readout(
         cfg.encoder.readout,
         opened.subject.rois(),

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import xxhash
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -46,6 +47,16 @@ class Readout:
                     f"{hemi}: vertex {int(fed.argmin()) if fed.size else 0} is fed by no query; add"
                     " a query for the vertices in no ROI"
                 )
+
+    @property
+    def digest(self) -> str:
+        """xxh3_128 of queries and masks: trained weights lie in an order that both decide."""
+        digest = xxhash.xxh3_128(repr(self.queries).encode())
+        for hemi in HEMIS:
+            mask = np.ascontiguousarray(self.masks[hemi])
+            digest.update(f"{hemi} {mask.shape}".encode())
+            digest.update(mask.data)
+        return digest.hexdigest()
 
     def n_vertices(self, hemi: str) -> int:
         """Vertices of one hemisphere."""
@@ -126,7 +137,3 @@ class MaskedReadout(nn.Module):
         weights = self.weight.split(self.sizes)  # one backward node, not one padded slice a set
         parts = [F.linear(token, w) for token, w in zip(summed, weights, strict=True)]
         return torch.cat(parts, 1).index_select(1, self.restore) + self.n_fed * self.bias
-
-    def vertex_weight(self) -> Tensor:
-        """Weights in vertex order, (V, dim)."""
-        return self.weight.index_select(0, self.restore)

@@ -31,6 +31,8 @@ from raypipe.report.saved import RUN_FILE, read_run, subject_folders, write_json
 from raypipe.runner import Runner
 from raypipe.store import require_space
 from raypipe.train import FitResult
+from raypipe.train.checkpoint import discard
+from raypipe.train.feed import check_resumable
 from raypipe.train.hold import hold_run
 from raypipe.units import format_seconds
 
@@ -58,7 +60,7 @@ def fit(cfg: FitConfig, runner: Runner | None) -> FitSummary:
 
     ``runner`` may be None for a dry run. Raises MissingInput, UnknownName, InputError (features and
     responses do not belong together), ConfigError (the folder holds another run), NoSpace, and what
-    training raises; StoreLocked when another fit works in the run folder.
+    training raises; StoreLocked when another fit works in the run folder or in a subject's.
     """
     subjects = _subjects(cfg)
     run_dir = cfg.run_dir.resolve()
@@ -70,9 +72,13 @@ def fit(cfg: FitConfig, runner: Runner | None) -> FitSummary:
         return FitSummary(run_dir=run_dir)
     if runner is None:
         raise ConfigError("fit needs a runner; open one with raypipe.launch.open_runner")
-    require_space({ready.run_dir: ready.disk_bytes(cfg) for ready in prepared.values()})
-    with hold_run(run_dir):
+    require_space({ready.run_dir: ready.missing_bytes(cfg) for ready in prepared.values()})
+    with ExitStack() as held:
+        held.enter_context(hold_run(run_dir))
         if len(subjects) > 1:
+            _check_parent(cfg, run_dir, folders)
+            for folder in folders.values():  # a subject may be fitted directly at the same time
+                held.enter_context(hold_run(folder))
             _write_parent(cfg, run_dir, folders)
         fits = tuple(_fit_subject(cfg, ready, runner) for ready in prepared.values())
         page = build_report(run_dir)
@@ -107,12 +113,15 @@ def _fit_subject(cfg: FitConfig, ready: Prepared, runner: Runner) -> SubjectFit:
 def _claim(cfg: FitConfig, ready: Prepared) -> dict[str, Any]:
     """Write run.json and split.json, unless the folder holds another run. Raises ConfigError."""
     run_file = ready.run_dir / RUN_FILE
-    if run_file.exists() and cfg.resume:
-        _check_same(read_run(ready.run_dir), ready)
+    earlier = read_run(ready.run_dir) if run_file.exists() and cfg.resume else {}
+    if earlier:
+        _check_same(earlier, ready)
     split_file = ready.run_dir / "split.json"
     if not cfg.resume:
         split_file.unlink(missing_ok=True)
-        for old in ("evaluation", "predictions"):  # of the weights that are about to go
+        # Before run.json vouches for other data: a crash in between must leave nothing to resume.
+        discard(ready.run_dir)
+        for old in ("evaluation", "predictions"):  # of the weights that are gone
             shutil.rmtree(ready.run_dir / old, ignore_errors=True)
     record = run_record(cfg) | {
         "kind": "encode fit",
@@ -130,10 +139,12 @@ def _claim(cfg: FitConfig, ready: Prepared) -> dict[str, Any]:
         "n_invalid": int((~ready.split_data.valid).sum()),
         "n_parameters": ready.n_parameters(),
         "notes": _notes(cfg),
-        "result": None,
+        "result": earlier.get("result"),
     }
-    write_json(run_file, record)
     data.save_split(ready.split, tuple(ready.split_data.store.names), split_file)
+    if cfg.resume:  # a command that training would refuse must not overwrite run.json
+        check_resumable(ready.task, cfg.train, cfg.workers, ready.run_dir)
+    write_json(run_file, record)
     return record
 
 
@@ -170,15 +181,22 @@ def _features_note(opened: data.SplitData) -> dict[str, Any]:
     }
 
 
-def _write_parent(cfg: FitConfig, run_dir: Path, folders: Mapping[str, Path]) -> None:
-    path = run_dir / RUN_FILE
-    names = {subj: folder.name for subj, folder in folders.items()}
-    if path.exists() and cfg.resume and read_run(run_dir).get("subjects") != names:
+def _check_parent(cfg: FitConfig, run_dir: Path, folders: Mapping[str, Path]) -> None:
+    resumed = cfg.resume and (run_dir / RUN_FILE).exists()
+    if resumed and read_run(run_dir).get("subjects") != _names(folders):
         raise ConfigError(
             f"{run_dir} holds a run of other subjects than {', '.join(folders)}; use a new run"
             " folder, or --no-resume to start over in this one"
         )
-    write_json(path, run_record(cfg) | {"kind": "encode fit", "subjects": names})
+
+
+def _write_parent(cfg: FitConfig, run_dir: Path, folders: Mapping[str, Path]) -> None:
+    fields = run_record(cfg) | {"kind": "encode fit", "subjects": _names(folders)}
+    write_json(run_dir / RUN_FILE, fields)
+
+
+def _names(folders: Mapping[str, Path]) -> dict[str, str]:
+    return {subj: folder.name for subj, folder in folders.items()}
 
 
 def _result(result: FitResult) -> dict[str, Any]:
@@ -236,15 +254,19 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, dict[str, Any]]:
 
 def score_line(summary: Mapping[str, Any]) -> str:
     """One subject's result in one line."""
+    left_out = summary["n_vertices"] - summary["n_scored"]
     text = (
         f"subject {summary['subject']}, {summary['n_images']} {summary['split']} images:"
         f" mean r {_number(summary['mean_r'])} over {summary['n_scored']} vertices"
+        + (f" (undefined in {left_out} more)" if left_out else "")
     )
     if summary.get("recovered") is not None:
         text += (
             f"; where a ceiling is known it averages {_number(summary['mean_ceiling_r'])}, of which"
             f" {summary['recovered']:.0%} is reached"
         )
+        if summary["n_counted_zero"]:
+            text += f" (undefined r count as 0 there: {summary['n_counted_zero']} vertices)"
     return text
 
 

@@ -41,12 +41,6 @@ class Scores:
     r: Mapping[str, Floats]
     nc: Mapping[str, Floats] | None = None
 
-    def ceiling_r(self, hemi: str) -> Floats:
-        """The r that a perfect model reaches, (V,); NaN without a ceiling."""
-        if self.nc is None:
-            return np.full_like(self.r[hemi], np.nan)
-        return np.sqrt(self.nc[hemi])
-
 
 def predictions(
     model: nn.Module,
@@ -92,7 +86,8 @@ def load_ceiling(paths: Mapping[str, Path] | None) -> dict[str, Floats] | None:
 def roi_table(scores: Scores, families: Families) -> list[dict[str, Any]]:
     """One record an ROI and hemisphere, then "none" (in no ROI but streams) and "all" vertices.
 
-    Statistics leave undefined correlations out: ``n_scored`` counts what they are of.
+    mean_r and its quartiles leave undefined correlations out: ``n_scored`` counts what they are of.
+    Statistics against the ceiling count them as 0: ``n_counted_zero`` says how many.
     """
     records = []
     for family, rois in families.items():
@@ -139,17 +134,22 @@ def _roi_record(
 
 
 def _against_ceiling(r: Floats, nc: Floats) -> dict[str, Any]:
-    """r against its ceiling over the vertices where both are defined.
+    """r against its ceiling over the vertices where a ceiling is known and not near zero.
 
+    A vertex without a defined r (predictions that do not vary, or are not finite) counts as r = 0:
+    nothing of it was recovered, and leaving it out would let a mostly dead encoder score high.
     ``recovered`` is mean r over mean ceiling: unlike the mean of ratios it is not ruled by the
-    vertices whose ceiling is near zero.
+    vertices whose ceiling is near zero. None only where no vertex can be explained.
     """
+    undefined = ~np.isfinite(r)
+    r = np.where(undefined, 0.0, r)
     normal = normalised_correlation(r, nc)
     used = np.isfinite(normal.r_over_ceiling)
     ceiling = np.sqrt(nc[used])
     recovered = float(r[used].mean() / ceiling.mean()) if used.any() else None
     return {
         "n_explainable": int(used.sum()),
+        "n_counted_zero": int((used & undefined).sum()),
         "mean_r_explainable": _or_none(np.mean, r[used]),
         "mean_ceiling_r": _or_none(np.mean, ceiling),
         "recovered": recovered,
@@ -187,14 +187,32 @@ def save_scores(
     (folder / "summary.json").unlink(missing_ok=True)  # an older one must not vouch for new tables
     for hemi in HEMIS:
         write_npy(folder / f"{hemi}_r.npy", scores.r[hemi].astype(np.float32))
-    vertices = pa.table(_vertex_columns(scores, families))
-    rois = pa.Table.from_pylist(roi_table(scores, families))
+    vertices = pa.table(_vertex_columns(scores, families), schema=_vertex_schema())
+    records = roi_table(scores, families)
+    rois = pa.Table.from_pylist(records, schema=_roi_schema(records[0]))
     write_bytes(folder / "vertices.parquet", _parquet(vertices))
     write_bytes(folder / "rois.parquet", _parquet(rois))
     write_bytes(folder / "rois.csv", _csv(rois))
     summary = {**summarise(scores), **note}
     write_json(folder / "summary.json", summary)
     return summary
+
+
+def _vertex_schema() -> pa.Schema:
+    """Fixed: a column without one defined value would otherwise have no type."""
+    import pyarrow as pa
+
+    r, nc = (pa.field(name, pa.float64()) for name in ("r", "nc"))
+    hemi, vertex = pa.field("hemi", pa.string()), pa.field("vertex", pa.int64())
+    return pa.schema([hemi, vertex, r, nc, pa.field("rois", pa.list_(pa.string()))])
+
+
+def _roi_schema(record: Mapping[str, Any]) -> pa.Schema:
+    import pyarrow as pa
+
+    types = dict.fromkeys(("hemi", "family", "roi"), pa.string())
+    types |= {name: pa.int64() for name in record if name.startswith("n_")}
+    return pa.schema([(name, types.get(name, pa.float64())) for name in record])
 
 
 def _parquet(table: pa.Table) -> bytes:

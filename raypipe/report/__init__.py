@@ -9,9 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from raypipe.report.metrics import PearsonSums, normalised_correlation, pearson
-
-__all__ = ["PearsonSums", "build_report", "normalised_correlation", "pearson"]
+__all__ = ["build_report"]
 
 
 def build_report(run_dir: Path) -> Path:

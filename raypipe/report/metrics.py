@@ -1,7 +1,7 @@
 """Correlation per column, whole or streamed in batches, and its normalisation by a noise ceiling.
 
 All sums are float64, whatever comes in. A column that does not vary has no correlation: NaN, never
-0, so that it drops out of means and is counted. Distribution over ranks belongs to ``train``.
+0: who averages says how they count. Distribution over ranks belongs to ``train``.
 """
 
 from __future__ import annotations
@@ -84,11 +84,6 @@ class PearsonSums:
 
 def _is_constant(m2: Floats, mean: Floats, n_rows: int) -> NDArray[np.bool_]:
     return m2 <= n_rows * (_CONSTANT * np.abs(mean)) ** 2
-
-
-def pearson(x: ArrayLike, y: ArrayLike) -> Floats:
-    """Pearson r per column of two (n_rows, n_columns) arrays; NaN where one is constant."""
-    return PearsonSums.of(x, y).correlation()
 
 
 def pearson_from_sums(sums: dict[str, Any]) -> Floats:

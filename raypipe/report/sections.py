@@ -8,6 +8,7 @@ SECTIONS. How figures look is ``plots``', how a page looks is the template's.
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,10 +42,15 @@ def cards(run_dir: Path, run: Run) -> list[Card]:
 
 def _score_cards(who: str, words: str, summary: Run) -> list[Card]:
     scored = f"{summary['n_scored']:,} vertices, {summary['n_images']} {words}"
+    left_out = summary.get("n_vertices", summary["n_scored"]) - summary["n_scored"]
+    if left_out:
+        scored += f"; undefined in {left_out:,} more"
     found = [Card(f"{who}: mean Pearson r", _number(summary["mean_r"]), scored)]
     if summary.get("recovered") is not None:
         of = f"{summary['mean_r_explainable']:.3f} of a mean ceiling of"
         detail = f"r {of} {summary['mean_ceiling_r']:.3f}, {summary['n_explainable']:,} vertices"
+        if summary.get("n_counted_zero"):
+            detail += f", {summary['n_counted_zero']:,} of them undefined and counted as 0"
         found.append(Card("of the noise ceiling", f"{summary['recovered']:.0%}", detail))
     return found
 
@@ -262,7 +268,7 @@ def setup_section(run_dir: Path, run: Run) -> Section | None:
             "run",
             f"{run.get('started', '?')} on {run.get('host', '?')}, raypipe {run.get('raypipe')}",
         ),
-        ("command", " ".join(run.get("command", ()))),
+        ("command", _command(run.get("command", ()))),
         ("commit", str(run.get("git_commit") or "not a git checkout")),
     ]
     versions = Table(
@@ -271,6 +277,12 @@ def setup_section(run_dir: Path, run: Run) -> Section | None:
     )  # fmt: skip
     resolved = Code("Resolved configuration", json.dumps(config, indent=2))
     return Section("How it was made", [Facts(pairs), versions, resolved])
+
+
+def _command(words: Sequence[str]) -> str:
+    """As a person would type it; ``python -m raypipe`` is run.json's ``__main__.py``."""
+    program = ["raypipe" if word == "__main__.py" else word for word in words[:1]]
+    return shlex.join([*program, *words[1:]])
 
 
 def _shape(features: Run) -> str:

@@ -34,6 +34,11 @@ class _Slot:
     copied: torch.cuda.Event | None  # set when the device copy out of this slot has finished
 
 
+def ring_bytes(sources: Mapping[str, ArraySource], max_rows: int, depth: int) -> int:
+    """Host bytes of a `Gatherer` of these, before there is one."""
+    return sum(source.row_bytes for source in sources.values()) * max_rows * depth
+
+
 class Gatherer:
     """Reads batches from ``sources`` that share their row numbers (tokens, lh, rh, ...).
 
@@ -68,8 +73,7 @@ class Gatherer:
     @property
     def buffer_bytes(self) -> int:
         """Host bytes that the ring holds."""
-        row_bytes = sum(source.row_bytes for source in self.sources.values())
-        return row_bytes * self.max_rows * len(self._slots)
+        return ring_bytes(self.sources, self.max_rows, len(self._slots))
 
     def batches(
         self, row_arrays: Iterable[np.ndarray]

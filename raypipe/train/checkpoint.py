@@ -115,8 +115,18 @@ def load_meta(path: Path | str) -> dict[str, Any]:
 def discard(run_dir: Path) -> None:
     """Remove all checkpoints of a run that starts over."""
     for name in ("last", "best"):
-        for path in (*_generations(run_dir, name), run_dir / f".{name}.writing"):
+        for path in _folders(run_dir, name):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def on_disk_bytes(run_dir: Path) -> int:
+    """Bytes of all that `discard` would remove, half-written ones too."""
+    found = [f for name in ("last", "best") for f in _folders(run_dir, name)]
+    return sum(file.stat().st_size for folder in found for file in folder.glob("*"))
+
+
+def _folders(run_dir: Path, name: str) -> list[Path]:
+    return [*_generations(run_dir, name), run_dir / f".{name}.writing"]
 
 
 def _find(path: Path) -> Found:

@@ -7,6 +7,7 @@ needed, and every exchange below is a no-op.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,7 @@ class WorkerContext:
     ``checkpoint`` (path of the one just written); it may be a barrier.
     ``should_stop``: asked on every rank after each step; one True stops all, with a checkpoint.
     ``on_step``: rank 0, each step's record (for a progress bar). ``say``: rank 0, text for people.
+    ``clock``: seconds from any start, never backwards; rank 0's decides when a checkpoint is due.
     """
 
     run_dir: Path
@@ -50,6 +52,7 @@ class WorkerContext:
     should_stop: Callable[[], bool] = _never
     on_step: Callable[[dict[str, Any]], None] = _ignore
     say: Callable[[str], None] = _say
+    clock: Callable[[], float] = time.monotonic
 
     def __post_init__(self) -> None:
         if self.world < 1 or not 0 <= self.rank < self.world:

@@ -9,7 +9,7 @@ with the same steps on another number of workers.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +18,10 @@ import numpy as np
 from torch import Tensor
 
 from raypipe.errors import ConfigError
-from raypipe.stream import Cursor, Gatherer, StepSlice, StreamPlan, split_micro
+from raypipe.stream import ArraySource, Cursor, Gatherer, StepSlice, StreamPlan, split_micro
 from raypipe.train import checkpoint
 from raypipe.train.config import TrainConfig
+from raypipe.train.task import Task
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,9 +65,13 @@ def plan_from(
 
 
 def stream_record(
-    plan: StreamPlan, cfg: TrainConfig, world: int, found: checkpoint.Found | None
+    plan: StreamPlan,
+    cfg: TrainConfig,
+    world: int,
+    found: checkpoint.Found | None,
+    fingerprints: Mapping[str, str],
 ) -> dict[str, object]:
-    """What a checkpoint notes of its stream, for `training_plan` to compare.
+    """What a checkpoint notes of its stream, for `training_plan` and `check_same_sources`.
 
     ``world`` stays the number of workers that the run began with: rows_per_step was made from it.
     """
@@ -76,7 +81,13 @@ def stream_record(
         "rows_per_step": plan.rows_per_step,
         "world": found.meta["stream"]["world"] if found else world,
         "recipe": cfg.recipe(),
+        "sources": dict(fingerprints),
     }
+
+
+def source_fingerprints(sources: Mapping[str, ArraySource]) -> dict[str, str]:
+    """What each source says of its content, by name; those that say nothing are left out."""
+    return {name: source.fingerprint for name, source in sources.items() if source.fingerprint}
 
 
 def check_same_run(found: checkpoint.Found, plan: StreamPlan, cfg: TrainConfig) -> None:
@@ -91,6 +102,25 @@ def check_same_run(found: checkpoint.Found, plan: StreamPlan, cfg: TrainConfig) 
         raise ConfigError(
             f"{found.path} was trained on other rows ({stream['n_rows']} then, "
             f"{plan.rows.size} now); {_NEXT}"
+        )
+
+
+def check_resumable(task: Task, cfg: TrainConfig, world: int, run_dir: Path) -> None:
+    """Raise what `fit` would of a checkpoint in ``run_dir``, before anything is written there."""
+    found = checkpoint.newest(run_dir)
+    if found:
+        plan_from(task.train_rows, cfg, world, found)
+        check_same_sources(found, source_fingerprints(task.sources()))
+
+
+def check_same_sources(found: checkpoint.Found, fingerprints: Mapping[str, str]) -> None:
+    """Raise ConfigError, naming them, when sources of the checkpoint's run held something else."""
+    known: Mapping[str, str] = found.meta["stream"].get("sources", {})
+    differing = [name for name in known if fingerprints.get(name, known[name]) != known[name]]
+    if differing:
+        raise ConfigError(
+            f"{found.path} was trained on other {', '.join(sorted(differing))} than are given now; "
+            "put back what it was trained on, or start over in a new run folder (or without resume)"
         )
 
 

@@ -20,6 +20,7 @@ _LOCK, _OWNER = ".fit.lock", ".fit.owner"
 def hold_run(run_dir: Path) -> Iterator[None]:
     """Keep every other fit out of ``run_dir`` for the length of the block.
 
+    The folder's own files only, not those of folders below it: each of them is held by itself.
     Raises StoreLocked at once, naming the holder. On NFS the lock holds from version 4 on.
     """
     run_dir.mkdir(parents=True, exist_ok=True)

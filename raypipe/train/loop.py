@@ -10,8 +10,7 @@ The test split has no way in here: the best epoch is the one of lowest ``val_los
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,12 +21,21 @@ import torch
 from torch import Tensor
 
 from raypipe.errors import ConfigError, WorkerFailed
-from raypipe.stream import Cursor, Gatherer, StepSlice
+from raypipe.stream import ArraySource, Cursor, Gatherer, StepSlice
+from raypipe.stream.gather import ring_bytes
 from raypipe.train import checkpoint, rng
 from raypipe.train.config import TrainConfig
 from raypipe.train.context import WorkerContext
 from raypipe.train.engine import Engine, StepNotes, check_finite
-from raypipe.train.feed import Micro, gathered, micro_batches, plan_from, stream_record
+from raypipe.train.feed import (
+    Micro,
+    check_same_sources,
+    gathered,
+    micro_batches,
+    plan_from,
+    source_fingerprints,
+    stream_record,
+)
 from raypipe.train.metrics import MetricsLog, plain
 from raypipe.train.precision import format_table, settings_table, use_device
 from raypipe.train.schedule import learning_rate
@@ -46,8 +54,6 @@ class FitResult:
     """What a fit came to. ``stopped``: ended early on request; the same call goes on."""
 
     run_dir: Path
-    last: Path
-    best: Path | None
     best_epoch: int | None
     best_val_loss: float | None
     epochs: int
@@ -84,8 +90,13 @@ class _Pending:
     """A step whose numbers are still on the device: read after the next one was launched."""
 
     record: dict[str, Any]
-    sums: Tensor  # float64 (3,): loss sum, rows counted, ranks that want to stop
+    sums: Tensor  # float64 (4,): loss sum, rows counted, ranks that want to stop, save is due
     notes: StepNotes
+
+
+def buffer_bytes(sources: Mapping[str, ArraySource], batch_size: int) -> int:
+    """Host bytes of the batches that `fit` gathers ahead: a ring to train, one to validate."""
+    return 2 * ring_bytes(sources, batch_size, _DEPTH)
 
 
 def fit(
@@ -138,18 +149,21 @@ class _Fit:
         self, task: Task, cfg: TrainConfig, ctx: WorkerContext, found: checkpoint.Found | None
     ) -> None:
         self.task, self.cfg, self.ctx = task, cfg, ctx
-        self.started = time.monotonic()
+        self.started = self.saved_at = ctx.clock()
         self.plan = plan_from(task.train_rows, cfg, ctx.world, found)
+        made_of = ctx.together(lambda: source_fingerprints(task.sources()))
+        if found:
+            ctx.together(lambda: check_same_sources(found, made_of))
         self.engine = Engine(task, cfg, ctx)
         self.progress = Progress()
-        self.stream = stream_record(self.plan, cfg, ctx.world, found)
+        self.stream = stream_record(self.plan, cfg, ctx.world, found, made_of)
         self.found = found
         if found:
             self.engine.load(found)
             self.progress = Progress(**found.meta["progress"])
         self.earlier_seconds = self.progress.seconds
         self.pending: _Pending | None = None
-        self.stopping = False
+        self.stopping = self.save_is_due = False
         self._start_step()
 
     def run(self, slices: Callable[[Cursor], Iterator[StepSlice]]) -> FitResult:
@@ -213,21 +227,26 @@ class _Fit:
         if ended:
             self._settle()
             self._end_epoch(at)
-        elif self.stopping or self._is_due():
+        elif self.stopping or self.save_is_due or self._is_due_by_steps():
             self._settle()
             self._save(best=False)
         return self.stopping or at == self.plan.end
 
-    def _is_due(self) -> bool:
+    def _is_due_by_steps(self) -> bool:
         every = self.cfg.checkpoint_every_steps
         return every > 0 and self.progress.global_step % every == 0
+
+    def _is_due_by_time(self) -> bool:
+        """Rank 0's own view: clocks differ, so the others learn it with the step's sums."""
+        every_s = self.cfg.checkpoint_every_s
+        return self.ctx.is_main and 0 < every_s <= self.ctx.clock() - self.saved_at
 
     def _update(self, micro: Micro) -> None:
         """The optimiser's step; then read the numbers of the step before: they are ready."""
         lr = learning_rate(self.cfg, self.progress.global_step, self.plan.steps_per_epoch)
         notes = self.engine.update(lr)
-        stop = float(self.ctx.should_stop())
-        rest = torch.tensor([float(self.counted), stop], dtype=torch.float64)
+        wishes = self.ctx.should_stop(), self._is_due_by_time()
+        rest = torch.tensor([self.counted, *wishes], dtype=torch.float64)
         sums = self.ctx.add_up(torch.cat([self.loss_sum[None], rest.to(self.loss_sum.device)]))
         record = {
             "kind": "step",
@@ -246,7 +265,7 @@ class _Fit:
         pending, self.pending = self.pending, None
         if pending is None:
             return
-        loss_sum, rows, stop = pending.sums.tolist()
+        loss_sum, rows, stop, save = pending.sums.tolist()
         record, progress = pending.record, self.progress
         where = f"epoch {record['epoch']} step {record['step']}"
         if rows != record["rows"]:
@@ -259,6 +278,7 @@ class _Fit:
             progress.epoch_loss_sum += loss_sum
             progress.epoch_rows += int(rows)
         self.stopping = self.stopping or stop > 0
+        self.save_is_due = self.save_is_due or save > 0
         record |= {"loss": loss_sum / rows, **_noted(pending.notes), "seconds": self._seconds()}
         self.log.append(record)
         if self.ctx.is_main:
@@ -322,10 +342,11 @@ class _Fit:
             checkpoint.save(self.ctx.run_dir, "last", contents, meta, self.cfg.keep)
 
         self.ctx.on_main(write)
+        self.saved_at, self.save_is_due = self.ctx.clock(), False
 
     def _seconds(self) -> float:
         """Seconds of training, those before a resume included."""
-        return self.earlier_seconds + time.monotonic() - self.started
+        return self.earlier_seconds + self.ctx.clock() - self.started
 
     def _announce(self) -> None:
         if not self.ctx.is_main:
@@ -345,12 +366,9 @@ class _Fit:
         self.ctx.say("training\n" + format_table(table))
 
     def _result(self) -> FitResult:
-        progress, run_dir = self.progress, self.ctx.run_dir
-        best = None if progress.best_epoch is None else run_dir / "best"
+        progress = self.progress
         return FitResult(
-            run_dir=run_dir,
-            last=run_dir / "last",
-            best=best,
+            run_dir=self.ctx.run_dir,
             best_epoch=progress.best_epoch,
             best_val_loss=progress.best_val_loss,
             epochs=progress.epoch,

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from raypipe.errors import ConfigError, DeviceUnavailable
 from raypipe.train.config import TrainConfig
 from raypipe.train.context import WorkerContext
+from raypipe.units import format_seconds
 
 _AUTOCAST = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -98,6 +99,7 @@ def settings_table(
         ("checkpointing", _checkpointing_words(cfg, prepared)),
         ("channels_last", _channels_last_words(cfg, prepared)),
         ("seed", str(cfg.seed)),
+        ("checkpoints", _checkpoints_words(cfg)),
         *([("parameters", f"{_trainable(prepared.module):,}")] if prepared else []),
     ]
 
@@ -177,6 +179,15 @@ def _checkpointing_words(cfg: TrainConfig, prepared: Prepared | None) -> str:
         return "off"
     blocks = f"{prepared.checkpointed_blocks} blocks" if prepared else "on"
     return f"{blocks}, {'reentrant' if cfg.use_reentrant else 'non-reentrant'}"
+
+
+def _checkpoints_words(cfg: TrainConfig) -> str:
+    words = ["each epoch"]
+    if cfg.checkpoint_every_steps:
+        words.append(f"every {cfg.checkpoint_every_steps} steps")
+    if cfg.checkpoint_every_s:
+        words.append(f"{format_seconds(cfg.checkpoint_every_s)} after the last")
+    return f"{', '.join(words)}; {cfg.keep} kept"
 
 
 def _channels_last_words(cfg: TrainConfig, prepared: Prepared | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -102,11 +103,40 @@ def test_withheld_test_responses_are_said_so(world: World, tmp_path: Path) -> No
 def test_responses_that_are_not_finite_are_found(tmp_path: Path, value: float) -> None:
     array = np.zeros((50, 7), np.float32)
     np.save(tmp_path / "a.npy", array)
-    data.check_finite(tmp_path / "a.npy")
+    data.checked_digest(tmp_path / "a.npy")
     array[31, 4] = value
     np.save(tmp_path / "a.npy", array)
     with pytest.raises(InputError, match="image 31, vertex 4"):
-        data.check_finite(tmp_path / "a.npy")
+        data.checked_digest(tmp_path / "a.npy")
+
+
+def test_the_digest_is_of_values_shape_and_dtype(tmp_path: Path) -> None:
+    array = np.arange(12, dtype=np.float32).reshape(4, 3)
+    other = array.copy()
+    other[3, 2] += 1
+    variants = [array, other, array.reshape(3, 4), array.astype(np.float64)]
+    digests = []
+    for i, variant in enumerate(variants):
+        np.save(tmp_path / f"{i}.npy", variant)
+        digests.append(data.checked_digest(tmp_path / f"{i}.npy"))
+    assert len(set(digests)) == 4
+    np.save(tmp_path / "again.npy", np.asfortranarray(array))
+    assert data.checked_digest(tmp_path / "again.npy") == digests[0]
+
+
+def test_responses_are_read_through_in_little_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.npy"
+    np.save(path, np.random.default_rng(0).standard_normal((4000, 2000)))  # 64 MB
+    whole = data.checked_digest(path)
+    monkeypatch.setattr(data, "_CHECK_BYTES", 1 << 20)
+    tracemalloc.start()
+    try:
+        assert data.checked_digest(path) == whole
+        assert tracemalloc.get_traced_memory()[1] < 2 << 20
+    finally:
+        tracemalloc.stop()
 
 
 # ---- the split

@@ -29,6 +29,11 @@ def toy_readout(seed: int = 0, n: int = 13) -> Readout:
     return build_readout("rois_all", rois, {"lh": n, "rh": n})
 
 
+def vertex_weight(layer: nn.Module) -> Tensor:
+    """A MaskedReadout's weights in vertex order, (V, dim)."""
+    return layer.weight.index_select(0, layer.restore)
+
+
 # ---- positions
 
 
@@ -64,7 +69,7 @@ def test_masked_readout_is_the_dense_one(n_queries: int, n: int, seed: int) -> N
     layer = MaskedReadout(mask, 5).double()
     nn.init.normal_(layer.bias)
     tokens = torch.randn(3, n_queries, 5, dtype=torch.float64, requires_grad=True)
-    weight = layer.vertex_weight().detach().requires_grad_()
+    weight = vertex_weight(layer).detach().requires_grad_()
     dense = torch.einsum("bqd,vd->bqv", tokens, weight) + layer.bias
     want = (dense * torch.from_numpy(mask)).sum(1)
     got = layer(tokens)
@@ -151,7 +156,7 @@ def by_hand(model: TransformerEncoder, tokens: Tensor, readout: Readout) -> dict
         mask = readout.masks[hemi]
         own = out[:, at : at + len(mask)]
         at += len(mask)
-        weight = model.readouts[hemi].vertex_weight().double()
+        weight = vertex_weight(model.readouts[hemi]).double()
         bias = state[f"readouts.{hemi}.bias"]
         columns = [
             sum(own[:, q] @ weight[v] + bias[v] for q in np.flatnonzero(mask[:, v]))

@@ -23,10 +23,23 @@ from sklearn.feature_selection import r_regression
 from raypipe.encoding import EvaluateConfig, FitConfig, ModelConfig, PredictConfig
 from raypipe.encoding.apply import open_applied
 from raypipe.encoding.predictions import PredictionFile
+from raypipe.encoding.prepare import prepare
 from raypipe.encoding.run import evaluate, fit, predict
-from raypipe.errors import ConfigError, InputError, MissingInput, UnknownName
+from raypipe.encoding.score import Scores, summarise
+from raypipe.errors import (
+    ConfigError,
+    InputError,
+    MissingInput,
+    NoSpace,
+    StoreLocked,
+    UnknownName,
+)
 from raypipe.runner import LocalRunner
-from raypipe.train import TrainConfig
+from raypipe.store import space
+from raypipe.stream import Gatherer
+from raypipe.train import TrainConfig, checkpoint
+from raypipe.train.checkpoint import on_disk_bytes
+from raypipe.units import format_bytes
 
 V = PLANTED.vertices_per_hemi
 TRAIN = TrainConfig(epochs=3, batch_size=8, lr=3e-3, schedule="constant", clip_norm=1.0)
@@ -221,6 +234,159 @@ def test_a_dry_run_writes_nothing(
     said = capsys.readouterr().out
     assert "subject 01: 36 images to train, 4 to validate" in said and "parameters" in said
     assert not (tmp_path / "run").exists()
+
+
+def responses_of(world: World, hemi: str) -> Path:
+    return world.data / f"subj01/training_split/training_fmri/{hemi}_training_fmri.npy"
+
+
+def test_changed_responses_are_refused_by_name(world: World, tmp_path: Path) -> None:
+    changed, run_dir = world.copy(tmp_path), tmp_path / "run"
+    fit(config(changed, run_dir, train=replace(TRAIN, epochs=1)), LocalRunner())
+    before = (run_dir / "run.json").read_bytes()
+    array = np.load(responses_of(changed, "rh"))
+    np.save(responses_of(changed, "rh"), array[::-1].copy())
+    with pytest.raises(ConfigError, match=r"run of other rh responses;.*--no-resume"):
+        fit(config(changed, run_dir), LocalRunner())
+    assert (run_dir / "run.json").read_bytes() == before
+    # The checkpoint knows by itself what it was trained on.
+    (run_dir / "run.json").unlink()
+    with pytest.raises(ConfigError, match="was trained on other rh than"):
+        fit(config(changed, run_dir), LocalRunner())
+    np.save(responses_of(changed, "rh"), array)
+    assert fit(config(changed, run_dir), LocalRunner()).subjects[0].result.epochs == 3
+
+
+def test_roi_masks_of_the_same_names_are_no_less_compared(world: World, tmp_path: Path) -> None:
+    changed, run_dir = world.copy(tmp_path), tmp_path / "run"
+    fit(config(changed, run_dir), LocalRunner())
+    path = changed.data / "subj01/roi_masks/lh.floc-faces_challenge_space.npy"
+    mask = np.load(path)
+    np.save(path, np.roll(mask, 1))
+    with pytest.raises(ConfigError, match="run of other ROI masks"):
+        fit(config(changed, run_dir), LocalRunner())
+    with pytest.raises(InputError, match="other ROI masks"):
+        evaluate(EvaluateConfig(run_dir=run_dir, device="cpu"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({"train": replace(TRAIN, lr=1.0)}, "lr"), ({"split_seed": 1}, "another way")],
+)
+def test_a_refused_command_leaves_the_record_alone(
+    world: World, tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    fit(config(world, tmp_path), LocalRunner())
+    before = (tmp_path / "run.json").read_bytes()
+    with pytest.raises(ConfigError, match=said):
+        fit(config(world, tmp_path, **changes), LocalRunner())
+    assert (tmp_path / "run.json").read_bytes() == before
+
+
+def test_starting_over_leaves_nothing_to_resume_when_it_fails(world: World, tmp_path: Path) -> None:
+    fit(config(world, tmp_path), LocalRunner())
+    other = {"encoder": ModelConfig(d_model=16, heads=4, ffn=16, dropout=0.0)}
+    with pytest.raises(ConfigError, match="--runner ray"):
+        fit(config(world, tmp_path, resume=False, workers=2, **other), LocalRunner())
+    assert not [*tmp_path.glob("last*"), *tmp_path.glob("best*")]
+
+
+class Within(LocalRunner):
+    """Does ``act`` before it trains."""
+
+    def __init__(self, act: Any) -> None:
+        self.act = act
+
+    def fit(self, *args: Any, **options: Any) -> Any:
+        self.act()
+        return super().fit(*args, **options)
+
+
+def test_a_fit_of_all_and_one_of_a_subject_keep_each_other_out(
+    world: World, tmp_path: Path
+) -> None:
+    both = config(world, tmp_path / "run", subj=("01", "02"))
+    first = config(world, tmp_path / "run" / "subj01")
+
+    def refused(cfg: FitConfig) -> None:
+        with pytest.raises(StoreLocked, match="subj01 is being fitted by pid"):
+            fit(cfg, LocalRunner())
+
+    fit(first, Within(lambda: refused(both)))
+    fit(both, Within(lambda: refused(first)))
+    fit(both, LocalRunner())  # all locks were given back
+
+
+def test_a_resumed_run_needs_only_what_is_not_there_yet(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide = {"encoder": ModelConfig(d_model=128, heads=2, ffn=512, dropout=0.0)}
+    cfg = config(world, tmp_path / "run", **wide, train=replace(TRAIN, epochs=2))
+    fresh = prepare(cfg, "01", tmp_path / "run")
+    needed, generation = fresh.missing_bytes(cfg), 12 * fresh.n_parameters()
+    assert needed == fresh.disk_bytes(cfg) == 3 * generation + generation // 3
+    fit(cfg, LocalRunner())
+    there = on_disk_bytes(tmp_path / "run")
+    assert there == pytest.approx(needed - generation, rel=0.1)
+    free = int(1.2 * generation)
+    monkeypatch.setattr(space, "free_bytes", lambda path: free)
+    fit(config(world, tmp_path / "run", **wide), LocalRunner())
+    fit(config(world, tmp_path / "run", **wide, resume=False), LocalRunner())
+    free = int(0.8 * generation)
+    with pytest.raises(NoSpace):
+        fit(config(world, tmp_path / "run", **wide, train=replace(TRAIN, epochs=4)), LocalRunner())
+    with pytest.raises(NoSpace):
+        fit(config(world, tmp_path / "new", **wide), LocalRunner())
+
+
+def test_a_dry_run_says_what_its_numbers_cover(
+    fitted: Path, world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(config(world, fitted, dry_run=True, subj=("01", "02")), None)
+    lines = capsys.readouterr().out.splitlines()
+    assert "3 epochs of 5 steps" in lines[0]
+    there = format_bytes(on_disk_bytes(fitted / "subj01"))
+    assert "2 generations of checkpoints, one being written, the best weights" in lines[1]
+    assert f"{there} of checkpoints are there already. Not in it: logs" in lines[1]
+    task = prepare(config(world, fitted), "01", fitted / "subj01").task
+    with Gatherer(task.sources(), TRAIN.batch_size, depth=2) as ring:
+        batches = sum(t.nbytes for slot in ring._slots for t in slot.tensors.values())
+    assert f"{format_bytes(2 * batches)} of the host's for batches" in lines[2]
+    assert "weights, gradients and AdamW moments" in lines[2] and "activations" in lines[2]
+
+
+def test_an_encoder_that_answers_the_same_to_all_scores_zero(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    linear = ModelConfig(model="linear", dropout=0.0)
+    fit(config(world, tmp_path, encoder=linear, train=replace(TRAIN, epochs=1)), LocalRunner())
+    found = checkpoint.newest(tmp_path, "best")
+    assert found is not None
+    model = {k: v * 0 if k.endswith("weight") else v for k, v in found.load("model").items()}
+    checkpoint.save(tmp_path, "best", {"model": model}, {"progress": found.meta["progress"]})
+    summary = evaluate(EvaluateConfig(run_dir=tmp_path, device="cpu"))["01"]
+    assert summary["n_scored"] == 0 and summary["mean_r"] is None
+    assert summary["recovered"] == summary["mean_r_explainable"] == 0.0
+    assert summary["n_counted_zero"] == summary["n_explainable"] > 0
+    assert "of which 0% is reached" in capsys.readouterr().out
+    folder = tmp_path / "evaluation/test"
+    assert str(pq.read_schema(folder / "vertices.parquet").field("r").type) == "double"
+    assert str(pq.read_schema(folder / "rois.parquet").field("mean_r").type) == "double"
+    assert "undefined and counted as 0" in (tmp_path / "report.html").read_text()
+
+
+def test_dead_vertices_count_as_zero_against_the_ceiling() -> None:
+    r = {"lh": np.array([0.5, np.nan, np.nan]), "rh": np.array([0.3, np.nan, 0.2])}
+    nc = {"lh": np.array([0.25, 0.25, np.nan]), "rh": np.array([0.36, 0.16, 0.0])}
+    summary = summarise(Scores(n_images=9, r=r, nc=nc))
+    assert summary["n_explainable"] == 4 and summary["n_counted_zero"] == 2
+    ceilings = 0.5 + 0.5 + 0.6 + 0.4
+    assert summary["recovered"] == pytest.approx((0.5 + 0.3) / ceilings)
+    assert summary["mean_r_explainable"] == pytest.approx(0.8 / 4)
+    assert summary["mean_r"] == pytest.approx(1 / 3) and summary["n_scored"] == 3
+    assert summary["median_r_over_ceiling"] == pytest.approx(0.25)  # of 1, 0, 0.5, 0
+    unknown = {hemi: np.full(3, np.nan) for hemi in r}
+    assert summarise(Scores(n_images=9, r=r, nc=unknown))["recovered"] is None
 
 
 def test_the_parameters_counted_are_those_trained(fitted: Path) -> None:

@@ -167,6 +167,23 @@ def test_what_came_from_outside_is_escaped(tmp_path: Path) -> None:
     assert all(src.startswith("data:") for src in page.fetched)
 
 
+def test_the_command_is_shown_as_it_is_typed(tmp_path: Path) -> None:
+    save_run(tmp_path, command=["__main__.py", "encode", "fit", "--run-dir", "my run"])
+    text = " ".join(parse(build_report(tmp_path)).text)
+    assert "raypipe encode fit --run-dir 'my run'" in text and "__main__" not in text
+    save_run(tmp_path, command=["encode_fit.py", "--subj", "01"], evaluated=False)
+    assert "encode_fit.py --subj 01" in " ".join(parse(build_report(tmp_path)).text)
+
+
+def test_undefined_correlations_are_said(tmp_path: Path) -> None:
+    save_run(tmp_path)
+    file = tmp_path / "evaluation/test/summary.json"
+    write_json(file, {**json.loads(file.read_text()), "n_vertices": 1234, "n_counted_zero": 1100})
+    text = " ".join(parse(build_report(tmp_path)).text)
+    assert "undefined in 1,231 more" in text
+    assert "1,100 of them undefined and counted as 0" in text
+
+
 def test_blocks_that_sections_do_not_use_yet() -> None:
     table = Table(["a", "b"], [["x", "1"]], "open table")
     html = render(Page("t", "s", [Section("One & two", [Note("n"), table])]))

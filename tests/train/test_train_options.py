@@ -26,6 +26,7 @@ from raypipe.train.schedule import learning_rate
         *((name, 0) for name in ("epochs", "batch_size", "accumulate", "step_size", "keep")),
         *((name, -1) for name in ("warmup_steps", "seed", "checkpoint_every_steps")),
         *((name, v) for name in ("lr", "init_scale") for v in (0.0, -1.0, math.nan, math.inf)),
+        *(("checkpoint_every_s", v) for v in (-1.0, math.nan, math.inf)),
         ("weight_decay", -0.1),
         ("weight_decay", math.nan),
         *(("gamma", v) for v in (0.0, 1.5, math.nan)),
@@ -86,6 +87,7 @@ def test_warm_up_rises_linearly_and_the_cosine_starts_after_it() -> None:
 def test_the_recipe_holds_what_resuming_must_share() -> None:
     cfg = config()
     same = config(batch_size=4, accumulate=2, checkpointing=True, keep=5, epochs=9)
+    assert cfg.recipe() == config(checkpoint_every_s=1.0, checkpoint_every_steps=3).recipe()
     assert cfg.recipe() == same.recipe()
     for change in ({"lr": 1.0}, {"seed": 1}, {"amp": "bf16"}, {"gamma": 0.9}, {"clip_norm": None}):
         assert config(**change).recipe() != cfg.recipe()
@@ -97,7 +99,15 @@ def test_the_table_names_every_technique() -> None:
     cfg = config(amp="fp16", checkpointing=True, use_reentrant=True, channels_last=True)
     rows = settings_table(cfg, world=2, device="cuda:0", n_train=43, n_val=7, rows_per_step=16)
     text = format_table(rows)
-    for word in ("2 on cuda:0, DDP", "fp16", "65536", "reentrant", "channels_last", "3 steps"):
+    for word in (
+        "2 on cuda:0, DDP",
+        "fp16",
+        "65536",
+        "reentrant",
+        "channels_last",
+        "3 steps",
+        "10 min",
+    ):
         assert word in text
     assert {line[:17][-2:] for line in text.splitlines()} == {"  "}  # the values begin in line
 

@@ -17,7 +17,17 @@ from typing import Any
 
 import pytest
 import torch
-from train_helpers import KillAfter, Killed, StopAfter, ToyTask, config, losses, records, run
+from train_helpers import (
+    Clock,
+    KillAfter,
+    Killed,
+    StopAfter,
+    ToyTask,
+    config,
+    losses,
+    records,
+    run,
+)
 
 from raypipe.errors import ConfigError, MissingInput, NoSpace, StoreCorrupt
 from raypipe.train import checkpoint, load_model_state
@@ -49,6 +59,42 @@ def test_a_killed_run_goes_on_as_if_nothing_happened(
     run(noisy, cfg, tmp_path / "whole")
     with pytest.raises(Killed):
         run(noisy, cfg, tmp_path / "broken", should_stop=KillAfter(kill_at))
+    run(noisy, cfg, tmp_path / "broken")
+    same_run(tmp_path / "broken", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("every_s", "saved"), [(0, [6, 12, 18]), (2, [3, 6, 9, 12, 15, 18]), (5, [6, 12, 18])]
+)
+def test_a_checkpoint_is_written_when_its_time_has_come(
+    noisy: ToyTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every_s: int, saved: list[int]
+) -> None:
+    """Due every_s steps after the last one; known, and done, a step later; epochs have 6 steps."""
+    real, at = checkpoint.save, []
+
+    def note(run_dir: Path, name: str, contents: Any, meta: Any, keep: int = 1) -> Path:
+        if name == "last":
+            at.append(meta["progress"]["global_step"])
+        return real(run_dir, name, contents, meta, keep)
+
+    monkeypatch.setattr(checkpoint, "save", note)
+    clock = Clock()
+    timed = {"clock": clock, "should_stop": clock.tick}
+    run(noisy, config(checkpoint_every_s=every_s), tmp_path / "run", **timed)
+    assert at == saved
+
+
+@pytest.mark.parametrize("kill_at", [2, 4, 5, 6, 8, 11, 16])
+def test_a_run_saved_by_time_goes_on_as_if_nothing_happened(
+    noisy: ToyTask, tmp_path: Path, kill_at: int
+) -> None:
+    cfg = config(checkpoint_every_s=2, amp="fp16", init_scale=2.0**18)
+    run(noisy, config(amp="fp16", init_scale=2.0**18), tmp_path / "whole")
+    clock = Clock(then=KillAfter(kill_at))
+    with pytest.raises(Killed):
+        run(noisy, cfg, tmp_path / "broken", clock=clock, should_stop=clock.tick)
+    found = checkpoint.newest(tmp_path / "broken")
+    assert (found.meta["progress"]["global_step"] if found else 0) == (kill_at - 1) // 3 * 3
     run(noisy, cfg, tmp_path / "broken")
     same_run(tmp_path / "broken", tmp_path / "whole")
 
@@ -215,6 +261,28 @@ def test_other_rows_or_another_model_are_refused(noisy: ToyTask, tmp_path: Path)
         run(replace(noisy, n_train=42), config(epochs=2), tmp_path / "run")
     with pytest.raises(ConfigError, match="does not fit this model"):
         run(replace(noisy, conv=True), config(epochs=2), tmp_path / "run")
+
+
+def test_other_content_is_refused_by_name(noisy: ToyTask, tmp_path: Path) -> None:
+    run(replace(noisy, fingerprint="a"), config(epochs=1), tmp_path / "run")
+    with pytest.raises(ConfigError, match="was trained on other y than are given now"):
+        run(replace(noisy, fingerprint="b"), config(epochs=2), tmp_path / "run")
+    run(replace(noisy, fingerprint="a"), config(epochs=2), tmp_path / "run")
+    run(replace(noisy, fingerprint="b"), config(epochs=2), tmp_path / "run", resume=False)
+
+
+def test_bytes_on_disk_are_those_that_starting_over_frees(noisy: ToyTask, tmp_path: Path) -> None:
+    assert checkpoint.on_disk_bytes(tmp_path / "none") == 0
+    run(noisy, config(), tmp_path)
+    (tmp_path / ".last.writing").mkdir()
+    (tmp_path / ".last.writing" / "model.pt").write_bytes(bytes(1000))
+
+    def size() -> int:
+        return sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+
+    there, before = checkpoint.on_disk_bytes(tmp_path), size()
+    checkpoint.discard(tmp_path)
+    assert there == before - size() > 1000 and checkpoint.on_disk_bytes(tmp_path) == 0
 
 
 def test_keep_is_how_many_generations_stay(noisy: ToyTask, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,9 @@ from typing import Any
 import pytest
 import torch
 from train_helpers import (
+    Clock,
+    KillAfter,
+    Killed,
     StopAfter,
     ToyTask,
     config,
@@ -59,6 +63,7 @@ class Runs:
         result = go("noisy-broken", noisy, config(batch_size=4), should_stop=stop)
         self.note(rank, "stopped", result.stopped)
         go("noisy-broken", noisy, config(batch_size=4))
+        self.timed(rank, noisy, go)
         go("to-one", self.toy, config(batch_size=4), should_stop=StopAfter(8))
         if rank == 0:
             run(self.toy, config(), self.root / "to-two", should_stop=StopAfter(8))
@@ -76,6 +81,15 @@ class Runs:
         reports: list[dict[str, Any]] = []
         go("reported", self.toy, config(batch_size=4), report=reports.append)
         self.note(rank, "reports", [r["val_loss"] for r in reports])
+
+    def timed(self, rank: int, noisy: ToyTask, go: Any) -> None:
+        """Rank 0's clock alone decides; both die at the same step and go on from what it saved."""
+        cfg = config(batch_size=4, checkpoint_every_s=2)
+        clock = Clock(rate=1.0 if rank == 0 else 1000.0, then=KillAfter(11))
+        with counted_calls(Engine, "training_state") as saves, suppress(Killed):
+            go("noisy-timed", noisy, cfg, clock=clock, should_stop=clock.tick)
+        self.note(rank, "timed saves", len(saves))
+        go("noisy-timed", noisy, cfg)
 
     def note(self, rank: int, name: str, value: Any) -> None:
         (self.root / f"note-{name}-{rank}.json").write_text(json.dumps(value))
@@ -144,6 +158,22 @@ class counted_syncs:  # noqa: N801
         precision._wrap_ddp = self.real
 
 
+@contextmanager
+def counted_calls(owner: Any, name: str) -> Iterator[list[int]]:
+    """While open, every call of ``owner.name`` adds to the list."""
+    real, calls = getattr(owner, name), []
+
+    def counted(*args: Any) -> Any:
+        calls.append(1)
+        return real(*args)
+
+    setattr(owner, name, counted)
+    try:
+        yield calls
+    finally:
+        setattr(owner, name, real)
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     root = tmp_path_factory.mktemp("two")
@@ -195,6 +225,12 @@ def test_a_resumed_pair_equals_the_unbroken_pair(runs: Runs) -> None:
     assert losses(runs.root / "noisy-broken") == losses(runs.root / "noisy")
     assert losses(runs.root / "noisy-broken", "epoch") == losses(runs.root / "noisy", "epoch")
     assert losses(runs.root / "noisy") != losses(runs.root / "two")
+
+
+def test_a_pair_saves_when_rank_0s_clock_says_so(runs: Runs) -> None:
+    assert runs.noted("timed saves") == [3, 3]  # after steps 3, 6 (the epoch's end) and 9
+    for kind in ("step", "epoch"):
+        assert losses(runs.root / "noisy-timed", kind) == losses(runs.root / "noisy", kind)
 
 
 def test_a_run_of_two_goes_on_as_one(runs: Runs) -> None:

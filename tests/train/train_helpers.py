@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ class ToyTask:
     n_val: int = N_VAL
     conv: bool = False
     poison_row: int = -1
+    fingerprint: str = ""
 
     @property
     def train_rows(self) -> np.ndarray:
@@ -75,7 +76,8 @@ class ToyTask:
         return ConvModel() if self.conv else ToyModel(self.dropout)
 
     def sources(self) -> Mapping[str, ArraySource]:
-        return {name: ArraySource.npy(self.data / f"{name}.npy") for name in ("x", "y", "row")}
+        found = {name: ArraySource.npy(self.data / f"{name}.npy") for name in ("x", "y", "row")}
+        return found | {"y": replace(found["y"], fingerprint=self.fingerprint)}
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         per_row = (model(batch["x"].float()).float() - batch["y"]).square().mean(1)
@@ -139,6 +141,20 @@ def run(
     )
     plan = training_plan(task.train_rows, cfg, world, run_dir if resume else None)
     return fit(task, cfg, ctx, lambda start: plan.slices(rank, world, start), resume=resume)
+
+
+class Clock:
+    """A clock whose second is a step: ``tick`` is a should_stop that never says so."""
+
+    def __init__(self, rate: float = 1.0, then: Callable[[], bool] | None = None) -> None:
+        self.now, self.rate, self.then = 0.0, rate, then
+
+    def __call__(self) -> float:
+        return self.now
+
+    def tick(self) -> bool:
+        self.now += self.rate
+        return self.then() if self.then else False
 
 
 class StopAfter:
