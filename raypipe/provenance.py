@@ -26,12 +26,18 @@ def run_record(cfg: Any) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "host": platform.node(),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [_program(), *sys.argv[1:]],
         "git_commit": git_commit(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "config_class": type(cfg).__name__,
         "config": configs.to_dict(cfg),
     }
+
+
+def _program() -> str:
+    """``raypipe``, also when it was started as ``python -m raypipe``; else the script's name."""
+    name = Path(sys.argv[0]).name
+    return "raypipe" if name == "__main__.py" else name
 
 
 def versions() -> dict[str, str]:
