@@ -81,6 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     name = " ".join(args[:2]) if " ".join(args[:2]) in COMMANDS else args[0]
+    if name not in COMMANDS and args[1:] in (["-h"], ["--help"]) and _group(args[0]):
+        print(usage(args[0]))
+        return 0
     if name not in COMMANDS:
         return guarded(lambda: _unknown(args))
     command = COMMANDS[name]
@@ -128,11 +131,16 @@ def guarded(action: Callable[[], Any]) -> int:
     return 0
 
 
-def usage() -> str:
-    """The table of commands."""
+def usage(group: str = "") -> str:
+    """The table of commands, or of one group of them."""
     lines = ["usage: raypipe COMMAND [--help] [--config FILE.yaml] [options]", ""]
-    lines += [f"  {name:<16} {command.help}" for name, command in COMMANDS.items()]
+    lines += [f"  {name:<16} {COMMANDS[name].help}" for name in _group(group) or COMMANDS]
     return "\n".join(lines)
+
+
+def _group(first: str) -> list[str]:
+    """The commands of two words that begin with ``first``."""
+    return [name for name in COMMANDS if name.startswith(f"{first} ")]
 
 
 def _run(
@@ -159,10 +167,8 @@ def _load(place: str) -> Any:
 
 
 def _unknown(args: Sequence[str]) -> None:
-    groups = {name.split()[0] for name in COMMANDS if " " in name}
-    if args[0] in groups:
-        known = [name for name in COMMANDS if name.startswith(args[0] + " ")]
-        raise UnknownName.of("command", " ".join(args[:2]), known, "see raypipe --help")
+    if _group(args[0]):
+        raise UnknownName.of("command", " ".join(args[:2]), _group(args[0]), "see raypipe --help")
     raise UnknownName.of("command", args[0], COMMANDS, "see raypipe --help")
 
 

@@ -150,6 +150,13 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
     assert f"usage: raypipe {name}" in capsys.readouterr().out
 
 
+def test_a_group_of_commands_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["store", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "store verify" in out
+    assert "encode fit" not in out
+
+
 def test_no_command_shows_all_of_them(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     assert main(["--help"]) == 0

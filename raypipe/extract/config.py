@@ -18,7 +18,7 @@ class ExtractConfig:
     output_dir: Path
     """Root of the stores: OUTPUT_DIR/FEATURE/SUBJECT/{train,synt}.npy."""
     subj: tuple[str, ...] = ()
-    """Subjects, e.g. 01 02; all that are there when left out."""
+    """Subjects, e.g. 01 02; all that are there when left out. For plain images: the store's name."""
     split: tuple[Literal["train", "test"], ...] = ()
     """Splits, all that are there when left out; test is stored as synt.npy, as in users' layout."""
     layout: Literal["auto", "algonauts", "folder"] = "auto"
@@ -36,7 +36,7 @@ class ExtractConfig:
     image_size: int | None = None
     """Resize and centre-crop to this square first; by default what the backbone declares."""
     batch_size: int = 16
-    """Images a forward pass; rows are computed on this fixed grid whichever worker takes them."""
+    """Images a forward pass. Rows are computed on this fixed grid, so a store keeps to its size."""
     store_dtype: Literal["float16", "float32", "bfloat16"] = "float16"
     """Type on disk. float16 halves the store; the largest relative error it made is reported."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -50,7 +50,7 @@ class ExtractConfig:
     on_bad_image: Literal["mark", "fail"] = "mark"
     """An image that cannot be read keeps its row, marked invalid; fail stops the run instead."""
     overwrite: bool = False
-    """Replace stores that were made with another configuration instead of refusing them."""
+    """Replace stores made with another configuration or from other images, instead of refusing."""
     dry_run: bool = False
     """Print rows, shapes and disk that the run will take, and stop."""
 

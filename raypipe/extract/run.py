@@ -27,6 +27,7 @@ from raypipe.progress import Progress
 from raypipe.provenance import run_record
 from raypipe.runner import Needs, Pool, Runner
 from raypipe.store import ShardRun, ShardSpec, discard_store, open_for_writing, require_space
+from raypipe.store.space import explain_os_errors
 from raypipe.units import format_bytes, format_seconds
 
 MAX_BAD_NAMED = 20
@@ -338,9 +339,11 @@ def _bad_images(plan: ExtractPlan, cfg: ExtractConfig) -> list[tuple[str, str, s
 
 def _save_run(cfg: ExtractConfig, record: Mapping[str, object], run_dir: Path) -> None:
     """Written before the first row, and again with the summary."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "run.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
-    configs.save(cfg, run_dir / "config.yaml")
+    text = json.dumps(record, indent=1)
+    with explain_os_errors(run_dir, len(text)):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "run.json").write_text(text, encoding="utf-8")
+        configs.save(cfg, run_dir / "config.yaml")
 
 
 def _say_summary(summary: ExtractSummary) -> None:

@@ -114,7 +114,11 @@ class Manifest:
         if self.fingerprint == spec.fingerprint:
             return
         found = list(differences(self.essence, spec.essence))
-        said = "; ".join(f"{key} is {_brief(old)}, asked {_brief(new)}" for key, old, new in found)
+        named = {"grid": "grid (--batch-size)"}
+        said = "; ".join(
+            f"{named.get(key, key)} is {_brief(old)}, asked {_brief(new)}"
+            for key, old, new in found
+        )
         raise FingerprintMismatch(
             f"{spec.path} was made with another configuration: {said}; choose another output "
             "folder, or --overwrite to replace it"

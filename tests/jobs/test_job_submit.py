@@ -65,6 +65,8 @@ def head() -> Iterator[str]:
     args = [
         *("start", "--head", "--block", "--node-ip-address=127.0.0.1", "--num-cpus=2"),
         *("--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", f"--port={free_port()}"),
+        # The agent that takes jobs: its default port belongs to the suite's own Ray session.
+        f"--dashboard-agent-listen-port={free_port()}",
         *(
             f"--ray-client-server-port={free_port()}",
             f"--temp-dir={temp}",
