@@ -300,7 +300,7 @@ def test_refusals_leave_everything_as_it_was(tmp_path):
     with pytest.raises(FingerprintMismatch) as caught:
         open_for_writing(other, run_id="r")
     text = str(caught.value)
-    assert "grid is 4, asked 2" in text
+    assert "grid (--batch-size) is 4, asked 2" in text
     assert 'identity.backbone is "dinov2_q", asked "dinov2_k"' in text
     assert "--overwrite" in text
     assert "\n" not in text
