@@ -1,8 +1,9 @@
 """Extraction against a bare loop, and its memory against the number of images.
 
 ratio_to_bare: images/s of `raypipe extract` (Ray, one worker, decode, store, commit; start-up not
-counted) over images/s of a loop that only runs the same model on the same decoded batches. The two
-take turns of a few seconds, so that a slow spell of the machine meets both; median of the rounds.
+counted) over images/s of a loop that only runs the same model on the same decoded batches, before
+and after ours in each round and halted in between; Ray runs only while ours does, so what it costs
+is charged to ours. Median of the rounds. Run it alone on the machine.
 peak_anon_mib_N: largest RssAnon of the extraction worker over N images, sampled every 5 ms.
 """
 
@@ -17,7 +18,6 @@ import sys
 import tempfile
 import threading
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +35,7 @@ from raypipe.memory import anon_bytes
 from raypipe.read import list_images, read_image
 
 DISTINCT = 50
-TURN_S = 6.0
+TURN_S = 25.0
 WORKER = "ray::PooledWorker"
 
 
@@ -88,47 +88,33 @@ def bare_child(images: Path, log: Path, backbone: str, batch: int, device: str) 
 
 
 def paired(images: Path, root: Path, backbone: str, batch: int, device: str) -> tuple[float, float]:
-    """Images/s of (ours, bare), each over its own running time, while the two take turns of a few
-    seconds by SIGSTOP and SIGCONT: a slow spell of the machine meets both.
-    """
+    """Images/s of (ours, bare): the bare loop runs before and after ours, and stands still meanwhile."""
     log, out = root / "bare.log", root / "store"
     shutil.rmtree(out, ignore_errors=True)
     args = [str(images), str(log), backbone, str(batch), device]
     child = subprocess.Popen([sys.executable, __file__, "--bare-child", *args])
     while psutil.Process(child.pid).status() != psutil.STATUS_STOPPED:
+        if child.poll() is not None:
+            sys.exit("the bare loop ended before it began: see above")
         time.sleep(0.2)
-    summaries: list[ExtractSummary] = []
-    job = threading.Thread(
-        target=lambda: summaries.append(ours(images, out, backbone, batch, device))
-    )
-    job.start()
-    while not list(out.rglob("*.npy.partial")):
-        time.sleep(0.01)
-        if not job.is_alive():
-            sys.exit("the extraction ended before it began: see above")
-    worker = next(p for p in psutil.Process().children(recursive=True) if _titled(p, WORKER))
-    turns: list[tuple[float, float]] = []  # the bare loop's
-    paused_s = 0.0
-    while True:
-        job.join(TURN_S)
-        if not job.is_alive():
-            break
-        with suppress(psutil.NoSuchProcess):  # the worker's last turn is over
-            worker.suspend()
-            began = time.monotonic()
-            child.send_signal(signal.SIGCONT)
-            time.sleep(TURN_S)
-            child.send_signal(signal.SIGSTOP)
-            turns.append((began, time.monotonic()))
-            worker.resume()
-            paused_s += turns[-1][1] - began
+    turns = [_turn(child)]
+    summary = ours(images, out, backbone, batch, device)
+    turns.append(_turn(child))
     child.kill()
     child.wait()
     ends = [line.split() for line in log.read_text().splitlines()]
     last = float(ends[-1][0])
     bare_s = sum(min(end, last) - begin for begin, end in turns if begin < last)
-    (summary,) = summaries
-    return summary.rows / (summary.seconds - paused_s), sum(int(n) for _, n in ends) / bare_s
+    return summary.rate, sum(int(n) for _, n in ends) / bare_s
+
+
+def _turn(child: subprocess.Popen[bytes]) -> tuple[float, float]:
+    """Let the bare loop run for a while; from when to when."""
+    began = time.monotonic()
+    child.send_signal(signal.SIGCONT)
+    time.sleep(TURN_S)
+    child.send_signal(signal.SIGSTOP)
+    return began, time.monotonic()
 
 
 def peak_anon_mib(images: Path, out: Path, device: str) -> float:
@@ -185,9 +171,9 @@ def main() -> None:
         bare_child(Path(images), Path(log), backbone, int(batch), device)
         return
     args = parser(__doc__)
-    args.add_argument("--images", type=int, default=32, help="images a round of the full model")
+    args.add_argument("--images", type=int, default=48, help="images a round of the full model")
     args.add_argument("--rounds", type=int, default=3)
-    args.add_argument("--batch", type=int, default=4)
+    args.add_argument("--batch", type=int, default=8)
     args.add_argument("--backbone", default="dinov2_q")
     args.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = args.parse_args()

@@ -143,8 +143,9 @@ class LocalRunner:
         device: str = "auto",
         resume: bool = True,
     ) -> FitResult:
-        """Train in this process. Raises ConfigError for more than one worker."""
+        """Train in this process. Raises ConfigError for more than one worker, Interrupted."""
         from raypipe.train import WorkerContext, checkpoint, fit, training_plan
+        from raypipe.train.stop import stop_on_interrupt, stop_wished, unless_stopped
 
         if workers != 1:
             raise ConfigError(
@@ -158,6 +159,7 @@ class LocalRunner:
         ctx = WorkerContext(
             device=self.resolve_device(device),
             run_dir=run_dir,
+            should_stop=lambda: stop_wished(run_dir),
             on_step=lambda _: progress.tick(),
             say=log_to(run_dir),
         )
@@ -165,8 +167,8 @@ class LocalRunner:
         def slices(start: Cursor) -> Iterator[StepSlice]:
             return plan.slices(0, 1, start)
 
-        with progress:
-            return fit(task, cfg, ctx, slices)
+        with progress, stop_on_interrupt(run_dir):
+            return unless_stopped(fit(task, cfg, ctx, slices))
 
     def resolve_device(self, device: str) -> str:
         """``auto`` -> cuda where there is one; raises DeviceUnavailable for a missing cuda."""

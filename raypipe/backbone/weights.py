@@ -60,7 +60,8 @@ def locate(source: Source, name: str) -> Path:
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise WeightsUnavailable(
             f"weights of {name} cannot be fetched ({reason}); without network: "
-            f"fetch {source.remedy} elsewhere and give --weights FILE"
+            f"fetch {source.remedy} elsewhere and give --weights FILE (random:SEED, for tests, "
+            "needs none)"
         ) from error
 
 

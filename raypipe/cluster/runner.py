@@ -15,6 +15,7 @@ from raypipe.cluster.trainer import TrainSetup, train_on_ray
 from raypipe.errors import ConfigError, DeviceUnavailable, WorkerFailed
 from raypipe.runner import Needs, StepWorker, TrainProgress
 from raypipe.train import FitResult, Task, TrainConfig, checkpoint, training_plan
+from raypipe.train.stop import stop_on_interrupt, unless_stopped
 
 # Ray Data's read tasks need a share of a core: two Train workers that took both cores of a
 # two-core machine would wait for them for ever.
@@ -61,10 +62,12 @@ class RayRunner:
         plan = training_plan(task.train_rows, cfg, workers, run_dir)
         cpus = min(1.0, TRAIN_SHARE * (_cpus() or 1.0) / workers)
         wait_for_room({"CPU": cpus, **({"GPU": 1.0} if on_cuda else {})}, workers, self._say)
-        with TrainProgress(plan.steps_per_epoch * plan.epochs, run_dir) as progress:
-            return train_on_ray(
+        steps = plan.steps_per_epoch * plan.epochs
+        with TrainProgress(steps, run_dir) as progress, stop_on_interrupt(run_dir):
+            result = train_on_ray(
                 setup, plan, workers=workers, use_gpu=on_cuda, cpus=cpus, tick=progress.tick
             )
+        return unless_stopped(result)
 
     def resolve_device(self, device: str) -> str:
         """``auto`` -> cuda where the cluster has a GPU now; a joined cluster may still add some.

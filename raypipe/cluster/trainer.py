@@ -21,6 +21,7 @@ from raypipe.errors import RaypipeError, WorkerFailed
 from raypipe.runner import log_to
 from raypipe.stream import Cursor, StepSlice, StreamPlan
 from raypipe.train import FitResult, Task, TrainConfig, WorkerContext, checkpoint, fit
+from raypipe.train.stop import stop_wished
 
 # A worker that dies is restarted from the last whole checkpoint this often.
 MAX_FAILURES = 3
@@ -170,6 +171,7 @@ def _train_worker(config: dict[str, Any]) -> FitResult:
         device=str(get_device()),
         run_dir=setup.run_dir,
         report=lambda metrics: ray_train.report(metrics),
+        should_stop=lambda: context.get_world_rank() == 0 and stop_wished(setup.run_dir),
         say=log_to(setup.run_dir),
     )
     shard = ray_train.get_dataset_shard("train")

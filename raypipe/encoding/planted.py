@@ -91,13 +91,13 @@ class Hemisphere:
         return np.asarray(np.einsum("nqv,qv->nv", seen, self.mixture))
 
 
-def make_planted_dataset(out_dir: Path, cfg: PlantedConfig | None = None) -> Path:
+def make_planted_dataset(out_dir: Path | str, cfg: PlantedConfig | None = None) -> Path:
     """Write ``out_dir/subjXX`` for every subject; a dataset of the same settings is kept.
 
     ``planted.json`` is written last, so a broken-off run is made again from the start. Returns
     ``out_dir``. Raises ConfigError when the folder holds a dataset of other settings.
     """
-    cfg = cfg or PlantedConfig()
+    cfg, out_dir = cfg or PlantedConfig(), Path(out_dir)
     note = out_dir / "planted.json"
     settings = json.loads(json.dumps(asdict(cfg)))
     if note.is_file():

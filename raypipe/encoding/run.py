@@ -19,18 +19,18 @@ import numpy as np
 
 from raypipe.encoding import data
 from raypipe.encoding.apply import Applied, open_applied
-from raypipe.encoding.config import EvaluateConfig, FitConfig, PredictConfig
+from raypipe.encoding.config import ApplyConfig, EvaluateConfig, FitConfig, PredictConfig
 from raypipe.encoding.predictions import PredictionFile
 from raypipe.encoding.prepare import Prepared, prepare
 from raypipe.encoding.readout import HEMIS
-from raypipe.errors import ConfigError
+from raypipe.errors import ConfigError, MissingInput
 from raypipe.provenance import run_record
 from raypipe.read import available_subjects, normalise_subject
 from raypipe.report import build_report
 from raypipe.report.saved import RUN_FILE, read_run, subject_folders, write_json
 from raypipe.runner import Runner
 from raypipe.store import require_space
-from raypipe.train import FitResult
+from raypipe.train import FitResult, finished
 from raypipe.train.checkpoint import discard
 from raypipe.train.feed import check_resumable
 from raypipe.train.hold import hold_run
@@ -92,6 +92,11 @@ def _subjects(cfg: FitConfig) -> tuple[str, ...]:
 
 
 def _fit_subject(cfg: FitConfig, ready: Prepared, runner: Runner) -> SubjectFit:
+    done = _already_fitted(cfg, ready)
+    if done is not None:
+        best = "" if done.best_epoch is None else f", best epoch {done.best_epoch + 1}"
+        print(f"subject {ready.subject}: complete already, {done.epochs} epochs{best}")
+        return SubjectFit(subject=ready.subject, run_dir=ready.run_dir, result=done)
     record = _claim(cfg, ready)
     absent = ready.split_data.subject.missing_families()
     if absent:
@@ -108,6 +113,26 @@ def _fit_subject(cfg: FitConfig, ready: Prepared, runner: Runner) -> SubjectFit:
     write_json(ready.run_dir / RUN_FILE, {**record, "result": _result(result)})
     print(_line(ready.subject, result, time.monotonic() - started))
     return SubjectFit(subject=ready.subject, run_dir=ready.run_dir, result=result)
+
+
+def _already_fitted(cfg: FitConfig, ready: Prepared) -> FitResult | None:
+    """The result of this very fit, if it is done; its run.json is then left as it stands.
+
+    Raises ConfigError when the folder holds another run.
+    """
+    run_file = ready.run_dir / RUN_FILE
+    if not (cfg.resume and run_file.exists()):
+        return None
+    earlier = read_run(ready.run_dir)
+    _check_same(earlier, ready)
+    names = tuple(ready.split_data.store.names)
+    data.save_split(ready.split, names, ready.run_dir / "split.json")  # refuses another one
+    check_resumable(ready.task, cfg.train, cfg.workers, ready.run_dir)
+    done = finished(ready.run_dir, cfg.train.epochs, ready.n_parameters())
+    noted = (earlier.get("result") or {}).get("epochs")
+    if done is not None and noted != done.epochs:  # killed before it was written
+        write_json(run_file, {**earlier, "result": _result(done)})
+    return done
 
 
 def _claim(cfg: FitConfig, ready: Prepared) -> dict[str, Any]:
@@ -232,7 +257,7 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, dict[str, Any]]:
     from raypipe.encoding.score import Scores, correlate, load_ceiling, save_scores
 
     summaries = {}
-    for subj, folder in subject_folders(cfg.run_dir).items():
+    for subj, folder in fitted_subjects(cfg).items():
         applied = open_applied(cfg, folder, fmri=True)
         opened = applied.opened
         r = correlate(
@@ -250,6 +275,26 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, dict[str, Any]]:
         print(score_line(summaries[subj]))
     print(f"report: {build_report(cfg.run_dir)}")
     return summaries
+
+
+def fitted_subjects(cfg: ApplyConfig) -> dict[str, Path]:
+    """Subject -> its run folder, once all of them have weights; says which are not fully trained.
+
+    Raises MissingInput, naming the subjects that are not fitted yet.
+    """
+    folders = subject_folders(cfg.run_dir)
+    bare = [s for s, f in folders.items() if not any(f.glob(f"{cfg.checkpoint}*/meta.json"))]
+    if bare and all(bare):  # a folder without a subject is no fit's: opening it says so
+        raise MissingInput(
+            f"{cfg.run_dir}: subject {', '.join(bare)} is not fitted yet (no {cfg.checkpoint}"
+            " checkpoint); give the same encode fit command again to finish the run"
+        )
+    for subj, folder in folders.items():
+        if read_run(folder).get("result") is None:
+            print(
+                f"subject {subj}: its training has not ended; what is applied is its state so far"
+            )
+    return folders
 
 
 def score_line(summary: Mapping[str, Any]) -> str:
@@ -281,7 +326,7 @@ def predict(cfg: PredictConfig) -> dict[str, dict[str, Path]]:
     whole. Raises as ``evaluate``, but needs no responses; NoSpace.
     """
     written = {}
-    folders = subject_folders(cfg.run_dir)
+    folders = fitted_subjects(cfg)
     for subj, folder in folders.items():
         out = folder / "predictions"
         if cfg.output_dir is not None:

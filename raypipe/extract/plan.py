@@ -157,6 +157,17 @@ def cut_items(
     return items
 
 
+def union(parts: Sequence[Sequence[tuple[int, int]]]) -> list[tuple[int, int]]:
+    """The union of several lists of ranges, sorted and merged."""
+    merged: list[tuple[int, int]] = []
+    for lo, hi in sorted(span for part in parts for span in part):
+        if merged and lo <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(hi, merged[-1][1]))
+        else:
+            merged.append((lo, hi))
+    return merged
+
+
 def _holds_images(folder: Path) -> bool:
     """True for a folder with images directly in it and no subject below."""
     if not folder.is_dir() or (folder / "training_split").is_dir():

@@ -6,7 +6,6 @@ What is on disk after a crash is whole: the same command computes only what was 
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 import time
@@ -16,22 +15,28 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from raypipe import config as configs
-from raypipe.backbone import BackboneSpec, TokenLayout, resolve
-from raypipe.backbone.model import layouts
 from raypipe.errors import ConfigError
-from raypipe.extract.checks import bad_rows, changed_error, changed_images, check_unfinished
+from raypipe.extract.checks import check_unfinished
 from raypipe.extract.config import ExtractConfig
-from raypipe.extract.plan import Group, RangeItem, cut_items, find_groups, image_hw
+from raypipe.extract.plan import Group, RangeItem, cut_items, union
+from raypipe.extract.stores import (
+    ExtractPlan,
+    bad_images,
+    describe_plan,
+    make_plan,
+    open_shards,
+    require_room,
+    seal,
+)
 from raypipe.extract.worker import Described, Extracted, Shared, WorkerSetup
 from raypipe.progress import Progress
 from raypipe.provenance import run_record
 from raypipe.runner import Needs, Pool, Runner
-from raypipe.store import ShardRun, ShardSpec, discard_store, open_for_writing, require_space
+from raypipe.store import ShardRun
 from raypipe.store.space import explain_os_errors
-from raypipe.units import format_bytes, format_seconds
+from raypipe.units import format_seconds
 
 MAX_BAD_NAMED = 20
-_ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclass
@@ -54,57 +59,6 @@ class ExtractSummary:
         return self.rows / self.seconds if self.seconds > 0 else 0.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExtractPlan:
-    """All that is known before anything is written.
-
-    hw : pixels of every image before resizing; layouts : by layer, how a row's tokens lie.
-    """
-
-    groups: tuple[Group, ...]
-    spec: BackboneSpec
-    hw: tuple[int, int]
-    layouts: Mapping[str, TokenLayout]
-    itemsize: int
-
-    def path(self, root: Path, group: Group, layer: str) -> Path:
-        return root / self.spec.folder(layer) / group.subject / f"{group.shard}.npy"
-
-    def paths(self, root: Path) -> list[Path]:
-        return [self.path(root, group, layer) for group in self.groups for layer in self.layouts]
-
-    def row_bytes(self, layer: str) -> int:
-        return math.prod(self.row_shape(layer)) * self.itemsize
-
-    def row_shape(self, layer: str) -> tuple[int, int]:
-        return self.layouts[layer].n_tokens, self.layouts[layer].dim
-
-    @property
-    def bytes_needed(self) -> int:
-        rows = sum(len(group.paths) for group in self.groups)
-        return rows * sum(self.row_bytes(layer) for layer in self.layouts)
-
-
-def make_plan(cfg: ExtractConfig) -> ExtractPlan:
-    """Find images and shapes, without weights and without writing."""
-    spec = resolve(
-        cfg.backbone,
-        enc_layer=cfg.enc_layer,
-        layers=cfg.layer,
-        preprocess=cfg.preprocess,
-        image_size=cfg.image_size,
-    )
-    groups = find_groups(cfg)
-    hw = image_hw(groups)
-    return ExtractPlan(
-        groups=groups,
-        spec=spec,
-        hw=hw,
-        layouts=layouts(spec, hw),
-        itemsize=_ITEMSIZE[cfg.store_dtype],
-    )
-
-
 def extract(cfg: ExtractConfig, runner: Runner | None) -> ExtractSummary:
     """Run ``cfg`` on ``runner`` (None for a dry run); see the errors of the modules it calls.
 
@@ -123,19 +77,20 @@ def extract(cfg: ExtractConfig, runner: Runner | None) -> ExtractSummary:
     device = runner.resolve_device(cfg.device)
     for path in plan.paths(cfg.output_dir):
         check_unfinished(path, device, overwrite=cfg.overwrite)
-    _require_room(cfg, plan)
+    require_room(cfg, plan)
     needs = runner.needs(cfg.workers, device)
     run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     run_dir = cfg.output_dir / "runs" / f"extract-{run_id}"
     with runner.pool(_worker_setup(cfg, plan, needs), needs) as pool, ExitStack() as stack:
         described = pool.describe()
-        shards = _open_shards(cfg, plan, described, run_id, stack)
+        shards = open_shards(cfg, plan, described, run_id, stack)
         record = run_record(cfg) | {"weights": asdict(described), "torch_threads": needs.cpus}
-        _save_run(cfg, record, run_dir)
+        _save_run(cfg, runner.name, record, run_dir)
         summary = _compute(cfg, plan, pool, shards, needs, described)
     summary.run_dir = str(run_dir)
-    summary.bad = _bad_images(plan, cfg)
-    _save_run(cfg, record | {"summary": asdict(summary) | {"rows_per_s": summary.rate}}, run_dir)
+    summary.bad = bad_images(plan, cfg)
+    record |= {"summary": asdict(summary) | {"rows_per_s": summary.rate}}
+    _save_run(cfg, runner.name, record, run_dir)
     _say_summary(summary)
     return summary
 
@@ -159,81 +114,6 @@ def _worker_setup(cfg: ExtractConfig, plan: ExtractPlan, needs: Needs) -> Worker
         decode_threads=cfg.decode_threads or (2 if on_cpu else 8),
         fail_on_bad_image=cfg.on_bad_image == "fail",
         image_hw=plan.hw,
-    )
-
-
-def describe_plan(cfg: ExtractConfig, plan: ExtractPlan) -> str:
-    """What ``--dry-run`` prints: a line a store, and the disk that all need."""
-    lines = []
-    for group in plan.groups:
-        for layer in plan.layouts:
-            rows = len(group.paths)
-            size = format_bytes(rows * plan.row_bytes(layer))
-            path = plan.path(cfg.output_dir, group, layer)
-            shape = (rows, *plan.row_shape(layer))
-            lines.append(f"{path}  {shape} {cfg.store_dtype}  {size}")
-    lines.append(f"disk needed: {format_bytes(plan.bytes_needed)} ({plan.bytes_needed} bytes)")
-    return "\n".join(lines)
-
-
-def _require_room(cfg: ExtractConfig, plan: ExtractPlan) -> None:
-    """All stores that are not there yet must fit, before the first byte is written."""
-    need = 0
-    for group in plan.groups:
-        for layer in plan.layouts:
-            path = plan.path(cfg.output_dir, group, layer)
-            begun = path.with_name(path.name + ".partial")
-            if not path.exists() and not begun.exists():
-                need += len(group.paths) * plan.row_bytes(layer)
-    require_space({cfg.output_dir: need})
-
-
-def _open_shards(
-    cfg: ExtractConfig, plan: ExtractPlan, described: Described, run_id: str, stack: ExitStack
-) -> dict[str, dict[str, ShardRun]]:
-    shards: dict[str, dict[str, ShardRun]] = {group.key: {} for group in plan.groups}
-    for group in plan.groups:
-        for layer in plan.layouts:
-            spec = _shard_spec(cfg, plan, group, layer, described)
-            shards[group.key][layer] = stack.enter_context(
-                _open_shard(spec, group, run_id, overwrite=cfg.overwrite)
-            )
-    return shards
-
-
-def _open_shard(spec: ShardSpec, group: Group, run_id: str, *, overwrite: bool) -> ShardRun:
-    """The shard new, resumed, or finished from just these images."""
-    run = open_for_writing(spec, run_id=run_id, overwrite=overwrite)
-    changed = changed_images(spec.path, group) if run.sealed else []
-    if not changed:
-        return run
-    run.close()
-    if not overwrite:
-        raise changed_error(spec.path, changed)
-    discard_store(spec.path)
-    return open_for_writing(spec, run_id=run_id)
-
-
-def _shard_spec(
-    cfg: ExtractConfig, plan: ExtractPlan, group: Group, layer: str, described: Described
-) -> ShardSpec:
-    return ShardSpec(
-        path=plan.path(cfg.output_dir, group, layer),
-        rows=len(group.paths),
-        row_shape=plan.row_shape(layer),
-        dtype=cfg.store_dtype,
-        names=group.names,
-        grid=cfg.batch_size,
-        identity={
-            **plan.spec.identity(layer),
-            "weights_sha256": described.weights_sha256,
-            "precision": cfg.precision,
-            # Where weights lie does not matter, their digest does; but a seed is worth reading.
-            **({"weights": cfg.weights} if cfg.weights.startswith("random:") else {}),
-            **({"image_hw": list(plan.hw)} if plan.spec.preprocess.resize is None else {}),
-        },
-        token_layout=plan.layouts[layer].describe(),
-        provenance=run_record(cfg) | asdict(described),
     )
 
 
@@ -270,7 +150,7 @@ def _compute(  # the heart of the run: items out, durable ranges in, stores seal
     started = time.monotonic()
     with Progress("extract", total, "images", done=resumed) as progress:
         for key in [key for key, left in waiting.items() if not left]:
-            _seal(shards[key], groups[key])
+            seal(shards[key], groups[key])
         if items:
             for done in pool.run(items, shared, shut_out):
                 group, _ = done.key
@@ -278,7 +158,7 @@ def _compute(  # the heart of the run: items out, durable ranges in, stores seal
                 _account(summary, group, done.payload, progress)
                 waiting[group].discard(done.key)
                 if not waiting[group]:
-                    _seal(shards[group], groups[group])
+                    seal(shards[group], groups[group])
     summary.rows = sum(rows.values())
     summary.seconds = time.monotonic() - started
     return summary
@@ -292,22 +172,11 @@ def _items(
     needs: Needs,
 ) -> Sequence[RangeItem]:
     """What at least one of the group's layers lacks: they share the forward pass."""
-    missing = _union([run.missing() for run in shards[group.key].values()])
+    missing = union([run.missing() for run in shards[group.key].values()])
     row_bytes = sum(plan.row_bytes(layer) for layer in plan.layouts)
     return cut_items(
         group, missing, grid=cfg.batch_size, row_bytes=row_bytes, workers=needs.workers
     )
-
-
-def _union(parts: Sequence[Sequence[tuple[int, int]]]) -> list[tuple[int, int]]:
-    """The union of several lists of ranges, sorted and merged."""
-    merged: list[tuple[int, int]] = []
-    for lo, hi in sorted(span for part in parts for span in part):
-        if merged and lo <= merged[-1][1]:
-            merged[-1] = (merged[-1][0], max(hi, merged[-1][1]))
-        else:
-            merged.append((lo, hi))
-    return merged
 
 
 def _account(summary: ExtractSummary, group: str, payload: Extracted, progress: Progress) -> None:
@@ -316,34 +185,13 @@ def _account(summary: ExtractSummary, group: str, payload: Extracted, progress: 
         progress.note(f"out of memory: {group} goes on with a batch of {payload.halved_to}")
 
 
-def _seal(runs: Mapping[str, ShardRun], group: Group) -> None:
-    for run in runs.values():
-        if run.sealed:
-            continue
-        resumed = run.progress.rows_kept > 0
-        path = run.seal()
-        changed = changed_images(path, group) if resumed else []
-        if changed:
-            raise changed_error(path, changed)
-
-
-def _bad_images(plan: ExtractPlan, cfg: ExtractConfig) -> list[tuple[str, str, str]]:
-    """(group, image, reason) of every invalid row, those of earlier runs too."""
-    layer = next(iter(plan.layouts))
-    return [
-        (group.key, name, reason)
-        for group in plan.groups
-        for name, reason in bad_rows(plan.path(cfg.output_dir, group, layer))
-    ]
-
-
-def _save_run(cfg: ExtractConfig, record: Mapping[str, object], run_dir: Path) -> None:
-    """Written before the first row, and again with the summary."""
+def _save_run(cfg: ExtractConfig, runner: str, record: Mapping[str, object], run_dir: Path) -> None:
+    """Written before the first row, and again with the summary; --config reads config.yaml back."""
     text = json.dumps(record, indent=1)
     with explain_os_errors(run_dir, len(text)):
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "run.json").write_text(text, encoding="utf-8")
-        configs.save(cfg, run_dir / "config.yaml")
+        configs.save({**configs.to_dict(cfg), "runner": runner}, run_dir / "config.yaml")
 
 
 def _say_summary(summary: ExtractSummary) -> None:
@@ -353,7 +201,9 @@ def _say_summary(summary: ExtractSummary) -> None:
     for group, name, reason in summary.bad[:MAX_BAD_NAMED]:
         print(f"bad image, row kept and marked invalid: {group} {name}: {reason}", file=sys.stderr)
     if summary.bad:
-        text += f"; {len(summary.bad)} bad image(s) marked invalid, named in {summary.run_dir}"
+        text += (
+            f"; {len(summary.bad)} bad image(s) marked invalid, named in {summary.run_dir}/run.json"
+        )
     print(text, file=sys.stderr)
     for path in summary.stores:
         print(path)

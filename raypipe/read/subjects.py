@@ -35,7 +35,8 @@ def subject_folders(data_dir: Path) -> dict[str, Path]:
     data_dir = Path(data_dir)
     if not data_dir.is_dir():
         raise MissingInput(
-            f"data folder {data_dir} does not exist; give the folder that holds subj01, subj02, …"
+            f"data folder {data_dir} does not exist; give the folder that holds subj01, subj02, …, or "
+            "one that directly holds the images"
         )
     if is_subject_folder(data_dir):
         return {_number_of(data_dir): data_dir}

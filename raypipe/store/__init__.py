@@ -9,7 +9,7 @@ files). Making features is `backbone`'s business, feeding them to training is `s
 from __future__ import annotations
 
 from raypipe.store.discard import discard_store
-from raypipe.store.info import describe, find_shards
+from raypipe.store.info import describe, find_shards, refusal
 from raypipe.store.journal import CommitRecord, RowSource
 from raypipe.store.narrow import from_bfloat16, to_bfloat16
 from raypipe.store.reader import FeatureStore, StoreLocator, open_locator
@@ -36,6 +36,7 @@ __all__ = [
     "from_bfloat16",
     "open_for_writing",
     "open_locator",
+    "refusal",
     "require_space",
     "space_needed",
     "to_bfloat16",

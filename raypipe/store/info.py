@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from raypipe.errors import MissingInput
+from raypipe.errors import MissingInput, StoreError
 from raypipe.store.layout import ShardPaths
 from raypipe.store.lock import Owner
 from raypipe.store.manifest import DISCARDED, SEALED, Manifest
 from raypipe.store.reader import committed_rows
+from raypipe.store.recover import Found, decide
+from raypipe.store.schema import ShardSpec
 
 _SHOWN = ("dtype", "grid", "bytes", "fingerprint", "identity", "token_layout", "provenance")
 _SHOWN_SEALED = ("invalid_rows", "narrowing", "halved", "preallocation", "created", "sealed")
@@ -50,6 +52,15 @@ def describe(path: Path | str) -> dict[str, Any]:
         shown = {key: manifest.fields.get(key) for key in _SHOWN_SEALED}
         return {**facts, "rows_done": manifest.shape[0], **shown}
     return {**facts, "rows_done": committed_rows(manifest), "owner": _owner(paths)}
+
+
+def refusal(spec: ShardSpec) -> str | None:
+    """Why `open_for_writing` would refuse ``spec`` for what lies at its place, or None."""
+    try:
+        decide(Found.at(spec.paths), spec, overwrite=False)
+    except StoreError as error:
+        return str(error)
+    return None
 
 
 def _owner(paths: ShardPaths) -> dict[str, Any] | None:

@@ -20,15 +20,17 @@ if TYPE_CHECKING:
     from raypipe.train.checkpoint import load_model_state
     from raypipe.train.context import WorkerContext
     from raypipe.train.feed import training_plan
-    from raypipe.train.loop import FitResult, fit
+    from raypipe.train.loop import fit
     from raypipe.train.precision import settings_table
+    from raypipe.train.result import FitResult, finished
     from raypipe.train.task import Batch, Task
 
 _HOMES = {
     "Batch": "task",
-    "FitResult": "loop",
+    "FitResult": "result",
     "Task": "task",
     "WorkerContext": "context",
+    "finished": "result",
     "fit": "loop",
     "load_model_state": "checkpoint",
     "settings_table": "precision",
@@ -41,6 +43,7 @@ __all__ = [
     "Task",
     "TrainConfig",
     "WorkerContext",
+    "finished",
     "fit",
     "load_model_state",
     "settings_table",

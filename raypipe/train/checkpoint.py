@@ -93,7 +93,7 @@ def newest(run_dir: Path, name: str = "last") -> Found | None:
     if candidates:
         raise StoreCorrupt(
             f"{'; '.join(problems)}: no checkpoint in {run_dir} is whole; restore one, or start "
-            "over in a new run folder (or without resume)"
+            "over: a new run folder, or --no-resume"
         )
     return None
 

@@ -91,13 +91,21 @@ def source_fingerprints(sources: Mapping[str, ArraySource]) -> dict[str, str]:
 
 
 def check_same_run(found: checkpoint.Found, plan: StreamPlan, cfg: TrainConfig) -> None:
-    """Raise ConfigError when ``found`` was written under another recipe or other training rows."""
+    """Raise ConfigError when ``found`` was written under another recipe or other training rows, or
+    has more epochs done than are asked for.
+    """
     stream = found.meta["stream"]
     old, new = dict(stream["recipe"]), cfg.recipe()
     differing = sorted(k for k in {*old, *new} if old.get(k) != new.get(k))
     if differing:
         pairs = ", ".join(f"{k} {old.get(k)!r} -> {new.get(k)!r}" for k in differing)
         raise ConfigError(f"{found.path} was trained with other options ({pairs}); {_NEXT}")
+    done = found.meta["progress"]["epoch"]
+    if done > plan.epochs:
+        raise ConfigError(
+            f"{found.path} has {done} epochs done, --epochs {plan.epochs} is fewer; give {done} or "
+            "more to go on, or a new run folder (or --no-resume) to start over"
+        )
     if stream["rows_sha256"] != plan.rows_digest:
         raise ConfigError(
             f"{found.path} was trained on other rows ({stream['n_rows']} then, "
@@ -120,7 +128,7 @@ def check_same_sources(found: checkpoint.Found, fingerprints: Mapping[str, str])
     if differing:
         raise ConfigError(
             f"{found.path} was trained on other {', '.join(sorted(differing))} than are given now; "
-            "put back what it was trained on, or start over in a new run folder (or without resume)"
+            "put back what it was trained on, or start over: a new run folder, or --no-resume"
         )
 
 
@@ -165,4 +173,4 @@ def _recorded_rows_per_step(found: checkpoint.Found, cfg: TrainConfig, world: in
     return recorded
 
 
-_NEXT = "resume with the run's own options, or start over in a new run folder (or without resume)"
+_NEXT = "resume with the run's own options, or start over: a new run folder, or --no-resume"

@@ -12,8 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -38,6 +37,7 @@ from raypipe.train.feed import (
 )
 from raypipe.train.metrics import MetricsLog, plain
 from raypipe.train.precision import format_table, settings_table, use_device
+from raypipe.train.result import FitResult, Progress
 from raypipe.train.schedule import learning_rate
 from raypipe.train.task import Task
 
@@ -47,42 +47,6 @@ from raypipe.train.task import Task
 _DEPTH = 2
 # fp16 skips a few steps while the scale finds its level (halved each time); more in a row is NaN.
 _MAX_SKIPPED = 25
-
-
-@dataclass(frozen=True, kw_only=True)
-class FitResult:
-    """What a fit came to. ``stopped``: ended early on request; the same call goes on."""
-
-    run_dir: Path
-    best_epoch: int | None
-    best_val_loss: float | None
-    epochs: int
-    global_steps: int
-    history: tuple[dict[str, Any], ...]
-    stopped: bool
-    seconds: float
-    n_parameters: int
-
-
-@dataclass
-class Progress:
-    """Where a run stands; saved in each checkpoint's meta.json."""
-
-    epoch: int = 0
-    step: int = 0
-    global_step: int = 0
-    epoch_loss_sum: float = 0.0
-    epoch_rows: int = 0
-    seconds: float = 0.0
-    skipped_in_a_row: int = 0
-    best_epoch: int | None = None
-    best_val_loss: float | None = None
-    history: list[dict[str, Any]] = field(default_factory=list)
-
-    @property
-    def cursor(self) -> Cursor:
-        """The next step to do."""
-        return Cursor(self.epoch, self.step)
 
 
 @dataclass
@@ -366,15 +330,9 @@ class _Fit:
         self.ctx.say("training\n" + format_table(table))
 
     def _result(self) -> FitResult:
-        progress = self.progress
-        return FitResult(
-            run_dir=self.ctx.run_dir,
-            best_epoch=progress.best_epoch,
-            best_val_loss=progress.best_val_loss,
-            epochs=progress.epoch,
-            global_steps=progress.global_step,
-            history=tuple(progress.history),
-            stopped=progress.cursor < self.plan.end,
+        return self.progress.result(
+            self.ctx.run_dir,
+            epochs=self.plan.epochs,
             seconds=self._seconds(),
             n_parameters=sum(p.numel() for p in self.engine.trainable),
         )

@@ -24,7 +24,7 @@ from train_helpers import ToyTask, config, write_toy
 
 from raypipe.cluster.datasets import plan_dataset, read_slices, step_table
 from raypipe.cluster.runner import RayRunner, wait_for_room
-from raypipe.errors import ConfigError, DeviceUnavailable, WorkerFailed
+from raypipe.errors import ConfigError, DeviceUnavailable, Interrupted, WorkerFailed
 from raypipe.runner import LocalRunner
 from raypipe.stream import Cursor, StreamPlan
 
@@ -152,6 +152,30 @@ def test_a_killed_train_worker_goes_on_from_the_last_checkpoint(
     assert result.epochs == 3
     LocalRunner().fit(ToyTask(toy.data, dropout=0.2), cfg, tmp_path / "unbroken", device="cpu")
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(tmp_path / "unbroken"), rtol=1e-5)
+
+
+def test_ctrl_c_saves_the_step_on_every_worker_and_goes_on(
+    toy: ToyTask, runner: RayRunner, tmp_path: Path
+) -> None:
+    task, cfg = SlowTask(toy.data), config(batch_size=4)
+    (tmp_path / "run").mkdir()
+    metrics = tmp_path / "run" / "metrics.jsonl"
+
+    def interrupt() -> None:
+        deadline = time.monotonic() + 120
+        while not (metrics.exists() and metrics.stat().st_size):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(Interrupted, match="same command goes on"):
+        runner.fit(task, cfg, tmp_path / "run", workers=2, device="cpu")
+    assert 0 < len(losses(tmp_path / "run")) < 18
+    alone = LocalRunner()
+    assert alone.fit(toy, config(batch_size=8), tmp_path / "run", device="cpu").epochs == 3
+    alone.fit(toy, config(batch_size=8), tmp_path / "unbroken", device="cpu")
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(tmp_path / "unbroken"), rtol=1e-4)
 
 
 def test_our_errors_reach_the_driver_as_they_are(

@@ -208,6 +208,43 @@ def test_a_run_goes_on_to_the_same_losses(world: World, tmp_path: Path) -> None:
     assert losses(whole) == losses(parts)
 
 
+def test_a_finished_fit_is_not_done_again_and_keeps_its_record(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(config(world, tmp_path), LocalRunner())
+    before = (tmp_path / "run.json").read_bytes()
+    first = json.loads(before)["result"]
+    capsys.readouterr()
+    (done,) = fit(config(world, tmp_path, train=replace(TRAIN, keep=3)), LocalRunner()).subjects
+    assert "subject 01: complete already, 3 epochs" in capsys.readouterr().out
+    assert (tmp_path / "run.json").read_bytes() == before
+    assert (done.result.epochs, done.result.best_val_loss) == (3, first["best_val_loss"])
+    # Killed between the last checkpoint and the record: the result is the checkpoint's.
+    (tmp_path / "run.json").write_text(json.dumps({**json.loads(before), "result": None}))
+    fit(config(world, tmp_path), LocalRunner())
+    mended = json.loads((tmp_path / "run.json").read_text())["result"]
+    assert {**mended, "seconds": 0} == {**first, "seconds": 0}
+    with pytest.raises(ConfigError, match="3 epochs done, --epochs 2 is fewer"):
+        fit(config(world, tmp_path, train=replace(TRAIN, epochs=2)), LocalRunner())
+    assert fit(config(world, tmp_path, resume=False), LocalRunner()).subjects[0].result.epochs == 3
+
+
+def test_subjects_without_weights_are_named_before_any_is_scored(
+    world: World, fitted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(fitted, run_dir)
+    record = json.loads((run_dir / "subj01/run.json").read_text())
+    (run_dir / "subj01/run.json").write_text(json.dumps({**record, "result": None}))
+    evaluate(EvaluateConfig(run_dir=run_dir, device="cpu"))
+    assert "subject 01: its training has not ended" in capsys.readouterr().out
+    shutil.rmtree(run_dir / "subj02/best")
+    for job, cfg in ((evaluate, EvaluateConfig), (predict, PredictConfig)):
+        with pytest.raises(MissingInput, match="subject 02 is not fitted yet"):
+            job(cfg(run_dir=run_dir, device="cpu"))
+    assert "subject 01," not in capsys.readouterr().out
+
+
 def test_another_run_in_the_folder_is_refused(world: World, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     fit(config(world, run_dir), LocalRunner())

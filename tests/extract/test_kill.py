@@ -124,14 +124,23 @@ def test_a_killed_driver_leaves_a_store_that_the_same_command_finishes(
     assert verify(path).ok
 
 
-def test_ctrl_c_exits_130_and_resumes(config: MakeConfig, unbroken: bytes) -> None:
+@pytest.mark.parametrize("to_all", [False, True], ids=["the driver", "its whole group"])
+def test_ctrl_c_exits_130_and_resumes(config: MakeConfig, unbroken: bytes, to_all: bool) -> None:
+    """A terminal sends it to every process of the group."""
     cfg = config()
     path = shard(cfg.output_dir, cfg.data_dir)
     driver = subprocess.Popen(
-        command(cfg), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        command(cfg),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     wait_for(lambda: committed(path), "the first commit")
-    driver.send_signal(signal.SIGINT)
+    if to_all:
+        os.killpg(driver.pid, signal.SIGINT)
+    else:
+        driver.send_signal(signal.SIGINT)
     _, stderr = driver.communicate(timeout=RUN_S)
     assert driver.returncode == 130, stderr
     assert "the same command resumes" in stderr

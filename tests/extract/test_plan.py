@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from raypipe.errors import BadImage, ConfigError, InputError, MissingInput
 from raypipe.extract.config import ExtractConfig
-from raypipe.extract.plan import Group, cut_items, find_groups, image_hw
-from raypipe.extract.run import _union
+from raypipe.extract.plan import Group, cut_items, find_groups, image_hw, union
 
 
 @given(
@@ -42,7 +41,7 @@ def test_a_range_off_the_grid_is_refused() -> None:
 @given(st.lists(st.lists(st.tuples(st.integers(0, 50), st.integers(1, 9))), max_size=4))
 def test_the_union_of_ranges_holds_each_row_once(parts: list[list[tuple[int, int]]]) -> None:
     spans = [[(lo, lo + n) for lo, n in part] for part in parts]
-    merged = _union(spans)
+    merged = union(spans)
     rows = [row for lo, hi in merged for row in range(lo, hi)]
     assert rows == sorted({row for part in spans for lo, hi in part for row in range(lo, hi)})
 

@@ -29,7 +29,7 @@ from raypipe.extract.plan import RangeItem
 from raypipe.extract.run import extract
 from raypipe.extract.worker import ExtractWorker, Shared, WorkerSetup
 from raypipe.read import list_images, read_image
-from raypipe.runner import LocalRunner
+from raypipe.runner import Done, LocalRunner
 from raypipe.store import FeatureStore, ShardWriter, verify
 
 MakeConfig = Callable[..., ExtractConfig]
@@ -160,6 +160,38 @@ def test_a_dry_run_tells_and_writes_nothing(
     assert "(48, 4, 512) float16" in out
     assert str(48 * 4 * 512 * 2) in out
     assert not cfg.output_dir.exists()
+
+
+def test_a_dry_run_says_what_is_there_and_what_would_be_refused(
+    config: MakeConfig, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told(**options: object) -> str:
+        capsys.readouterr()
+        extract(config(dry_run=True, image_size=64, **options), None)
+        return capsys.readouterr().out
+
+    assert "float16  192 KiB  new" in told()
+    stop = ExtractWorker.step
+
+    def dies(self: ExtractWorker, item: RangeItem, upcoming: RangeItem | None) -> list[Done]:
+        if item.lo >= 24:
+            self.drain()
+            raise RuntimeError("power cut")
+        return stop(self, item, upcoming)
+
+    monkeypatch.setattr(ExtractWorker, "step", dies)
+    with pytest.raises(RuntimeError, match="power cut"):
+        extract(config(image_size=64), LocalRunner())
+    monkeypatch.undo()
+    assert "24 of 48 rows done, will be resumed" in told()
+    extract(config(image_size=64), LocalRunner())
+    finished = told()
+    assert "  finished\n" in finished
+    assert "journals and index included: 0 B" in finished
+    refused = told(batch_size=8)
+    assert "REFUSED" in refused
+    assert "--batch-size" in refused
+    assert "will be replaced" in told(batch_size=8, overwrite=True)
 
 
 def test_layer_goes_with_any_model_names_only(config: MakeConfig) -> None:

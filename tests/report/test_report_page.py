@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from raypipe.errors import MissingInput, StoreCorrupt
+from raypipe.errors import ConfigError, MissingInput, StoreCorrupt
 from raypipe.report import build_report, plots
 from raypipe.report.blocks import Note, Page, Section, Table
 from raypipe.report.commands import ReportConfig, report
@@ -203,6 +203,9 @@ def test_no_run_or_a_damaged_one(tmp_path: Path) -> None:
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_run(tmp_path, evaluated=False)
     assert report(ReportConfig(run_dir=tmp_path)) == tmp_path / "report.html"
+    assert report(ReportConfig(run=tmp_path)) == tmp_path / "report.html"
+    with pytest.raises(ConfigError, match="one run folder"):
+        ReportConfig(run=tmp_path, run_dir=tmp_path)
     assert "report.html" in capsys.readouterr().out
 
 

@@ -1,0 +1,76 @@
+"""Where a fit stands, and what it came to: saved in each checkpoint, given back at the end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from raypipe.stream import Cursor
+from raypipe.train import checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitResult:
+    """What a fit came to; epochs count from 0. ``stopped``: ended early on request; the same call
+    goes on.
+    """
+
+    run_dir: Path
+    best_epoch: int | None
+    best_val_loss: float | None
+    epochs: int
+    global_steps: int
+    history: tuple[dict[str, Any], ...]
+    stopped: bool
+    seconds: float
+    n_parameters: int
+
+
+@dataclass
+class Progress:
+    """Where a run stands; saved in each checkpoint's meta.json."""
+
+    epoch: int = 0
+    step: int = 0
+    global_step: int = 0
+    epoch_loss_sum: float = 0.0
+    epoch_rows: int = 0
+    seconds: float = 0.0
+    skipped_in_a_row: int = 0
+    best_epoch: int | None = None
+    best_val_loss: float | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def cursor(self) -> Cursor:
+        """The next step to do."""
+        return Cursor(self.epoch, self.step)
+
+    def result(self, run_dir: Path, *, epochs: int, seconds: float, n_parameters: int) -> FitResult:
+        """The result of a fit of ``epochs`` that ends here."""
+        return FitResult(
+            run_dir=run_dir,
+            best_epoch=self.best_epoch,
+            best_val_loss=self.best_val_loss,
+            epochs=self.epoch,
+            global_steps=self.global_step,
+            history=tuple(self.history),
+            stopped=self.epoch < epochs,
+            seconds=seconds,
+            n_parameters=n_parameters,
+        )
+
+
+def finished(run_dir: Path, epochs: int, n_parameters: int) -> FitResult | None:
+    """The result of the fit in ``run_dir``, if all ``epochs`` are done there; else None.
+
+    Raises StoreCorrupt as `checkpoint.newest`.
+    """
+    found = checkpoint.newest(run_dir)
+    progress = Progress(**found.meta["progress"]) if found else Progress()
+    if progress.epoch < epochs:
+        return None
+    return progress.result(
+        run_dir, epochs=epochs, seconds=progress.seconds, n_parameters=n_parameters
+    )
