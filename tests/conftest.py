@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,14 @@ def ray_session() -> Iterator[None]:
         warnings.simplefilter("ignore")
         with open_session():
             yield
+
+
+@pytest.fixture
+def heeded_sigint() -> Iterator[None]:
+    """Python's own SIGINT handler: a shell starts background jobs, and so the suite, with none."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

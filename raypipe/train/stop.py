@@ -33,12 +33,13 @@ def stop_wished(run_dir: Path) -> bool:
 def stop_on_interrupt(run_dir: Path) -> Iterator[None]:
     """Turns the first SIGINT into a wish; the second raises KeyboardInterrupt, as ever.
 
-    Only the main thread can take signals: elsewhere this does nothing.
+    Only the main thread can take signals: elsewhere this does nothing, nor where they are ignored.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     wish = run_dir / _WISH
     wish.unlink(missing_ok=True)  # of a driver that was killed
-    if threading.current_thread() is not threading.main_thread():
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # a shell's background job
+    if ignored or threading.current_thread() is not threading.main_thread():
         yield
         return
     asked = False

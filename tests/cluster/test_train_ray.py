@@ -154,6 +154,7 @@ def test_a_killed_train_worker_goes_on_from_the_last_checkpoint(
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(tmp_path / "unbroken"), rtol=1e-5)
 
 
+@pytest.mark.usefixtures("heeded_sigint")
 def test_ctrl_c_saves_the_step_on_every_worker_and_goes_on(
     toy: ToyTask, runner: RayRunner, tmp_path: Path
 ) -> None:

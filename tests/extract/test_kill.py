@@ -124,6 +124,11 @@ def test_a_killed_driver_leaves_a_store_that_the_same_command_finishes(
     assert verify(path).ok
 
 
+def _heed_sigint() -> None:
+    """A shell starts background jobs with SIGINT ignored, and the suite may be one."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("to_all", [False, True], ids=["the driver", "its whole group"])
 def test_ctrl_c_exits_130_and_resumes(config: MakeConfig, unbroken: bytes, to_all: bool) -> None:
     """A terminal sends it to every process of the group."""
@@ -135,6 +140,7 @@ def test_ctrl_c_exits_130_and_resumes(config: MakeConfig, unbroken: bytes, to_al
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=_heed_sigint,
     )
     wait_for(lambda: committed(path), "the first commit")
     if to_all:

@@ -20,6 +20,9 @@ from raypipe.train import finished
 from raypipe.train.stop import stop_on_interrupt, stop_wished
 
 
+pytestmark = pytest.mark.usefixtures("heeded_sigint")
+
+
 @dataclass(frozen=True)
 class InterruptedTask(ToyTask):
     """Sends its own process SIGINT at a training step, as a terminal would."""
@@ -52,6 +55,13 @@ def test_the_first_interrupt_is_a_wish_the_second_leaves(
 def test_a_wish_left_by_a_killed_driver_is_forgotten(tmp_path: Path) -> None:
     (tmp_path / ".stop").touch()
     with stop_on_interrupt(tmp_path):
+        assert not stop_wished(tmp_path)
+
+
+def test_an_ignored_interrupt_stays_ignored(tmp_path: Path) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with stop_on_interrupt(tmp_path):
+        os.kill(os.getpid(), signal.SIGINT)
         assert not stop_wished(tmp_path)
 
 
