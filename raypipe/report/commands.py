@@ -16,7 +16,7 @@ class ReportConfig:
     """Rebuild report.html from the files of a run folder."""
 
     run: Positional[Path | None] = None
-    """A run folder, of one subject or of several."""
+    """A run folder: of a fit (one subject or several), or OUTPUT/runs/extract-… of an extraction."""
     run_dir: Path | None = None
     """The same, as the other commands take it."""
 

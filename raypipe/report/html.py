@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from raypipe.report import sections
 from raypipe.report.blocks import Block, Cards, Page, Section
+from raypipe.report.extraction import extraction_page, is_extraction
+from raypipe.report.memory import memory_section
 from raypipe.report.saved import read_run, subject_folders, write_bytes
 
 if TYPE_CHECKING:
@@ -22,7 +24,7 @@ PAGE_FILE = "report.html"
 
 
 def build_report(run_dir: Path) -> Path:
-    """Write RUN/report.html of a run of one subject or several; returns its path.
+    """Write RUN/report.html of an extraction or a fit; returns its path.
 
     Raises MissingInput when ``run_dir`` is no run folder, StoreCorrupt when a file is damaged.
     """
@@ -32,12 +34,16 @@ def build_report(run_dir: Path) -> Path:
 def run_page(run_dir: Path) -> Page:
     """The page of a run folder."""
     parent = read_run(run_dir)
+    if is_extraction(parent):
+        return extraction_page(run_dir, parent)
     folders = subject_folders(run_dir)
     runs = {subj: read_run(folder) for subj, folder in folders.items() if _is_run(folder)}
     several = len(folders) > 1
     found = [_overview(folders, runs)]
     for subj, run in runs.items():
         found += _of_subject(folders[subj], run, f"Subject {subj} · " if several else "")
+    if several and (memory := memory_section(run_dir, parent)):  # of the run that all share
+        found.append(memory)
     names = ", ".join(f"subject {subj}" for subj in folders if subj)
     feature = ((parent.get("config") or {}).get("feature")) or ""
     started = str(parent.get("started", ""))[:16].replace("T", " ")

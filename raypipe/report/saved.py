@@ -59,7 +59,7 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
 
 def read_run(run_dir: Path) -> dict[str, Any]:
     """run.json of a run folder. Raises MissingInput, StoreCorrupt."""
-    remedy = "give a run folder, as raypipe encode fit makes it"
+    remedy = "give a run folder, as raypipe encode fit or extract makes it"
     return read_json(run_dir / RUN_FILE, remedy)
 
 

@@ -1,8 +1,9 @@
 """What a page shows of a run, read from its saved files alone; no file, no block.
 
 A subject's folder gives a section on how well it predicts (evaluation/), one on training
-(metrics.jsonl) and one on what it was made of (run.json). Another kind of run adds its function to
-SECTIONS. How figures look is ``plots``', how a page looks is the template's.
+(metrics.jsonl), one on memory (memory/, made in ``memory``) and one on what it was made of
+(run.json). Another kind of run adds its function to SECTIONS. How figures look is ``plots``', how a
+page looks is the template's.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from raypipe.report import plots
 from raypipe.report.blocks import Block, Card, Code, Facts, Note, Picture, Section, Table
+from raypipe.report.memory import memory_section
 from raypipe.report.saved import read_json, read_metrics
 from raypipe.units import format_seconds
 
@@ -268,7 +270,7 @@ def setup_section(run_dir: Path, run: Run) -> Section | None:
             "run",
             f"{run.get('started', '?')} on {run.get('host', '?')}, raypipe {run.get('raypipe')}",
         ),
-        ("command", _command(run.get("command", ()))),
+        ("command", typed_command(run.get("command", ()))),
         ("commit", str(run.get("git_commit") or "not a git checkout")),
     ]
     versions = Table(
@@ -279,7 +281,7 @@ def setup_section(run_dir: Path, run: Run) -> Section | None:
     return Section("How it was made", [Facts(pairs), versions, resolved])
 
 
-def _command(words: Sequence[str]) -> str:
+def typed_command(words: Sequence[str]) -> str:
     """As a person would type it; ``python -m raypipe`` is run.json's ``__main__.py``."""
     program = ["raypipe" if word == "__main__.py" else word for word in words[:1]]
     return shlex.join([*program, *words[1:]])
@@ -342,5 +344,6 @@ def _number(value: float | None) -> str:
 SECTIONS: tuple[Callable[[Path, Run], Section | None], ...] = (
     score_section,
     training_section,
+    memory_section,
     setup_section,
 )
