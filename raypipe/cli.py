@@ -38,6 +38,9 @@ COMMANDS = {
     "demo": Command(
         "raypipe.demo:DemoConfig", "raypipe.demo:demo", True, "make data, extract, train, report"
     ),
+    "doctor": Command(
+        "raypipe.doctor:DoctorConfig", "raypipe.doctor:doctor", True, "limits, GPUs, Ray, budgets",
+    ),
     "extract": Command(
         "raypipe.extract.config:ExtractConfig", "raypipe.extract.run:extract", True,
         "images -> memory-mapped features",
@@ -154,10 +157,11 @@ def _run(
         "Options", [("job", cls), ("launch", LaunchConfig)], frozen=True, kw_only=True
     )
     options: Any = configs.parse(both, args, prog=prog, description=description)
-    if getattr(options.job, "dry_run", False):  # nothing is computed: no cluster is needed
+    dry = getattr(options.job, "dry_run", False)
+    if dry and not getattr(cls, "rehearses", False):  # nothing is computed: no cluster is needed
         run(options.job, None)
         return
-    with open_runner(options.launch) as runner:
+    with open_runner(options.launch, configs.only_from_file(args)) as runner:
         run(options.job, runner)
 
 

@@ -36,6 +36,16 @@ def parse(cls: type[T], args: Sequence[str], *, prog: str, description: str = ""
     )
 
 
+def only_from_file(args: Sequence[str]) -> frozenset[str]:
+    """Names of the options that ``--config FILE`` sets and no flag overrides."""
+    file, rest = _take_config_flag(args)
+    if file is None:
+        return frozenset()
+    names = {key.replace("-", "_") for key, _ in _flatten(_read_file(file))}
+    flags = {arg[2:].partition("=")[0].replace("-", "_") for arg in rest if arg.startswith("--")}
+    return frozenset(names - flags - {flag.removeprefix("no_") for flag in flags})
+
+
 def to_dict(config: Any) -> Any:
     """``config`` as plain JSON types (dataclasses -> dicts, paths -> text)."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
@@ -76,7 +86,7 @@ def _take_config_flag(args: Sequence[str]) -> tuple[Path | None, list[str]]:
     return file, rest
 
 
-def _file_to_flags(cls: type, file: Path) -> list[str]:
+def _read_file(file: Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
@@ -87,13 +97,17 @@ def _file_to_flags(cls: type, file: Path) -> list[str]:
         ) from None
     if not isinstance(values, dict):
         raise ConfigError(f"--config {file}: holds no mapping; write 'option: value' lines")
-    known = _field_names(cls)
+    return values
+
+
+def _file_to_flags(cls: type, file: Path) -> list[str]:
+    known = _fields(cls)
     flags: list[str] = []
-    for key, value in _flatten(values):
+    for key, value in _flatten(_read_file(file)):
         name = key.replace("-", "_")
         if name not in known:
             raise UnknownName.of("option", key, known, f"in {file}")
-        flags += _flag(name, value)
+        flags += _flag(name, value, switch=known[name] is bool)
     return flags
 
 
@@ -105,24 +119,28 @@ def _flatten(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
     return pairs
 
 
-def _flag(name: str, value: Any) -> list[str]:
+def _flag(name: str, value: Any, *, switch: bool) -> list[str]:
+    """switch : a bool, so --name or --no-name; one that may also be left open takes its value."""
     flag = "--" + name.replace("_", "-")
-    if isinstance(value, bool):
+    if value is None and not switch:
+        return [flag, "None"]
+    if isinstance(value, bool) and switch:
         return [flag if value else "--no-" + flag[2:]]
     if isinstance(value, (list, tuple)):
         return [flag, *(str(item) for item in value)]
     return [flag, str(value)]
 
 
-def _field_names(cls: type) -> set[str]:
+def _fields(cls: type) -> dict[str, Any]:
+    """Option name -> type, nested groups flattened."""
     import typing
 
-    names: set[str] = set()
+    found: dict[str, Any] = {}
     hints = typing.get_type_hints(cls)
     for field in dataclasses.fields(cls):
         kind = hints.get(field.name)
         if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-            names |= _field_names(kind)
+            found |= _fields(kind)
         else:
-            names.add(field.name)
-    return names
+            found[field.name] = kind
+    return found

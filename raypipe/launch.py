@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from raypipe.memory.config import MemoryFlags, ResolvedMemory, resolve
 from raypipe.runner import LocalRunner, Runner
 
 
@@ -22,20 +23,33 @@ class LaunchConfig:
     """Ray cluster to join, e.g. auto or 10.0.0.1:6379; by default RAY_ADDRESS."""
     verbose: bool = False
     """Show Ray's own messages too."""
+    memory: MemoryFlags = field(default_factory=MemoryFlags)
+    """Budgets; what is not given comes from RAYPIPE_… in the environment, or from the machine."""
+
+
+def resolve_memory(flags: MemoryFlags, from_file: Collection[str] = ()) -> ResolvedMemory:
+    """The budgets of a run. from_file : options among ``flags`` that a --config file set."""
+    file = {name: getattr(flags, name) for name in from_file if hasattr(flags, name)}
+    return resolve(replace(flags, **dict.fromkeys(file)), file)
 
 
 @contextmanager
-def open_runner(cfg: LaunchConfig) -> Iterator[Runner]:
-    """The runner that ``cfg`` names, for the length of the block. Raises InputError."""
+def open_runner(cfg: LaunchConfig, from_file: Collection[str] = ()) -> Iterator[Runner]:
+    """The runner that ``cfg`` names, for the length of the block. Raises InputError.
+
+    from_file : options that a --config file set, to say so beside their values.
+    """
+    memory = resolve_memory(cfg.memory, from_file)
+    _say("\n  ".join(["memory budgets", *memory.lines()]))
     if cfg.runner == "local":
-        yield LocalRunner()
+        yield LocalRunner(memory)
         return
     from raypipe.cluster.runner import RayRunner
     from raypipe.cluster.session import open_session
 
     with open_session(cfg.address, verbose=cfg.verbose):
         joined = bool(cfg.address or os.environ.get("RAY_ADDRESS"))
-        yield RayRunner(joined=joined, on_event=_say)
+        yield RayRunner(joined=joined, on_event=_say, memory=memory)
 
 
 def _say(text: str) -> None:

@@ -7,38 +7,36 @@ Ray's runner is in ``raypipe.cluster``; rooms see only the protocol here.
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from raypipe.errors import ConfigError, DeviceUnavailable
-from raypipe.progress import Progress
+from raypipe.memory.attend import attend
+from raypipe.memory.config import ResolvedMemory, resolve
 
 if TYPE_CHECKING:
     from raypipe.stream import Cursor, StepSlice
     from raypipe.train import FitResult, Task, TrainConfig
 
 
-LOG_FILE = "train.log"
-
-
 @dataclass(frozen=True, kw_only=True)
 class Needs:
     """What one pool of workers takes.
 
-    workers : actors (one a GPU on CUDA); cpus : per worker, may be a fraction.
+    workers : actors (one a GPU on CUDA); cpus : per worker, may be a fraction; run_dir : the run's
+    folder, where each worker's memory is recorded.
     """
 
     workers: int = 1
     device: str = "cpu"
     cpus: float = 1.0
+    run_dir: Path | None = None
 
     def __post_init__(self) -> None:
         if self.workers < 1:
@@ -68,6 +66,10 @@ class Item(Protocol):
 
         Raises MemoryBudgetExceeded when it cannot be done with less.
         """
+        ...
+
+    def at_most(self, other: Any) -> Item:
+        """The same work, with no more memory at once than ``other`` takes."""
         ...
 
 
@@ -100,9 +102,10 @@ class Pool(Protocol):
 
 
 class Runner(Protocol):
-    """Runs compute: here, or on a cluster."""
+    """Runs compute: here, or on a cluster. memory : the budgets of its processes."""
 
     name: str
+    memory: ResolvedMemory
 
     def pool(
         self, worker: Callable[[], StepWorker], needs: Needs
@@ -123,15 +126,22 @@ class Runner(Protocol):
 
     def needs(self, workers: int | None, device: str) -> Needs: ...
 
+    def facts(self) -> list[tuple[str, str]]:
+        """What it runs on, in words, for ``raypipe doctor``."""
+        ...
+
 
 class LocalRunner:
     """Everything in this process, serially: for debugging, for tests, for machines without Ray."""
 
     name = "local"
 
+    def __init__(self, memory: ResolvedMemory | None = None) -> None:
+        self.memory = memory or resolve()
+
     def pool(self, worker: Callable[[], StepWorker], needs: Needs) -> LocalPool:
         """One worker in this process, whatever ``needs`` says."""
-        return LocalPool(worker)
+        return LocalPool(worker, self.memory, needs.run_dir)
 
     def fit(
         self,
@@ -145,6 +155,7 @@ class LocalRunner:
     ) -> FitResult:
         """Train in this process. Raises ConfigError for more than one worker, Interrupted."""
         from raypipe.train import WorkerContext, checkpoint, fit, training_plan
+        from raypipe.train.follow import TrainProgress, log_to
         from raypipe.train.stop import stop_on_interrupt, stop_wished, unless_stopped
 
         if workers != 1:
@@ -167,7 +178,7 @@ class LocalRunner:
         def slices(start: Cursor) -> Iterator[StepSlice]:
             return plan.slices(0, 1, start)
 
-        with progress, stop_on_interrupt(run_dir):
+        with attend(self.memory, run_dir, "train"), progress, stop_on_interrupt(run_dir):
             return unless_stopped(fit(task, cfg, ctx, slices))
 
     def resolve_device(self, device: str) -> str:
@@ -189,16 +200,29 @@ class LocalRunner:
             raise ConfigError(f"--workers {workers} needs --runner ray; --runner local has one")
         return Needs(workers=1, device=device, cpus=float(os.cpu_count() or 1))
 
+    def facts(self) -> list[tuple[str, str]]:
+        """This process."""
+        return [("runs in", f"this process, with {os.cpu_count()} cores; no Ray")]
+
 
 class LocalPool:
-    """A pool of one worker, in this process."""
+    """A pool of one worker, in this process, which keeps its budget itself."""
 
-    def __init__(self, worker: Callable[[], StepWorker]) -> None:
-        self._make = worker
+    def __init__(
+        self,
+        worker: Callable[[], StepWorker],
+        memory: ResolvedMemory | None = None,
+        run_dir: Path | None = None,
+    ) -> None:
+        self._make, self._memory, self._run_dir = worker, memory or resolve(), run_dir
         self._worker: StepWorker | None = None
+        self._held = ExitStack()
 
     def __enter__(self) -> LocalPool:
-        self._worker = self._make()
+        with ExitStack() as stack:
+            stack.enter_context(attend(self._memory, self._run_dir, "worker"))
+            self._worker = self._make()
+            self._held = stack.pop_all()
         return self
 
     def __exit__(
@@ -207,9 +231,10 @@ class LocalPool:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._worker is not None:
-            self._worker.close()
-        self._worker = None
+        with self._held:
+            if self._worker is not None:
+                self._worker.close()
+            self._worker = None
 
     def describe(self) -> Any:
         """What the loaded worker says of itself."""
@@ -234,94 +259,3 @@ class LocalPool:
         if self._worker is None:
             raise RuntimeError("a pool is used inside its with block")
         return self._worker
-
-
-class TrainProgress:
-    """Follows a run's metrics.jsonl and train.log, which rank 0 writes, wherever it runs.
-
-    steps : optimiser steps of the whole run. The rate counts from the first step on, without
-    start-up; what an earlier run wrote is not told again.
-    """
-
-    def __init__(self, steps: int, run_dir: Path) -> None:
-        self._metrics, self._log = _Tail(run_dir / "metrics.jsonl"), _Tail(run_dir / LOG_FILE)
-        self._steps = steps
-        self._bar: Progress | None = None
-
-    def __enter__(self) -> TrainProgress:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.tick()
-        if self._bar is not None:
-            self._bar.__exit__(kind, error, trace)
-
-    def tick(self) -> None:
-        """Take in what was written since the last call."""
-        for text in self._log.new_lines():
-            print(text, file=sys.stderr, flush=True)
-        for line in self._metrics.new_lines():
-            with suppress(ValueError):  # half a line, when a resumed run cut the file between looks
-                self._take(json.loads(line))
-
-    def _take(self, record: dict[str, Any]) -> None:
-        if record.get("kind") == "step":
-            self._count(record["global_step"] + 1)
-        elif record.get("kind") == "epoch" and self._bar is not None:
-            self._bar.note(_epoch_line(record))
-
-    def _count(self, step: int) -> None:
-        if self._bar is None:
-            self._bar = Progress("train", self._steps, "steps", done=step - 1)
-            self._bar.__enter__()
-        self._bar.update(max(0, step - self._bar.done))
-
-
-class _Tail:
-    """The lines that are added to a file from now on."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._offset = self._size()
-
-    def new_lines(self) -> Iterator[str]:
-        """Whole lines added since the last call."""
-        # A resumed run first cuts off the steps that its checkpoint does not know.
-        self._offset = min(self._offset, self._size())
-        if not self._offset < self._size():
-            return
-        with self._path.open("rb") as file:
-            file.seek(self._offset)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    break
-                self._offset += len(line)
-                yield line.decode(errors="replace").rstrip("\n")
-
-    def _size(self) -> int:
-        try:
-            return self._path.stat().st_size
-        except FileNotFoundError:
-            return 0
-
-
-def log_to(run_dir: Path) -> Callable[[str], None]:
-    """Writes what training says to the run's train.log; a worker's own output goes nowhere."""
-
-    def say(text: str) -> None:
-        with (run_dir / LOG_FILE).open("a", encoding="utf-8") as file:
-            file.write(text.rstrip("\n") + "\n")
-
-    return say
-
-
-def _epoch_line(record: dict[str, Any]) -> str:
-    """``epoch 3: train_loss 1.51, val_loss 1.62 (best)``."""
-    named = ("train_loss", "val_loss", "val_r")
-    values = [f"{key} {record[key]:.4f}" for key in named if record.get(key) is not None]
-    return f"epoch {record['epoch'] + 1}: {', '.join(values)}{' (best)' if record['best'] else ''}"

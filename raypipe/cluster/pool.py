@@ -18,7 +18,9 @@ from typing import Any
 import ray
 from ray.exceptions import ActorUnschedulableError, OutOfMemoryError, RayError, RayTaskError
 
+from raypipe.cluster.budget import WorkerMemory, verdicts
 from raypipe.errors import MemoryBudgetExceeded, RaypipeError, WorkerFailed
+from raypipe.memory.verdict import Verdict
 from raypipe.runner import Done, Needs, StepWorker
 
 # A range that killed its worker this often is at fault itself.
@@ -26,14 +28,22 @@ MAX_ATTEMPTS = 3
 # An autoscaled GPU node needs minutes to boot and to install; longer means that none will come.
 START_TIMEOUT_S = 1200.0
 SAY_WAITING_EVERY_S = 30.0
+# A verdict is flushed to the disk right after the kill; a slow disk gets this long.
+VERDICT_WAIT_S = 2.0
 
 
 class PooledWorker:
-    """The one class that becomes an actor; it holds an ordinary worker."""
+    """The one class that becomes an actor; it holds an ordinary worker, and its budget."""
 
-    def load(self, make: Callable[[], StepWorker]) -> int:
+    def load(self, make: Callable[[], StepWorker], order: WorkerMemory | None, name: str) -> int:
         import os
+        from contextlib import ExitStack
 
+        self._held = ExitStack()  # until the actor ends
+        if order is not None:
+            from raypipe.cluster.budget import budgeted
+
+            self._held.enter_context(budgeted(order, name))
         self._worker = make()
         return os.getpid()
 
@@ -54,11 +64,13 @@ class PooledWorker:
 class _Seat:
     """One actor and what it holds.
 
-    A seat is loading, then opening, then has a call under way or is idle. ticket : what its
-    worker's ``open`` gave, by which the driver can shut it out.
+    A seat is loading, then opening, then has a call under way or is idle. name : unlike any
+    other's, for verdicts. ticket : what its worker's ``open`` gave, by which the driver can shut
+    it out.
     """
 
     actor: Any
+    name: str
     loading: Any | None
     pid: int = 0
     opening: Any | None = None
@@ -72,6 +84,7 @@ class _Seat:
 class RayPool:
     """``needs.workers`` actors, each made by calling ``worker`` where it lands.
 
+    memory : the workers' budgets, which their nodes enforce; None leaves them without.
     on_event : told in one line of every death and retry.
     """
 
@@ -80,10 +93,13 @@ class RayPool:
         worker: Callable[[], StepWorker],
         needs: Needs,
         *,
+        memory: WorkerMemory | None = None,
         on_event: Callable[[str], None] = print,
         start_timeout_s: float = START_TIMEOUT_S,
     ) -> None:
         self._make, self._needs, self._say = worker, needs, on_event
+        self._memory = memory
+        self._made = 0
         self._start_timeout_s = start_timeout_s
         self._seats: list[_Seat] = []
         self._replacements_left = MAX_ATTEMPTS * needs.workers
@@ -93,7 +109,7 @@ class RayPool:
 
     def __enter__(self) -> RayPool:
         self._restart_clock()
-        self._make_ref = ray.put(self._make)
+        self._make_ref, self._memory_ref = ray.put(self._make), ray.put(self._memory)
         self._seats = [self._seat() for _ in range(self._needs.workers)]
         return self
 
@@ -120,7 +136,7 @@ class RayPool:
             for seat in [seat for seat in self._seats if seat.loading in ready]:
                 if self._finish_loading(seat):
                     try:
-                        return self._get(seat.actor.describe.remote())
+                        return self._get(seat, seat.actor.describe.remote())
                     except (_Died, _WorkerError) as error:
                         self._replace(seat, error)
             if not ready:
@@ -185,7 +201,7 @@ class RayPool:
             return
         call = seat.opening or seat.call
         try:
-            result = self._get(call)
+            result = self._get(seat, call)
         except (_Died, _WorkerError) as error:
             self._requeue(seat, queue, attempts, error)
             return
@@ -217,10 +233,11 @@ class RayPool:
                     f"{_one_line(error)}; what was committed is kept: mend the cause and run the "
                     "same command again"
                 ) from error
-        again = [
-            item.with_less_memory() if short_of_memory and item is blamed else item.again()
-            for item in lost
-        ]
+        again = [item.again() for item in lost]
+        if short_of_memory and blamed is not None:
+            smaller = _with_less_memory(blamed, error)
+            again[lost.index(blamed)] = smaller
+            self._limit_others(smaller, queue)
         queue.extendleft(reversed(again))
         self._say(
             f"worker {seat.pid} failed ({_one_line(error)}); its {len(lost)} unfinished item(s) "
@@ -228,13 +245,23 @@ class RayPool:
         )
         self._replace(seat, error)
 
+    def _limit_others(self, smaller: Any, queue: deque[Any]) -> None:
+        """What was too much once would be too much for every item: a worker's death each."""
+        for index, item in enumerate(queue):
+            queue[index] = item.at_most(smaller)
+        for seat in self._seats:
+            if seat.reserved is not None:
+                seat.reserved = seat.reserved.at_most(smaller)
+
     def _replace(self, seat: _Seat, error: Exception) -> None:
         if self._replacements_left == 0:
             short_of_memory = isinstance(error, _Died) and error.out_of_memory
             kind = MemoryBudgetExceeded if short_of_memory else WorkerFailed
+            logs = "see Ray's worker logs (--verbose)"
+            step = "free memory on that node, or give fewer --workers" if short_of_memory else logs
             raise kind(
                 f"workers died {MAX_ATTEMPTS * self._needs.workers} times in a row, last with: "
-                f"{_one_line(error)}; see Ray's worker logs (--verbose), then run the same command"
+                f"{_one_line(error)}; {step}, then run the same command"
             ) from error
         self._replacements_left -= 1
         ray.kill(seat.actor, no_restart=True)
@@ -243,20 +270,25 @@ class RayPool:
             self._restart_clock()
 
     def _seat(self) -> _Seat:
+        self._made += 1
+        name = f"worker-{self._made}"
         gpus = 1 if self._needs.device.startswith("cuda") else 0
         actor = (
             ray.remote(PooledWorker)
             .options(num_cpus=self._needs.cpus, num_gpus=gpus, max_restarts=0, max_task_retries=0)
             .remote()
         )
-        return _Seat(actor=actor, loading=actor.load.remote(self._make_ref))
+        loading = actor.load.remote(self._make_ref, self._memory_ref, name)
+        return _Seat(actor=actor, name=name, loading=loading)
 
     def _finish_loading(self, seat: _Seat) -> bool:
         """True when the worker stands; a death while loading is replaced like any other."""
         ref, seat.loading = seat.loading, None
         try:
-            seat.pid = self._get(ref)
+            seat.pid = self._get(seat, ref)
         except _Died as error:
+            if error.verdict is not None:  # it has no batch yet that could be halved
+                raise MemoryBudgetExceeded(error.verdict.message()) from error
             self._say(f"a worker died while loading ({_one_line(error)}); starting another")
             self._replace(seat, error)
             return False
@@ -264,7 +296,7 @@ class RayPool:
             raise WorkerFailed(f"a worker could not load: {_one_line(error)}") from error
         return True
 
-    def _get(self, ref: Any) -> Any:
+    def _get(self, seat: _Seat, ref: Any) -> Any:
         """The call's result; raises the worker's RaypipeError, _WorkerError, _Died, WorkerFailed."""
         try:
             return ray.get(ref)
@@ -276,7 +308,23 @@ class RayPool:
         except ActorUnschedulableError as error:
             raise WorkerFailed(f"no place for a worker: {_one_line(error)}") from error
         except RayError as error:  # the actor, its node, or an object on it is gone
-            raise _Died(_one_line(error), isinstance(error, OutOfMemoryError)) from error
+            if isinstance(error, OutOfMemoryError):
+                raise _Died(_one_line(error), out_of_memory=True) from error
+            verdict = self._verdict(seat.name)
+            text = verdict.message() if verdict else _one_line(error)
+            raise _Died(text, out_of_memory=verdict is not None, verdict=verdict) from error
+
+    def _verdict(self, name: str) -> Verdict | None:
+        """Why the node's memory actor ended that worker, if it did; it writes that after the kill."""
+        deadline = time.monotonic() + VERDICT_WAIT_S
+        while self._memory is not None:
+            found = verdicts(self._memory, name)
+            if found:
+                return found[-1]
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
+        return None
 
     def _restart_clock(self) -> None:
         self._deadline = time.monotonic() + self._start_timeout_s
@@ -296,11 +344,19 @@ class _WorkerError(Exception):
 
 
 class _Died(Exception):
-    """A worker is gone. out_of_memory : Ray's memory monitor ended it."""
+    """A worker is gone. out_of_memory : Ray's memory monitor ended it, or its budget (verdict)."""
 
-    def __init__(self, text: str, out_of_memory: bool) -> None:
+    def __init__(self, text: str, *, out_of_memory: bool, verdict: Verdict | None = None) -> None:
         super().__init__(text)
-        self.out_of_memory = out_of_memory
+        self.out_of_memory, self.verdict = out_of_memory, verdict
+
+
+def _with_less_memory(item: Any, error: Exception) -> Any:
+    """``item`` at half its batch; one that is at its smallest ends the run with the verdict."""
+    try:
+        return item.with_less_memory()
+    except MemoryBudgetExceeded as last:
+        raise MemoryBudgetExceeded(f"{_one_line(error)}; last try: {last}") from error
 
 
 def _one_line(error: BaseException) -> str:

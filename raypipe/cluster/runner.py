@@ -10,12 +10,17 @@ from pathlib import Path
 import ray
 from ray.autoscaler.sdk import request_resources
 
+from raypipe.cluster.budget import WorkerMemory, worker_budget
 from raypipe.cluster.pool import SAY_WAITING_EVERY_S, START_TIMEOUT_S, RayPool
 from raypipe.cluster.trainer import TrainSetup, train_on_ray
 from raypipe.errors import ConfigError, DeviceUnavailable, WorkerFailed
-from raypipe.runner import Needs, StepWorker, TrainProgress
+from raypipe.memory.config import ResolvedMemory, resolve
+from raypipe.memory.limits import node_limits
+from raypipe.runner import Needs, StepWorker
 from raypipe.train import FitResult, Task, TrainConfig, checkpoint, training_plan
+from raypipe.train.follow import TrainProgress
 from raypipe.train.stop import stop_on_interrupt, unless_stopped
+from raypipe.units import format_bytes
 
 # Ray Data's read tasks need a share of a core: two Train workers that took both cores of a
 # two-core machine would wait for them for ever.
@@ -30,12 +35,30 @@ class RayRunner:
 
     name = "ray"
 
-    def __init__(self, *, joined: bool, on_event: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        *,
+        joined: bool,
+        on_event: Callable[[str], None],
+        memory: ResolvedMemory | None = None,
+    ) -> None:
         self._joined, self._say = joined, on_event
+        self.memory = memory or resolve()
 
     def pool(self, worker: Callable[[], StepWorker], needs: Needs) -> RayPool:
-        """Actors that load ``worker``, one a GPU on CUDA."""
-        return RayPool(worker, needs, on_event=self._say)
+        """Actors that load ``worker``, one a GPU on CUDA, each under its node's memory actor.
+
+        Raises MemoryBudgetExceeded when their stated budgets do not fit this machine.
+        """
+        memory = self._worker_memory(needs.workers, needs.run_dir)
+        return RayPool(worker, needs, memory=memory, on_event=self._say)
+
+    def _worker_memory(self, workers: int, run_dir: Path | None) -> WorkerMemory:
+        nodes = sum(1 for node in ray.nodes() if node["Alive"])
+        per_node = -(-workers // max(1, nodes))
+        if not self._joined:  # known here and now; a cluster's nodes say so themselves
+            worker_budget(self.memory, per_node, node_limits())
+        return WorkerMemory(memory=self.memory, per_node=per_node, run_dir=run_dir)
 
     def fit(
         self,
@@ -58,6 +81,8 @@ class RayRunner:
             cfg=cfg,
             run_dir=run_dir,
             torch_threads=None if on_cuda else max(1, int(_node_cpus() // workers)),
+            memory=self._worker_memory(workers, run_dir),
+            since=time.time(),
         )
         plan = training_plan(task.train_rows, cfg, workers, run_dir)
         cpus = min(1.0, TRAIN_SHARE * (_cpus() or 1.0) / workers)
@@ -105,6 +130,26 @@ class RayRunner:
         count = workers or 1
         cpus = _node_cpus() / count if count == 1 or not self._joined else 1.0
         return Needs(workers=count, device=device, cpus=cpus if cpus < 1 else float(int(cpus)))
+
+    def facts(self) -> list[tuple[str, str]]:
+        """Every node as Ray sees it, and when Ray's own memory monitor steps in."""
+        found = [("cluster", "joined" if self._joined else "started on this machine")]
+        for node in ray.nodes():
+            has = node["Resources"]
+            state = "" if node["Alive"] else ", dead"
+            found.append(
+                (
+                    f"node {node['NodeManagerHostname']}{state}",
+                    f"{has.get('CPU', 0):g} CPUs, {has.get('GPU', 0):g} GPUs, "
+                    f"{format_bytes(has.get('memory', 0))} for workers, "
+                    f"{format_bytes(has.get('object_store_memory', 0))} object store",
+                )
+            )
+        threshold = os.environ.get("RAY_memory_usage_threshold", "0.95")  # noqa: SIM112
+        every_ms = os.environ.get("RAY_memory_monitor_refresh_ms", "250")  # noqa: SIM112
+        watch = f"ends workers above {float(threshold):.0%} of the node, looks every {every_ms} ms"
+        found.append(("Ray's memory monitor", "off" if every_ms == "0" else watch))
+        return found
 
 
 def wait_for_room(

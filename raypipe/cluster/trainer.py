@@ -16,11 +16,12 @@ import ray
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchTrainer
 
+from raypipe.cluster.budget import WorkerMemory, budgeted, verdicts
 from raypipe.cluster.datasets import PlanDataConfig, plan_dataset, read_slices
-from raypipe.errors import RaypipeError, WorkerFailed
-from raypipe.runner import log_to
+from raypipe.errors import MemoryBudgetExceeded, RaypipeError, WorkerFailed
 from raypipe.stream import Cursor, StepSlice, StreamPlan
 from raypipe.train import FitResult, Task, TrainConfig, WorkerContext, checkpoint, fit
+from raypipe.train.follow import log_to
 from raypipe.train.stop import stop_wished
 
 # A worker that dies is restarted from the last whole checkpoint this often.
@@ -28,6 +29,7 @@ MAX_FAILURES = 3
 # Ray Train gives a worker group a minute to start, and by default as many minutes as it takes.
 MAX_START_TIMEOUTS = 20
 POLL_S = 0.5
+TRAIN_WORKER = "train-worker"
 _RAY_TRAIN_ENV = {
     # A report waits until the controller looks: every 2 s by default, which here was most of an
     # epoch (20 epochs of 14 small steps: 7 steps/s against 56 without Ray).
@@ -39,12 +41,31 @@ _RAY_TRAIN_ENV = {
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSetup:
-    """What travels to every Train worker. Locators and configuration only, never rows."""
+    """What travels to every Train worker. Locators and configuration only, never rows.
+
+    since : seconds since the epoch; verdicts before it are of an earlier call.
+    """
 
     task: Task
     cfg: TrainConfig
     run_dir: Path
     torch_threads: int | None
+    memory: WorkerMemory
+    since: float
+
+    def batch_limit(self) -> int | None:
+        """Half the batch at which a worker of this call was last ended for its memory, or None.
+
+        Raises MemoryBudgetExceeded when that was one row.
+        """
+        ended = [v for v in verdicts(self.memory, TRAIN_WORKER) if v.when >= self.since]
+        if not ended:
+            return None
+        smallest = min(ended, key=lambda verdict: verdict.batch or self.cfg.batch_size)
+        batch = smallest.batch or self.cfg.batch_size
+        if batch == 1:
+            raise MemoryBudgetExceeded(smallest.message())
+        return batch // 2
 
 
 def train_on_ray(
@@ -85,7 +106,9 @@ def train_on_ray(
             name="ray-train",
             storage_path=str(run_dir),
             failure_config=FailureConfig(
-                max_failures=MAX_FAILURES, controller_failure_limit=MAX_START_TIMEOUTS
+                # A worker that outgrows its budget comes back with half the batch, down to one row.
+                max_failures=MAX_FAILURES + setup.cfg.batch_size.bit_length(),
+                controller_failure_limit=MAX_START_TIMEOUTS,
             ),
             callbacks=[_NoSecondTry()],
         ),
@@ -157,11 +180,17 @@ def _our_error(error: BaseException) -> BaseException:
 
 def _train_worker(config: dict[str, Any]) -> FitResult:
     """Runs in each Train worker."""
+    setup: TrainSetup = ray.get(config["setup"])
+    limit = setup.batch_limit()
+    with budgeted(setup.memory, TRAIN_WORKER):
+        return _train(setup, limit)
+
+
+def _train(setup: TrainSetup, batch_limit: int | None) -> FitResult:
     import torch
     from ray import train as ray_train
     from ray.train.torch import get_device
 
-    setup: TrainSetup = ray.get(config["setup"])
     if setup.torch_threads:  # Ray sets OMP_NUM_THREADS=1 for workers of less than two CPUs
         torch.set_num_threads(setup.torch_threads)
     context = ray_train.get_context()
@@ -181,4 +210,4 @@ def _train_worker(config: dict[str, Any]) -> FitResult:
             if (part.epoch, part.step) >= (start.epoch, start.step):
                 yield part
 
-    return fit(setup.task, setup.cfg, ctx, slices)
+    return fit(setup.task, setup.cfg, ctx, slices, batch_limit=batch_limit)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from raypipe.errors import ConfigError
+from raypipe.memory.config import MemoryFlags
 from raypipe.train import TrainConfig
 
 
@@ -111,6 +112,8 @@ class ApplyConfig:
     """Images a forward pass."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes CUDA where there is one."""
+    memory: MemoryFlags = field(default_factory=MemoryFlags)
+    """Budgets; what is not given comes from RAYPIPE_… in the environment, or from the machine."""
 
     def __post_init__(self) -> None:
         if self.eval_batch < 1:

@@ -15,6 +15,7 @@ from raypipe.encoding import data
 from raypipe.encoding.config import FitConfig
 from raypipe.encoding.readout import HEMIS, build_readout
 from raypipe.encoding.task import EncodingTask, token_statistics
+from raypipe.train import TrainConfig, checkpoint
 from raypipe.train.checkpoint import on_disk_bytes
 from raypipe.units import format_bytes
 
@@ -72,10 +73,11 @@ class Prepared:
         return 16 * self.n_parameters()
 
     def describe(self, cfg: FitConfig) -> str:
-        """What ``--dry-run`` prints."""
+        """What ``--dry-run`` prints. Raises MemoryBudgetExceeded when nothing fits --fit-gpu."""
         from raypipe.train.loop import buffer_bytes
 
-        shape, train = self.task.shape, cfg.train
+        step, train = self._step_lines(cfg)
+        shape = self.task.shape
         there = on_disk_bytes(self.run_dir)
         batches = buffer_bytes(self.task.sources(), train.batch_size)
         steps = -(-len(self.split.train) // train.rows_per_step(cfg.workers))
@@ -90,10 +92,33 @@ class Prepared:
                 + ". Not in it: logs, the report",
                 f"  memory  each of {cfg.workers} worker(s): {format_bytes(self.model_bytes())} on its"
                 f" device for weights, gradients and AdamW moments, {format_bytes(batches)} of the"
-                " host's for batches. Not in it: activations, Python and torch themselves",
+                " host's for batches"
+                + (", with activations as below" if step else "")
+                + f". Not in it: {'' if step else 'activations, '}Python and torch themselves",
+                *(f"    {line}" for line in step),
                 "  time    not known before the first steps; training then shows it",
             )
         )
+
+    def _step_lines(self, cfg: FitConfig) -> tuple[list[str], TrainConfig]:
+        """What a step takes on this machine's own device, and the options that would be used."""
+        import torch
+
+        from raypipe.train.planner import predict
+
+        budget = cfg.train.fit_gpu_bytes
+        if budget is None and cfg.train.predict_memory is False:
+            return [], cfg.train
+        on_cuda = cfg.device != "cpu" and torch.cuda.is_available()
+        plan = predict(
+            self.task, cfg.train, torch.device("cuda" if on_cuda else "cpu"), cfg.workers
+        )
+        if budget is None:
+            return plan.lines(), cfg.train
+        found = checkpoint.newest(self.run_dir) if cfg.resume else None
+        kept = found.meta["stream"]["recipe"]["amp"] if found else None
+        choice = plan.choose(budget, amp=kept)
+        return [*plan.lines(choice.cfg), choice.words(cfg.train)], choice.cfg
 
 
 def prepare(cfg: FitConfig, subj: str, run_dir: Path) -> Prepared:

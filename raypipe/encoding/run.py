@@ -24,6 +24,8 @@ from raypipe.encoding.predictions import PredictionFile
 from raypipe.encoding.prepare import Prepared, prepare
 from raypipe.encoding.readout import HEMIS
 from raypipe.errors import ConfigError, MissingInput
+from raypipe.memory.attend import attend
+from raypipe.memory.config import ResolvedMemory, resolve
 from raypipe.provenance import run_record
 from raypipe.read import available_subjects, normalise_subject
 from raypipe.report import build_report
@@ -34,6 +36,7 @@ from raypipe.train import FitResult, finished
 from raypipe.train.checkpoint import discard
 from raypipe.train.feed import check_resumable
 from raypipe.train.hold import hold_run
+from raypipe.train.planner import PLAN_FILE, saved_plan
 from raypipe.units import format_seconds
 
 
@@ -97,7 +100,7 @@ def _fit_subject(cfg: FitConfig, ready: Prepared, runner: Runner) -> SubjectFit:
         best = "" if done.best_epoch is None else f", best epoch {done.best_epoch + 1}"
         print(f"subject {ready.subject}: complete already, {done.epochs} epochs{best}")
         return SubjectFit(subject=ready.subject, run_dir=ready.run_dir, result=done)
-    record = _claim(cfg, ready)
+    record = _claim(cfg, ready, runner.memory)
     absent = ready.split_data.subject.missing_families()
     if absent:
         print(f"subject {ready.subject}: no ROI masks of {', '.join(absent)}: readout without them")
@@ -110,7 +113,8 @@ def _fit_subject(cfg: FitConfig, ready: Prepared, runner: Runner) -> SubjectFit:
         device=cfg.device,
         resume=cfg.resume,
     )
-    write_json(ready.run_dir / RUN_FILE, {**record, "result": _result(result)})
+    record |= {"memory_plan": saved_plan(ready.run_dir), "result": _result(result)}
+    write_json(ready.run_dir / RUN_FILE, record)
     print(_line(ready.subject, result, time.monotonic() - started))
     return SubjectFit(subject=ready.subject, run_dir=ready.run_dir, result=result)
 
@@ -135,7 +139,7 @@ def _already_fitted(cfg: FitConfig, ready: Prepared) -> FitResult | None:
     return done
 
 
-def _claim(cfg: FitConfig, ready: Prepared) -> dict[str, Any]:
+def _claim(cfg: FitConfig, ready: Prepared, memory: ResolvedMemory) -> dict[str, Any]:
     """Write run.json and split.json, unless the folder holds another run. Raises ConfigError."""
     run_file = ready.run_dir / RUN_FILE
     earlier = read_run(ready.run_dir) if run_file.exists() and cfg.resume else {}
@@ -146,6 +150,7 @@ def _claim(cfg: FitConfig, ready: Prepared) -> dict[str, Any]:
         split_file.unlink(missing_ok=True)
         # Before run.json vouches for other data: a crash in between must leave nothing to resume.
         discard(ready.run_dir)
+        (ready.run_dir / PLAN_FILE).unlink(missing_ok=True)
         for old in ("evaluation", "predictions"):  # of the weights that are gone
             shutil.rmtree(ready.run_dir / old, ignore_errors=True)
     record = run_record(cfg) | {
@@ -164,6 +169,7 @@ def _claim(cfg: FitConfig, ready: Prepared) -> dict[str, Any]:
         "n_invalid": int((~ready.split_data.valid).sum()),
         "n_parameters": ready.n_parameters(),
         "notes": _notes(cfg),
+        "memory": memory.record(),
         "result": earlier.get("result"),
     }
     data.save_split(ready.split, tuple(ready.split_data.store.names), split_file)
@@ -252,29 +258,33 @@ def evaluate(cfg: EvaluateConfig) -> dict[str, dict[str, Any]]:
     """Score every subject of the run on ``cfg.split`` and write the report.
 
     Returns subject -> summary (also evaluation/SPLIT/summary.json). Raises MissingInput (no run, no
-    checkpoint, responses withheld), and as ``raypipe.encoding.data``.
+    checkpoint, responses withheld), MemoryBudgetExceeded, and as ``raypipe.encoding.data``.
     """
-    from raypipe.encoding.score import Scores, correlate, load_ceiling, save_scores
-
-    summaries = {}
+    summaries, memory = {}, resolve(cfg.memory)
     for subj, folder in fitted_subjects(cfg).items():
-        applied = open_applied(cfg, folder, fmri=True)
-        opened = applied.opened
-        r = correlate(
-            applied.model,
-            {"tokens": opened.tokens(), **opened.responses()},
-            applied.rows,
-            batch_size=cfg.eval_batch,
-            device=applied.device,
-        )
-        ceiling = load_ceiling(opened.subject.noise_ceiling())
-        scores = Scores(n_images=len(applied.rows), r=r, nc=ceiling)
-        note = {"subject": subj, "split": cfg.split, **applied.note()}
-        out = folder / "evaluation" / cfg.split
-        summaries[subj] = save_scores(scores, applied.families(), out, note)
+        with attend(memory, folder, "evaluate"):
+            summaries[subj] = _evaluate_subject(cfg, subj, folder)
         print(score_line(summaries[subj]))
     print(f"report: {build_report(cfg.run_dir)}")
     return summaries
+
+
+def _evaluate_subject(cfg: EvaluateConfig, subj: str, folder: Path) -> dict[str, Any]:
+    from raypipe.encoding.score import Scores, correlate, load_ceiling, save_scores
+
+    applied = open_applied(cfg, folder, fmri=True)
+    opened = applied.opened
+    r = correlate(
+        applied.model,
+        {"tokens": opened.tokens(), **opened.responses()},
+        applied.rows,
+        batch_size=cfg.eval_batch,
+        device=applied.device,
+    )
+    ceiling = load_ceiling(opened.subject.noise_ceiling())
+    scores = Scores(n_images=len(applied.rows), r=r, nc=ceiling)
+    note = {"subject": subj, "split": cfg.split, **applied.note()}
+    return save_scores(scores, applied.families(), folder / "evaluation" / cfg.split, note)
 
 
 def fitted_subjects(cfg: ApplyConfig) -> dict[str, Path]:
@@ -325,14 +335,15 @@ def predict(cfg: PredictConfig) -> dict[str, dict[str, Path]]:
     Rows of images that could not be read hold NaN, and are counted in what is printed. Files appear
     whole. Raises as ``evaluate``, but needs no responses; NoSpace.
     """
-    written = {}
+    written, memory = {}, resolve(cfg.memory)
     folders = fitted_subjects(cfg)
     for subj, folder in folders.items():
         out = folder / "predictions"
         if cfg.output_dir is not None:
             out = cfg.output_dir / f"subj{subj}" if len(folders) > 1 else cfg.output_dir
-        applied = open_applied(cfg, folder, fmri=False)
-        written[subj] = _write_predictions(cfg, applied, out)
+        with attend(memory, folder, "predict"):
+            applied = open_applied(cfg, folder, fmri=False)
+            written[subj] = _write_predictions(cfg, applied, out)
         missing = int((~applied.opened.valid[applied.all_rows]).sum())
         note = f", {missing} of them unreadable and left NaN" if missing else ""
         print(f"subject {subj}: {len(applied.all_rows)} images predicted{note}; {out}")

@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from raypipe.encoding.readout import HEMIS, NONE
+from raypipe.memory.guard import current, relieve
+from raypipe.memory.policy import Throttle
 from raypipe.report.metrics import PearsonSums, normalised_correlation
 from raypipe.report.saved import write_bytes, write_json, write_npy
 from raypipe.stream import ArraySource, Gatherer
@@ -50,13 +52,34 @@ def predictions(
     batch_size: int,
     device: str,
 ) -> Iterator[tuple[Rows, dict[str, NDArray[np.float32]], dict[str, torch.Tensor]]]:
-    """Yield (rows, predicted hemisphere -> (b, V) float32, the batch) in the order of ``rows``."""
+    """Yield (rows, predicted hemisphere -> (b, V) float32, the batch) in the order of ``rows``.
+
+    Under memory pressure fewer than ``batch_size`` rows are computed at once from then on. Raises
+    MemoryBudgetExceeded when the process's guard does.
+    """
     model = model.to(device).eval()
     pieces = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+    throttle = Throttle(batch_size)
     with Gatherer(sources, batch_size, device) as gatherer, torch.inference_mode():
         for piece, batch in zip(pieces, gatherer.batches(pieces), strict=True):
-            predicted = model(batch["tokens"])
-            yield piece, {h: predicted[h].float().cpu().numpy() for h in HEMIS}, batch
+            limit = _next_limit(throttle)
+            for lo in range(0, len(piece), limit):
+                part = {name: tensor[lo : lo + limit] for name, tensor in batch.items()}
+                predicted = model(part["tokens"])
+                answers = {hemi: predicted[hemi].float().cpu().numpy() for hemi in HEMIS}
+                yield piece[lo : lo + limit], answers, part
+
+
+def _next_limit(throttle: Throttle) -> int:
+    """Rows that may be computed at once: the budget's boundary, asked at each batch."""
+    guard = current()
+    if guard.pressure():
+        relieve()
+        throttle.next(True)
+    else:
+        throttle.next(False)
+    guard.note(batch=throttle.limit, phase="predicting")
+    return throttle.limit
 
 
 def correlate(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from raypipe.errors import ConfigError
 
@@ -12,6 +12,8 @@ from raypipe.errors import ConfigError
 @dataclass(frozen=True, kw_only=True)
 class ExtractConfig:
     """Extract image features into memory-mapped stores that resume after any crash."""
+
+    rehearses: ClassVar[bool] = True  # a dry run computes a little, and so needs a runner
 
     data_dir: Path
     """Folder that holds subj01, subj02, … (Algonauts layout), one subject's own folder, or plain images."""
@@ -52,7 +54,7 @@ class ExtractConfig:
     overwrite: bool = False
     """Replace stores made with another configuration or from other images, instead of refusing."""
     dry_run: bool = False
-    """Print rows, shapes and disk that the run will take, and stop."""
+    """Print rows, shapes and disk, rehearse on a few images for memory and time, and stop."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "decode_threads", "workers", "image_size"):

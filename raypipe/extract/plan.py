@@ -79,6 +79,11 @@ class RangeItem:
             )
         return replace(self.again(), batch_limit=batch // 2)
 
+    def at_most(self, other: RangeItem) -> RangeItem:
+        """The same rows, with no larger a batch than ``other`` is limited to."""
+        limits = [item.batch_limit for item in (self, other) if item.batch_limit is not None]
+        return replace(self, batch_limit=min(limits)) if limits else self
+
     def cells(self) -> Iterator[tuple[int, tuple[Path, ...]]]:
         """(first row, its images) for each cell of the grid."""
         for lo in range(self.lo, self.hi, self.grid):

@@ -15,13 +15,15 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from raypipe import config as configs
-from raypipe.errors import ConfigError
+from raypipe.errors import ConfigError, DeviceUnavailable, NoSpace, WorkerFailed
 from raypipe.extract.checks import check_unfinished
 from raypipe.extract.config import ExtractConfig
 from raypipe.extract.plan import Group, RangeItem, cut_items, union
+from raypipe.extract.rehearse import rehearse
 from raypipe.extract.stores import (
     ExtractPlan,
     bad_images,
+    data_bytes,
     describe_plan,
     make_plan,
     open_shards,
@@ -31,6 +33,7 @@ from raypipe.extract.stores import (
 from raypipe.extract.worker import Described, Extracted, Shared, WorkerSetup
 from raypipe.progress import Progress
 from raypipe.provenance import run_record
+from raypipe.report import build_report
 from raypipe.runner import Needs, Pool, Runner
 from raypipe.store import ShardRun
 from raypipe.store.space import explain_os_errors
@@ -60,7 +63,9 @@ class ExtractSummary:
 
 
 def extract(cfg: ExtractConfig, runner: Runner | None) -> ExtractSummary:
-    """Run ``cfg`` on ``runner`` (None for a dry run); see the errors of the modules it calls.
+    """Run ``cfg`` on ``runner``; see the errors of the modules it calls.
+
+    A dry run tells what the run would take; without a runner (None) it cannot rehearse its memory.
 
     Raises MissingInput, UnknownName, ConfigError, FingerprintMismatch, StoreLocked, NoSpace,
     WeightsUnavailable, DeviceUnavailable, MemoryBudgetExceeded, WorkerFailed; StoreError when the
@@ -70,7 +75,8 @@ def extract(cfg: ExtractConfig, runner: Runner | None) -> ExtractSummary:
     cfg = _absolute(cfg)
     plan = make_plan(cfg)
     if cfg.dry_run:
-        print(describe_plan(cfg, plan))
+        print(describe_plan(cfg, plan), flush=True)
+        print("\n".join(_forecast(cfg, plan, runner)))
         return ExtractSummary()
     if runner is None:
         raise ConfigError("extract needs a runner; open one with raypipe.launch.open_runner")
@@ -78,13 +84,18 @@ def extract(cfg: ExtractConfig, runner: Runner | None) -> ExtractSummary:
     for path in plan.paths(cfg.output_dir):
         check_unfinished(path, device, overwrite=cfg.overwrite)
     require_room(cfg, plan)
-    needs = runner.needs(cfg.workers, device)
     run_id = f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     run_dir = cfg.output_dir / "runs" / f"extract-{run_id}"
+    needs = replace(runner.needs(cfg.workers, device), run_dir=run_dir)
     with runner.pool(_worker_setup(cfg, plan, needs), needs) as pool, ExitStack() as stack:
         described = pool.describe()
         shards = open_shards(cfg, plan, described, run_id, stack)
-        record = run_record(cfg) | {"weights": asdict(described), "torch_threads": needs.cpus}
+        record = run_record(cfg) | {
+            "kind": "extract",
+            "weights": asdict(described),
+            "torch_threads": needs.cpus,
+            "memory": runner.memory.record(),
+        }
         _save_run(cfg, runner.name, record, run_dir)
         summary = _compute(cfg, plan, pool, shards, needs, described)
     summary.run_dir = str(run_dir)
@@ -92,6 +103,7 @@ def extract(cfg: ExtractConfig, runner: Runner | None) -> ExtractSummary:
     record |= {"summary": asdict(summary) | {"rows_per_s": summary.rate}}
     _save_run(cfg, runner.name, record, run_dir)
     _say_summary(summary)
+    print(f"report: {build_report(run_dir)}", file=sys.stderr)
     return summary
 
 
@@ -101,6 +113,24 @@ def _absolute(cfg: ExtractConfig) -> ExtractConfig:
     weights = str(Path(cfg.weights).absolute()) if is_file else cfg.weights
     data_dir, output_dir = cfg.data_dir.absolute(), cfg.output_dir.absolute()
     return replace(cfg, data_dir=data_dir, output_dir=output_dir, weights=weights)
+
+
+def _forecast(cfg: ExtractConfig, plan: ExtractPlan, runner: Runner | None) -> list[str]:
+    """What a dry run says of memory and time. What would fail the run fails here."""
+    disk = f"disk exactly {data_bytes(cfg, plan)} bytes"
+    if runner is None:
+        return [f"predicted peak: not rehearsed (no runner was given), {disk}"]
+    try:
+        needs = runner.needs(cfg.workers, runner.resolve_device(cfg.device))
+        found = rehearse(cfg, plan, runner, _worker_setup(cfg, plan, needs), needs)
+    except (DeviceUnavailable, NoSpace, WorkerFailed) as error:
+        return [f"predicted peak: not rehearsed ({error}), {disk}"]
+    rows = sum(len(group.paths) for group in plan.groups)
+    return [
+        f"predicted peak: {found.line()}, {disk}",
+        found.budget_line(),
+        found.place_line(rows, needs.workers),
+    ]
 
 
 def _worker_setup(cfg: ExtractConfig, plan: ExtractPlan, needs: Needs) -> WorkerSetup:
@@ -181,8 +211,10 @@ def _items(
 
 def _account(summary: ExtractSummary, group: str, payload: Extracted, progress: Progress) -> None:
     if payload.halved_to is not None:
-        summary.halved.append(f"{group}: batch {payload.halved_to}")
-        progress.note(f"out of memory: {group} goes on with a batch of {payload.halved_to}")
+        now = f"{group}: batch {payload.halved_to}"
+        if now not in summary.halved:
+            progress.note(f"memory is short: {group} goes on with a batch of {payload.halved_to}")
+        summary.halved.append(now)
 
 
 def _save_run(cfg: ExtractConfig, runner: str, record: Mapping[str, object], run_dir: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from raypipe.backbone import BackboneSpec, TokenLayout, resolve
@@ -60,9 +60,9 @@ class ExtractPlan:
         return self.layouts[layer].n_tokens, self.layouts[layer].dim
 
     @property
-    def bytes_needed(self) -> int:
-        rows = sum(len(group.paths) for group in self.groups)
-        return rows * sum(self.row_bytes(layer) for layer in self.layouts)
+    def row_bytes_in_all(self) -> int:
+        """Bytes of one image in all its stores together."""
+        return sum(self.row_bytes(layer) for layer in self.layouts)
 
 
 def make_plan(cfg: ExtractConfig) -> ExtractPlan:
@@ -90,7 +90,7 @@ def describe_plan(cfg: ExtractConfig, plan: ExtractPlan) -> str:
 
     Weights are not loaded: that an earlier store was made with the same ones is not checked here.
     """
-    lines, missing = [], 0
+    lines, missing, beside = [], 0, 0  # bytes
     for group in plan.groups:
         for layer in plan.layouts:
             rows = len(group.paths)
@@ -99,10 +99,34 @@ def describe_plan(cfg: ExtractConfig, plan: ExtractPlan) -> str:
             shape = (rows, *plan.row_shape(layer))
             state, needed = _what_is_there(cfg, plan, group, layer)
             missing += needed
+            beside += _beside_bytes(cfg, plan, group, layer)
             lines.append(f"{path}  {shape} {cfg.store_dtype}  {size}  {state}")
-    lines.append(f"disk needed: {format_bytes(plan.bytes_needed)} ({plan.bytes_needed} bytes)")
+    data = data_bytes(cfg, plan)
+    lines.append(
+        f"disk needed: {format_bytes(data)} ({data} bytes): the .npy files, their headers included"
+    )
+    lines.append(
+        f"beside them: up to about {format_bytes(beside)}, of journals while it runs, then of index "
+        "and manifest"
+    )
     lines.append(f"still to be allotted, journals and index included: {format_bytes(missing)}")
     return "\n".join(lines)
+
+
+def data_bytes(cfg: ExtractConfig, plan: ExtractPlan) -> int:
+    """Bytes of all finished .npy files of ``plan``, headers included."""
+    return sum(
+        _shard_spec(cfg, plan, group, layer, "", {}).nbytes
+        for group in plan.groups
+        for layer in plan.layouts
+    )
+
+
+def _beside_bytes(cfg: ExtractConfig, plan: ExtractPlan, group: Group, layer: str) -> int:
+    """What the store reckons for its other files: its need at a place where nothing is yet."""
+    spec = _shard_spec(cfg, plan, group, layer, "", {})
+    nowhere = replace(spec, path=spec.path.with_name(".not-there.npy"))
+    return space_needed(nowhere) - spec.nbytes
 
 
 def _what_is_there(

@@ -3,11 +3,11 @@
 An ordinary class (``runner.StepWorker``). Three things overlap: threads decode the next cell of
 the batch grid, this thread runs the forward pass, and one thread writes and commits finished rows.
 Memory is bounded by design: at most two decoded cells and two cells of features exist at a time.
+It is asked about before each forward pass (``memory.guard``); while it is short the passes shrink.
 """
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import platform
@@ -26,6 +26,8 @@ from raypipe.backbone.model import Precision
 from raypipe.backbone.model import load as load_backbone
 from raypipe.errors import BadImage, InputError, MemoryBudgetExceeded
 from raypipe.extract.plan import LESS_MEMORY, RangeItem
+from raypipe.memory.guard import current, relieve
+from raypipe.memory.policy import Throttle
 from raypipe.read import Undecodable, try_read_image
 from raypipe.runner import Done
 from raypipe.store import RowSource, ShardWriter, WriterTarget
@@ -109,7 +111,7 @@ class ExtractWorker:
         self._reader = ThreadPoolExecutor(1, "read-ahead")
         self._writing: Future[None] | None = None
         self._committing: list[tuple[Any, Future[Extracted]]] = []
-        self._batch = 0
+        self._throttle: Throttle | None = None
         self._writer_id = f"{os.getpid()}-{uuid.uuid4().hex[:12]}"
         self._targets: Targets = {}
         self._open_group = ""
@@ -159,7 +161,7 @@ class ExtractWorker:
                 self._read_ahead(item.group, *cells[index + 1])
             elif upcoming is not None:
                 self._read_ahead(upcoming.group, *next(upcoming.cells()))
-            features, used = self._forward(cell.pixels, item.batch_limit)
+            features, used = self._forward(cell.pixels, item.batch_limit or item.grid)
             halved = used if used < item.grid and used < len(paths) else halved
             writes.append(self._write_behind(item, cell, features, used))
             del cell, features
@@ -238,32 +240,65 @@ class ExtractWorker:
 
     # --- forward -----------------------------------------------------------------------------
 
-    def _forward(self, pixels: np.ndarray, limit: int | None) -> tuple[dict[str, np.ndarray], int]:
-        """Features by layer, (n, T, D) float32, and the batch they were computed with.
+    def _forward(self, pixels: np.ndarray, most: int) -> tuple[dict[str, np.ndarray], int]:
+        """Features by layer, (n, T, D) float32, and the smallest batch they were computed with.
 
-        Out of memory halves the batch for this cell and all later ones of this worker.
+        most : rows a forward pass may take. Out of memory halves the batch, for this cell and, as
+        what was too much once is too much again, for all later ones of this worker.
         """
-        n_rows = len(pixels)
+        if self._throttle is None or most < self._throttle.limit:
+            self._throttle = Throttle(most)
         while True:
-            batch = min(self._batch or n_rows, limit or n_rows, n_rows)
             try:
-                parts = [
-                    self._forward_batch(pixels[i : i + batch]) for i in range(0, n_rows, batch)
-                ]
+                return self._forward_cell(pixels, self._throttle)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
+                batch = min(self._throttle.limit, len(pixels))
                 if batch == 1:
                     raise MemoryBudgetExceeded(
                         f"out of memory with one image a batch ({error}); {LESS_MEMORY}"
                     ) from error
-                self._batch = (batch + 1) // 2
-                logger.warning("out of memory at batch %d; going on with %d", batch, self._batch)
-            else:
-                return _join(parts), batch
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+                self._throttle = Throttle((batch + 1) // 2)
+                logger.warning("out of memory at batch %d; next %d", batch, self._throttle.limit)
+            relieve()
+
+    def _forward_cell(
+        self, pixels: np.ndarray, throttle: Throttle
+    ) -> tuple[dict[str, np.ndarray], int]:
+        """As ``_forward``, without a second try. Rows of several passes go to one array as they
+        come: joined at the end they would be held twice, just when memory is short.
+        """
+        n_rows, lo, smallest = len(pixels), 0, len(pixels)
+        cell: dict[str, np.ndarray] = {}
+        while lo < n_rows:
+            batch = min(self._next_batch(throttle, new_cell=lo == 0), n_rows)
+            part, smallest = self._forward_batch(pixels[lo : lo + batch]), min(smallest, batch)
+            if batch == n_rows:
+                return part, batch
+            for layer, rows in part.items():
+                if layer not in cell:
+                    cell[layer] = np.empty((n_rows, *rows.shape[1:]), rows.dtype)
+                cell[layer][lo : lo + batch] = rows
+            lo += batch
+        return cell, smallest
+
+    def _next_batch(self, throttle: Throttle, *, new_cell: bool) -> int:
+        """Rows that the next forward pass may take: the budget's boundary, asked at every one.
+
+        Raises MemoryBudgetExceeded when the guard does.
+        """
+        guard, before = current(), throttle.limit
+        pressed = guard.pressure()
+        batch = throttle.next(pressed)
+        if batch < before:
+            logger.warning("memory is short: batch %d from here on, it was %d", batch, before)
+        if pressed and (new_cell or batch < before):  # at each tiny pass it would cost the most
+            if self._writing is not None:
+                wait([self._writing])  # the features of the cell before go first
+            relieve()
+        guard.note(batch=batch)
+        return batch
 
     def _forward_batch(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
         tokens = self._backbone.forward(torch.from_numpy(pixels))
@@ -337,9 +372,3 @@ _OUT_OF_MEMORY_SIGNS = (
     "CUDNN_STATUS_ALLOC_FAILED",
     "Unable to find a valid cuDNN algorithm",  # its workspace did not fit
 )
-
-
-def _join(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    if len(parts) == 1:
-        return parts[0]
-    return {layer: np.concatenate([part[layer] for part in parts]) for layer in parts[0]}

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from raypipe.errors import ConfigError
+from raypipe.units import parse_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,13 @@ class TrainConfig:
     """Checkpointing by torch's reentrant variant; the other one is what torch recommends."""
     channels_last: bool = False
     """NHWC memory format where the model has 2-D convolutions."""
+    fit_gpu: str | None = None
+    """Device memory to stay within, e.g. 12GiB: the mildest techniques and the largest micro batch
+    that fit are chosen; the rows of a step stay. Without a GPU it is the memory of torch's tensors.
+    """
+    predict_memory: bool | None = None
+    """Measure what a step takes of the device, with each technique: by default on CUDA and in a dry
+    run; on a CPU it takes as long as some steps."""
     seed: int = 0
     """Seeds the weights, the order of rows and (with the rank) dropout."""
     checkpoint_every_steps: int = 0
@@ -81,11 +89,18 @@ class TrainConfig:
         self._require("clip_norm", clip is None or _finite(clip, above=0), "give above 0, or None")
         schedules = ("step", "cosine", "constant")
         self._require("schedule", self.schedule in schedules, f"one of {', '.join(schedules)}")
+        budget = self.fit_gpu_bytes
+        self._require("fit_gpu", budget is None or budget > 0, "give a size such as 12GiB")
         self._require("amp", self.amp in ("off", "bf16", "fp16"), "one of off, bf16, fp16")
 
     def _require(self, name: str, holds: bool, rule: str) -> None:
         if not holds:
             raise ConfigError(f"train {name}={getattr(self, name)!r}: {rule}")
+
+    @property
+    def fit_gpu_bytes(self) -> int | None:
+        """``fit_gpu`` as a number of bytes."""
+        return None if self.fit_gpu is None else parse_bytes(self.fit_gpu)
 
     def rows_per_step(self, world: int) -> int:
         """Rows of one optimiser step over ``world`` workers."""

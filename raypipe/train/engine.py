@@ -10,6 +10,7 @@ Which rows, when to save and when to stop is ``loop``'s.
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from raypipe.train.checkpoint import Found
 from raypipe.train.config import TrainConfig
 from raypipe.train.context import WorkerContext
 from raypipe.train.feed import Micro
+from raypipe.train.limit import BatchLimit
 from raypipe.train.precision import prepare
 from raypipe.train.task import Task, check_per_row
 
@@ -81,13 +83,17 @@ class Engine:
         skipped = before is not None and scaler.get_scale() < before
         return StepNotes(grad_norm, before, skipped)
 
-    def validate(self, gatherer: Gatherer) -> dict[str, float]:
+    def clear(self) -> None:
+        """Drop the gradients of a step that starts over."""
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def validate(self, gatherer: Gatherer, limit: BatchLimit) -> dict[str, float]:
         """The task's metrics over all validation rows of all workers, on every rank."""
         self._share_buffers()
         self.module.eval()
         try:
             with torch.no_grad():
-                sums = self._val_sums(gatherer)
+                sums = limit.retry(lambda: self._val_sums(gatherer, limit.rows))
         finally:
             self.module.train()
         for key in sorted(sums):
@@ -97,19 +103,23 @@ class Engine:
             raise ConfigError(f"the task's metrics {sorted(metrics)} hold no val_loss")
         return {key: float(value) for key, value in metrics.items()}
 
-    def _val_sums(self, gatherer: Gatherer) -> dict[str, Tensor]:
+    def val_batch(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The task's sums over one batch, float64."""
+        with self.prepared.autocast():
+            sums = self.task.val_sums(self.module, self.prepared.place(batch))
+        return {key: value.detach().double() for key, value in sums.items()}
+
+    def _val_sums(self, gatherer: Gatherer, batch_rows: int) -> dict[str, Tensor]:
         rows = self.task.val_rows
         mine = rows[deal(len(rows), self.ctx.rank, self.ctx.world)]
         # A rank without rows computes one that does not count, to know the sums' names and sizes.
         used = mine if len(mine) else rows[:1]
-        pieces = [used[p] for p in split_micro(len(used), -(-len(used) // self.cfg.batch_size))]
+        pieces = [used[p] for p in split_micro(len(used), -(-len(used) // batch_rows))]
         sums: dict[str, Tensor] = {}
-        for batch in gatherer.batches(pieces):
-            with self.prepared.autocast():
-                part = self.task.val_sums(self.module, self.prepared.place(batch))
-            for key, value in part.items():
-                value = value.detach().double()
-                sums[key] = sums[key] + value if key in sums else value.clone()
+        with closing(gatherer.batches(pieces)) as batches:
+            for batch in batches:
+                for key, value in self.val_batch(batch).items():
+                    sums[key] = sums[key] + value if key in sums else value.clone()
         return sums if len(mine) else {key: torch.zeros_like(v) for key, v in sums.items()}
 
     def _share_buffers(self) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +96,8 @@ def check_same_run(found: checkpoint.Found, plan: StreamPlan, cfg: TrainConfig) 
     """
     stream = found.meta["stream"]
     old, new = dict(stream["recipe"]), cfg.recipe()
+    if cfg.fit_gpu is not None and cfg.amp == "off":
+        new["amp"] = old["amp"]  # chosen by the planner then, and kept by it now
     differing = sorted(k for k in {*old, *new} if old.get(k) != new.get(k))
     if differing:
         pairs = ", ".join(f"{k} {old.get(k)!r} -> {new.get(k)!r}" for k in differing)
@@ -130,6 +132,23 @@ def check_same_sources(found: checkpoint.Found, fingerprints: Mapping[str, str])
             f"{found.path} was trained on other {', '.join(sorted(differing))} than are given now; "
             "put back what it was trained on, or start over: a new run folder, or --no-resume"
         )
+
+
+def in_pieces(
+    micro: Micro, batch: Mapping[str, Tensor], limit: int
+) -> Iterator[tuple[Micro, dict[str, Tensor]]]:
+    """A gathered micro batch in views of at most ``limit`` rows, of sizes that differ by at most 1.
+
+    Cut here, not where rows are chosen: batches are read ahead, and a limit holds from now on.
+    """
+    n = len(micro.rows)
+    pieces = split_micro(n, -(-n // limit))
+    for index, piece in enumerate(pieces):
+        rows = micro.rows[piece]
+        last = micro.last and index == len(pieces) - 1
+        counted = len(rows) if micro.counted else 0
+        part = replace(micro, rows=rows, counted=counted, last=last)
+        yield part, {name: tensor[piece] for name, tensor in batch.items()}
 
 
 def micro_batches(slices: Iterable[StepSlice], batch_size: int, idle_row: int) -> Iterator[Micro]:

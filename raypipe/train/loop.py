@@ -2,7 +2,8 @@
 
 Runs the same in one process and in each of many (DDP). It takes its rows as `StepSlice`s from
 whoever feeds it, a local plan or Ray Data, and checks that they are the plan's: the right step, and
-over all ranks the right number of rows. Arithmetic is ``engine``'s, files are ``checkpoint``'s.
+over all ranks the right number of rows. Arithmetic is ``engine``'s, files are ``checkpoint``'s, how
+many rows are computed at once is ``limit``'s, and what that takes is foretold by ``planner``.
 
 The test split has no way in here: the best epoch is the one of lowest ``val_loss``.
 """
@@ -30,12 +31,15 @@ from raypipe.train.feed import (
     Micro,
     check_same_sources,
     gathered,
+    in_pieces,
     micro_batches,
     plan_from,
     source_fingerprints,
     stream_record,
 )
+from raypipe.train.limit import BatchLimit, out_of_memory, short
 from raypipe.train.metrics import MetricsLog, plain
+from raypipe.train.planner import device_budget, predict, save_plan
 from raypipe.train.precision import format_table, settings_table, use_device
 from raypipe.train.result import FitResult, Progress
 from raypipe.train.schedule import learning_rate
@@ -70,21 +74,29 @@ def fit(
     slices: Callable[[Cursor], Iterator[StepSlice]],
     *,
     resume: bool = True,
+    batch_limit: int | None = None,
 ) -> FitResult:
     """Train ``task`` on this worker, together with the others of ``ctx``, which call the same.
 
     ``slices(cursor)`` is called once and gives this rank's slices of `training_plan` from that
     cursor to the end. ``resume`` goes on from RUN/last where there is one; False removes what the
-    run folder holds of an earlier run. Raises ConfigError, StoreCorrupt (no whole checkpoint),
-    NoSpace, DeviceUnavailable, WorkerFailed (loss not finite; rows missing from the stream).
+    run folder holds of an earlier run. ``batch_limit``: rows computed at once, where a worker before
+    this one was ended for its memory. Raises ConfigError, StoreCorrupt (no whole checkpoint),
+    NoSpace, DeviceUnavailable, WorkerFailed (loss not finite; rows missing from the stream),
+    MemoryBudgetExceeded (nothing fits ``cfg.fit_gpu``; one row at once is too many).
     """
     ctx.check_group()
     use_device(ctx.torch_device, cfg)
     if len(task.val_rows) == 0:
         raise ConfigError("no validation rows: the best epoch is chosen on them; hold some out")
-    with rng.preserved(ctx.torch_device):
-        found = _begin(ctx, resume)
-        return _Fit(task, cfg, ctx, found).run(slices)
+    try:
+        with rng.preserved(ctx.torch_device):
+            found = _begin(ctx, resume)
+            planned = _planned(task, cfg, ctx, found)
+            with device_budget(ctx.torch_device, cfg.fit_gpu_bytes):
+                return _Fit(task, planned, ctx, found, batch_limit).run(slices)
+    except torch.OutOfMemoryError as error:
+        raise out_of_memory(short(error), "not in a micro batch, which could be halved") from error
 
 
 def _begin(ctx: WorkerContext, resume: bool) -> checkpoint.Found | None:
@@ -106,13 +118,50 @@ def _check_visible(found: checkpoint.Found | None, ctx: WorkerContext) -> None:
         raise ConfigError(f"worker {ctx.rank} cannot see {found.path}; put it on a shared disk")
 
 
+@dataclass(frozen=True)
+class _Planned:
+    """The options to train with, and what the memory planner says of them."""
+
+    cfg: TrainConfig
+    lines: list[str]
+
+
+def _planned(
+    task: Task, cfg: TrainConfig, ctx: WorkerContext, found: checkpoint.Found | None
+) -> _Planned:
+    """Measured on rank 0, before the model is there, and the same on every rank."""
+    done = found is not None and found.meta["progress"]["epoch"] >= cfg.epochs
+    wanted = (
+        cfg.predict_memory if cfg.predict_memory is not None else ctx.torch_device.type == "cuda"
+    )
+    if done or (cfg.fit_gpu is None and not wanted):
+        return _Planned(cfg, [])
+    kept = found.meta["stream"]["recipe"]["amp"] if found else None
+
+    def look() -> _Planned:
+        plan = predict(task, cfg, ctx.torch_device, ctx.world)
+        choice = plan.choose(cfg.fit_gpu_bytes, amp=kept) if cfg.fit_gpu_bytes else None
+        save_plan(ctx.run_dir, plan, choice)
+        lines = plan.lines(choice.cfg if choice else None)
+        return _Planned(choice.cfg, [*lines, choice.words(cfg)]) if choice else _Planned(cfg, lines)
+
+    planned: _Planned = ctx.on_main(look)
+    return planned
+
+
 class _Fit:
     """One call of `fit`, from its start or checkpoint to its end."""
 
     def __init__(
-        self, task: Task, cfg: TrainConfig, ctx: WorkerContext, found: checkpoint.Found | None
+        self,
+        task: Task,
+        planned: _Planned,
+        ctx: WorkerContext,
+        found: checkpoint.Found | None,
+        batch_limit: int | None,
     ) -> None:
-        self.task, self.cfg, self.ctx = task, cfg, ctx
+        cfg = planned.cfg
+        self.task, self.cfg, self.ctx, self.planned = task, cfg, ctx, planned
         self.started = self.saved_at = ctx.clock()
         self.plan = plan_from(task.train_rows, cfg, ctx.world, found)
         made_of = ctx.together(lambda: source_fingerprints(task.sources()))
@@ -127,6 +176,8 @@ class _Fit:
             self.progress = Progress(**found.meta["progress"])
         self.earlier_seconds = self.progress.seconds
         self.pending: _Pending | None = None
+        self.batch_limit = batch_limit
+        self.step_micros: list[Micro] = []
         self.stopping = self.save_is_due = False
         self._start_step()
 
@@ -135,6 +186,7 @@ class _Fit:
         log_path = self.ctx.run_dir / "metrics.jsonl" if self.ctx.is_main else None
         log_bytes = self.found.meta["metrics_bytes"] if self.found else 0
         self._announce()
+        self.limit = BatchLimit(self.cfg.batch_size, self.batch_limit, self.ctx)
         with MetricsLog(log_path, log_bytes) as self.log, ExitStack() as stack:
             if self.progress.cursor < self.plan.end:
                 train, self.val = self.ctx.together(lambda: self._open(stack))
@@ -155,8 +207,7 @@ class _Fit:
         with closing(gathered(train, micros)) as stream:
             for micro, batch in stream:
                 self._check_place(micro)
-                self.loss_sum += self.engine.backward(micro, batch)
-                self.counted += micro.counted
+                self._compute(micro, batch)
                 if micro.last and self._end_step(micro):
                     return
         at = self.progress.cursor
@@ -164,6 +215,36 @@ class _Fit:
             f"the stream of rank {self.ctx.rank} ended before epoch {at.epoch} step {at.step} of "
             f"{self.plan.epochs} x {self.plan.steps_per_epoch}; its feeder dropped rows"
         )
+
+    def _compute(self, micro: Micro, batch: dict[str, Tensor]) -> None:
+        """The micro batch's gradients, in pieces within the limit.
+
+        A device that runs out of memory may have added half a piece's gradients: the step is then
+        computed again from its first row. Not where other workers wait for its gradients.
+        """
+        if not self.step_micros:
+            self.limit.at_boundary()
+        self.step_micros.append(micro)
+        if self.ctx.world == 1:
+            self.limit.retry(lambda: self._add(micro, batch), self._step_again)
+            return
+        try:
+            self._add(micro, batch)
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(short(error), "with several workers no step is redone") from error
+
+    def _add(self, micro: Micro, batch: dict[str, Tensor]) -> None:
+        for part, rows in in_pieces(micro, batch, self.limit.rows):
+            self.loss_sum += self.engine.backward(part, rows)
+            self.counted += part.counted
+
+    def _step_again(self) -> None:
+        """All of the step's micro batches so far; the validation's buffers are idle meanwhile."""
+        self.engine.clear()
+        self._zero_sums()
+        with closing(gathered(self.val, iter(self.step_micros))) as stream:
+            for micro, batch in stream:
+                self._add(micro, batch)
 
     def _check_place(self, micro: Micro) -> None:
         """Raise WorkerFailed when the feeder's slice is not the plan's next one."""
@@ -176,6 +257,10 @@ class _Fit:
             )
 
     def _start_step(self) -> None:
+        self.step_micros = []
+        self._zero_sums()
+
+    def _zero_sums(self) -> None:
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.ctx.torch_device)
         self.counted = 0
 
@@ -220,6 +305,8 @@ class _Fit:
             "lr": lr,
             "rows": micro.global_rows,
         }
+        if self.limit.rows < self.cfg.batch_size:
+            record["micro_batch"] = self.limit.rows
         self._settle()
         self.pending = _Pending(record, sums, notes)
         self._start_step()
@@ -262,7 +349,7 @@ class _Fit:
     def _end_epoch(self, following: Cursor) -> None:
         """Validate, note the best, save, and report."""
         progress = self.progress
-        metrics = self.engine.validate(self.val)
+        metrics = self.engine.validate(self.val, self.limit)
         val_loss = metrics["val_loss"]
         check_finite(val_loss, f"the validation of epoch {progress.epoch}", self.cfg)
         best = progress.best_val_loss is None or val_loss < progress.best_val_loss
@@ -327,7 +414,7 @@ class _Fit:
         if self.found:
             at = self.progress.cursor
             table.append(("resumed", f"{self.found.path} at epoch {at.epoch} step {at.step}"))
-        self.ctx.say("training\n" + format_table(table))
+        self.ctx.say("\n".join(["training", format_table(table), *self.planned.lines]))
 
     def _result(self) -> FitResult:
         return self.progress.result(

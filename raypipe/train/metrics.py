@@ -2,7 +2,8 @@
 
 A step's line: kind "step", epoch, step, global_step, loss (the step's mean over all rows of all
 workers), lr, rows, seconds (of training, those before a resume included), and where they apply
-grad_norm, scale, skipped. An epoch's: kind "epoch", epoch, global_step, train_loss, the task's
+grad_norm, scale, skipped, micro_batch (rows computed at once, where they had to become fewer). An
+epoch's: kind "epoch", epoch, global_step, train_loss, the task's
 metrics, best, seconds. Epochs and steps count from 0 here, from 1 where they are shown to people.
 
 A checkpoint notes how long the file was; resuming cuts it back to there, so the file of a resumed

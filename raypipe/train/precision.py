@@ -123,9 +123,14 @@ def use_device(device: torch.device, cfg: TrainConfig) -> None:
         raise ConfigError("train amp='bf16': this GPU has no bfloat16 units; use fp16 or off")
 
 
+def has_convolutions(module: nn.Module) -> bool:
+    """Whether channels_last means anything to ``module``."""
+    return any(isinstance(part, nn.Conv2d) for part in module.modules())
+
+
 def _apply_channels_last(module: nn.Module) -> bool:
     """NHWC weights where 2-D convolutions exist; says whether there were any."""
-    if not any(isinstance(part, nn.Conv2d) for part in module.modules()):
+    if not has_convolutions(module):
         return False
     module.to(memory_format=torch.channels_last)
     return True

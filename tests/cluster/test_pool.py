@@ -34,6 +34,9 @@ class Item:
     def with_less_memory(self) -> Item:
         return self
 
+    def at_most(self, other: Item) -> Item:
+        return self
+
 
 @dataclass(frozen=True)
 class Setup:
@@ -168,6 +171,9 @@ class Shrinking:
             raise Short
         return Shrinking(self.key, self.size // 2)
 
+    def at_most(self, other: Shrinking) -> Shrinking:
+        return Shrinking(self.key, min(self.size, other.size))
+
 
 def test_rays_memory_kill_asks_for_less_until_there_is_no_less(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -176,12 +182,11 @@ def test_rays_memory_kill_asks_for_less_until_there_is_no_less(
     sizes: list[int] = []
     get = RayPool._get
 
-    def killed(self: RayPool, ref: Any) -> Any:
-        seat = next((s for s in self._seats if s.call == ref), None)
-        if seat is not None and isinstance(seat.current, Shrinking):
+    def killed(self: RayPool, seat: Any, ref: Any) -> Any:
+        if seat.call == ref and isinstance(seat.current, Shrinking):
             sizes.append(seat.current.size)
-            raise pool_module._Died("OutOfMemoryError: the node is short of memory", True)
-        return get(self, ref)
+            raise pool_module._Died("the node is short of memory", out_of_memory=True)
+        return get(self, seat, ref)
 
     monkeypatch.setattr(RayPool, "_get", killed)
     with (

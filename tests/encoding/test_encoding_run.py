@@ -29,11 +29,15 @@ from raypipe.encoding.score import Scores, summarise
 from raypipe.errors import (
     ConfigError,
     InputError,
+    MemoryBudgetExceeded,
     MissingInput,
     NoSpace,
     StoreLocked,
     UnknownName,
 )
+from raypipe.memory.config import MemoryFlags
+from raypipe.memory.guard import InProcessGuard
+from raypipe.memory.history import read_history
 from raypipe.runner import LocalRunner
 from raypipe.store import space
 from raypipe.stream import Gatherer
@@ -229,6 +233,51 @@ def test_a_finished_fit_is_not_done_again_and_keeps_its_record(
     assert fit(config(world, tmp_path, resume=False), LocalRunner()).subjects[0].result.epochs == 3
 
 
+def test_every_process_of_a_run_leaves_its_memory_log(world: World, tmp_path: Path) -> None:
+    fit(config(world, tmp_path), LocalRunner())
+    evaluate(EvaluateConfig(run_dir=tmp_path, device="cpu"))
+    predict(PredictConfig(run_dir=tmp_path, device="cpu"))
+    logs = {path.stem: read_history(path) for path in (tmp_path / "memory").glob("*.csv")}
+    assert set(logs) == {"train", "evaluate", "predict"}
+    record = json.loads((tmp_path / "run.json").read_text())["memory"]
+    assert record["sources"]["max_memory_per_process_gb"].startswith("auto")
+    page = (tmp_path / "report.html").read_text()
+    assert "Memory" in page
+    unwatched = MemoryFlags(monitor_memory_usage=False)
+    shutil.rmtree(tmp_path / "memory")
+    evaluate(EvaluateConfig(run_dir=tmp_path, device="cpu", memory=unwatched))
+    assert not (tmp_path / "memory").exists()
+
+
+@pytest.mark.parametrize("job", [evaluate, predict])
+def test_scores_do_not_depend_on_a_throttled_batch(
+    fitted: Path, tmp_path: Path, job: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Pressed(InProcessGuard):
+        asked = 0
+
+        def pressure(self) -> bool:
+            Pressed.asked += 1
+            return True
+
+    def results() -> list[np.ndarray]:
+        cfg = EvaluateConfig if job is evaluate else PredictConfig
+        job(cfg(run_dir=run_dir, device="cpu", eval_batch=8))
+        files = (run_dir / "subj01").glob(
+            f"{'evaluation' if job is evaluate else 'pred'}*/**/*.npy"
+        )
+        return [np.load(path) for path in sorted(files)]
+
+    run_dir = tmp_path / "run"
+    shutil.copytree(fitted, run_dir)
+    plain = results()
+    monkeypatch.setattr("raypipe.memory.attend.InProcessGuard", Pressed)
+    throttled = results()
+    assert Pressed.asked and plain
+    for one, other in zip(plain, throttled, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
 def test_subjects_without_weights_are_named_before_any_is_scored(
     world: World, fitted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -271,6 +320,44 @@ def test_a_dry_run_writes_nothing(
     said = capsys.readouterr().out
     assert "subject 01: 36 images to train, 4 to validate" in said and "parameters" in said
     assert not (tmp_path / "run").exists()
+
+
+def test_a_dry_run_foretells_a_step_and_what_fits(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(config(world, tmp_path / "run", dry_run=True), None)
+    plain = capsys.readouterr().out
+    for row in ("fp32 ", "checkpointing ", "AMP bf16 ", "AMP bf16 + checkpointing "):
+        assert f"\n      {row}" in plain
+    assert "this model has no 2-D convolutions" in plain and "--fit-gpu" not in plain
+    roomy = replace(TRAIN, fit_gpu="1GiB")
+    fit(config(world, tmp_path / "run", dry_run=True, train=roomy), None)
+    assert "--fit-gpu 1.00 GiB: fp32, micro batches of 8 x 1" in capsys.readouterr().out
+    with pytest.raises(MemoryBudgetExceeded, match="of one row need at least"):
+        fit(
+            config(world, tmp_path / "run", dry_run=True, train=replace(TRAIN, fit_gpu="9KB")), None
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_fit_within_a_budget_keeps_its_choice(world: World, tmp_path: Path) -> None:
+    measured = replace(TRAIN, epochs=1, predict_memory=True)
+    fit(config(world, tmp_path / "plain", train=measured), LocalRunner())
+    small = replace(TRAIN, epochs=1, batch_size=4, accumulate=2, fit_gpu="1GiB")
+    fit(config(world, tmp_path / "run", train=small), LocalRunner())
+    plan = json.loads((tmp_path / "run/run.json").read_text())["memory_plan"]
+    assert (plan["chosen"]["batch_size"], plan["chosen"]["accumulate"]) == (8, 1)
+    assert plan["chosen"]["budget_bytes"] == 1 << 30
+    assert plan["chosen"]["predicted_peak_bytes"] < plan["peak_bytes"]["fp32"] * 3
+    log = (tmp_path / "run/train.log").read_text()
+    assert "--fit-gpu 1.00 GiB: fp32, micro batches of 8 x 1 (asked: fp32, 4 x 2)" in log
+    assert losses_of(tmp_path / "run") == pytest.approx(losses_of(tmp_path / "plain"), rel=1e-5)
+    assert json.loads((tmp_path / "plain/run.json").read_text())["memory_plan"]["chosen"] is None
+
+
+def losses_of(run_dir: Path) -> list[float]:
+    records = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [record["loss"] for record in records if record["kind"] == "step"]
 
 
 def responses_of(world: World, hemi: str) -> Path:
@@ -332,6 +419,7 @@ class Within(LocalRunner):
     """Does ``act`` before it trains."""
 
     def __init__(self, act: Any) -> None:
+        super().__init__()
         self.act = act
 
     def fit(self, *args: Any, **options: Any) -> Any:

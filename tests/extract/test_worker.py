@@ -158,7 +158,7 @@ def test_a_dry_run_tells_and_writes_nothing(
     extract(cfg, LocalRunner())
     out = capsys.readouterr().out
     assert "(48, 4, 512) float16" in out
-    assert str(48 * 4 * 512 * 2) in out
+    assert f"({128 + 48 * 4 * 512 * 2} bytes)" in out, "the header of 128 bytes included"
     assert not cfg.output_dir.exists()
 
 

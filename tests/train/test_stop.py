@@ -19,7 +19,6 @@ from raypipe.runner import LocalRunner
 from raypipe.train import finished
 from raypipe.train.stop import stop_on_interrupt, stop_wished
 
-
 pytestmark = pytest.mark.usefixtures("heeded_sigint")
 
 

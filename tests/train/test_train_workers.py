@@ -17,8 +17,10 @@ import pytest
 import torch
 from train_helpers import (
     Clock,
+    FakeGuard,
     KillAfter,
     Killed,
+    SmallDeviceTask,
     StopAfter,
     ToyTask,
     config,
@@ -31,6 +33,7 @@ from train_helpers import (
 )
 
 from raypipe.errors import NoSpace, RaypipeError
+from raypipe.memory.guard import guarding
 from raypipe.stream import StepSlice
 from raypipe.train import WorkerContext, checkpoint, fit, load_model_state, precision, training_plan
 from raypipe.train.engine import Engine
@@ -58,6 +61,10 @@ class Runs:
         for use_reentrant in (False, True):
             name = f"reentrant-{use_reentrant}"
             go(name, self.toy, config(use_reentrant=use_reentrant, **recompute))
+        with guarding(FakeGuard(*range(3) if rank == 1 else ())):
+            go("throttled", self.toy, config(batch_size=4))
+        small = SmallDeviceTask(self.toy.data, rows=2)
+        self.note(rank, "no memory", self.failure(lambda: go("small", small, config())))
         go("noisy", noisy, config(batch_size=4, checkpoint_every_steps=2))
         stop = StopAfter(8) if rank == 1 else StopAfter(10**9)
         result = go("noisy-broken", noisy, config(batch_size=4), should_stop=stop)
@@ -194,7 +201,7 @@ def same_losses(runs: Runs, ours: str, one: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["two", "accumulated", "reentrant-False", "reentrant-True", "to-two"]
+    "name", ["two", "accumulated", "reentrant-False", "reentrant-True", "throttled", "to-two"]
 )
 def test_two_workers_equal_one_with_twice_the_batch(runs: Runs, name: str) -> None:
     same_losses(runs, name, "one")
@@ -243,6 +250,12 @@ def test_a_failure_of_one_is_known_to_both(runs: Runs) -> None:
     assert all("trained on 7 of its 8 rows" in text for text in runs.noted("lost row"))
     assert runs.noted("full disk") == ["NoSpace: the disk is full"] * 2
     assert all("MissingInput" in text for text in runs.noted("no data"))
+
+
+def test_a_device_out_of_memory_ends_both_with_the_remedy(runs: Runs) -> None:
+    for text in runs.noted("no memory"):
+        assert text.startswith("MemoryBudgetExceeded: the device ran out of memory")
+        assert "with several workers no step is redone" in text and "--accumulate" in text
 
 
 def test_ranks_share_weights_and_draw_their_own_dropout(runs: Runs) -> None:

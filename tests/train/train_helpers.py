@@ -121,6 +121,7 @@ def config(**options: Any) -> TrainConfig:
         "clip_norm": 1.0,
         "step_size": 1,
         "gamma": 0.5,
+        "predict_memory": False,  # its own tests turn it on; a fit would take ten times as long
     }
     return TrainConfig(**(defaults | options))
 
@@ -131,6 +132,7 @@ def run(
     run_dir: Path,
     *,
     resume: bool = True,
+    batch_limit: int | None = None,
     rank: int = 0,
     world: int = 1,
     **context: Any,
@@ -140,7 +142,14 @@ def run(
         **({"run_dir": run_dir, "rank": rank, "world": world, "say": lambda text: None} | context)
     )
     plan = training_plan(task.train_rows, cfg, world, run_dir if resume else None)
-    return fit(task, cfg, ctx, lambda start: plan.slices(rank, world, start), resume=resume)
+    return fit(
+        task,
+        cfg,
+        ctx,
+        lambda start: plan.slices(rank, world, start),
+        resume=resume,
+        batch_limit=batch_limit,
+    )
 
 
 class Clock:
@@ -209,3 +218,71 @@ def spawn(work: Callable[[int, int], None], tmp_path: Path, world: int = 2) -> N
     """Run ``work(rank, world)`` in ``world`` new processes joined by gloo."""
     store = tmp_path / f"rendezvous-{len(list(tmp_path.glob('rendezvous-*')))}"
     mp.spawn(_worker, args=(world, str(store), work), nprocs=world, join=True)
+
+
+class FakeGuard:
+    """A memory guard that is under pressure at the n-th boundaries of ``at`` (from 0)."""
+
+    budget_bytes = None
+
+    def __init__(self, *at: int) -> None:
+        self.at, self.asked = at, 0
+        self.noted: list[tuple[int | None, str | None]] = []
+
+    def pressure(self) -> bool:
+        self.asked += 1
+        return self.asked - 1 in self.at
+
+    def note(self, *, batch: int | None = None, phase: str | None = None) -> None:
+        self.noted.append((batch, phase))
+
+
+class _TooLarge(torch.autograd.Function):
+    """The identity, whose backward runs out of memory for more than ``rows`` rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rows: int) -> Tensor:
+        ctx.rows = rows
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        if len(grad) > ctx.rows:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 MiB. Advice.")
+        return grad, None
+
+
+class SmallDeviceModel(ToyModel):
+    """ToyModel on a device that holds ``rows`` rows: fails when half its gradients are added."""
+
+    def __init__(self, dropout: float, rows: int) -> None:
+        super().__init__(dropout)
+        self.rows = rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = _TooLarge.apply(self.blocks[0](x, scale=0.5), self.rows)
+        return self.head(self.blocks[1](x, scale=0.5))
+
+
+@dataclass(frozen=True)
+class SmallDeviceTask(ToyTask):
+    """Runs out of memory in ``where`` when more than ``rows`` rows are computed at once."""
+
+    rows: int = 2
+    where: str = "backward"
+
+    def build_model(self) -> nn.Module:
+        limit = self.rows if self.where == "backward" else 10**9
+        return SmallDeviceModel(self.dropout, limit)
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        self._check(batch, "forward")
+        return super().loss(model, batch)
+
+    def val_sums(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        self._check(batch, "validation")
+        return super().val_sums(model, batch)
+
+    def _check(self, batch: Mapping[str, Tensor], where: str) -> None:
+        if self.where == where and len(batch["row"]) > self.rows:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 MiB. Advice.")

@@ -1,0 +1,254 @@
+"""Budgets as a hog meets them: how far it gets, how long it lives, what watching costs, who is hit.
+
+    python benchmarks/memory.py [--kills 20] [--maps 20] [--seconds 10]
+
+overshoot_mib_p100    : the largest true peak of a killed process (the kernel's own high-water mark,
+                        file pages taken off) less its budget, in MiB; below 0 it stayed inside
+kill_latency_ms_p50   : from the last look that found it inside its limit until it is gone
+actor_cpu_share_16    : of one core, all threads of the actor, with 16 workers as far from their
+                        hard limits as at half of a budget of 4 GiB; _at_soft: as at its soft limit
+                        (550 MiB); _at_limit: so near that each is looked at every 5 ms; _none:
+                        nobody is watched, only Ray's own threads
+false_kills           : of processes that map and read a file of 4 times their budget
+throughput_ratio_on_off : batches with budgets on against off
+
+The hogs are processes of this script, put under the node's real memory actor by their ids.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import common
+import ray
+
+from raypipe.cluster.node_memory import node_actor
+from raypipe.cluster.session import open_session
+from raypipe.memory.node import Ask, node_folder, slot_path
+from raypipe.memory.policy import Limits
+from raypipe.memory.probe import ProcessProbe
+from raypipe.memory.slot import Slot
+from raypipe.memory.verdict import Verdict, find
+from raypipe.memory.watch import Registration
+
+GIB, MIB = 1024**3, 1024**2
+KINDS = ("numpy", "torch", "bytearray")
+HOG = Path(__file__).with_name("memory_hog.py")
+BUDGET = 2 * GIB
+WANTED = 8 * GIB
+WAIT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Kill:
+    """One killed hog, in bytes and seconds."""
+
+    peak_bytes: int
+    latency_s: float
+
+
+class Hog:
+    """A child process that has said that it is ready. file_bytes : resident before its work."""
+
+    def __init__(self, kind: str, size: object) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, str(HOG), kind, str(size)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        self.pidfd = os.pidfd_open(self.process.pid)
+        self.anon_bytes, self.file_bytes = (int(word) for word in self.line().split())
+
+    def line(self) -> str:
+        """What it says next; empty when it has ended."""
+        assert self.process.stdout is not None
+        return self.process.stdout.readline()
+
+    def go(self) -> None:
+        """Let it begin, or end."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+
+    def wait(self) -> tuple[int, int, float]:
+        """(exit code, peak of its resident bytes, when it was gone)."""
+        if not select.select([self.pidfd], [], [], WAIT_S)[0]:
+            self.process.kill()
+            raise SystemExit(f"a hog still runs after {WAIT_S:.0f} s")
+        gone = time.time()
+        _, status, used = os.wait4(self.process.pid, 0)
+        os.close(self.pidfd)
+        self.process.returncode = os.waitstatus_to_exitcode(status)
+        return self.process.returncode, used.ru_maxrss * 1024, gone
+
+
+class Node:
+    """The memory actor of this node, with verdicts in ``folder``."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.node_id = ray.get_runtime_context().get_node_id()
+        self.actor = node_actor(self.node_id)
+        self.state = ray.get(self.actor.state.remote(), timeout=WAIT_S)
+
+    @contextmanager
+    def watching(self, hog: Hog, budget_bytes: int) -> Iterator[Registration]:
+        """``hog`` under its budget."""
+        with ProcessProbe(hog.process.pid) as probe:
+            start = probe.start_ticks
+        path = slot_path(node_folder(self.node_id), hog.process.pid, start)
+        Slot.create(path).close()
+        told = Registration(
+            pid=hog.process.pid, start_ticks=start, budget_bytes=budget_bytes, label="hog",
+            slot_path=path, verdict_dir=self.folder,
+        )  # fmt: skip
+        ask = Ask(registration=told, capacity_bytes=1024 * GIB)
+        answer = ray.get(self.actor.admit.remote(ask), timeout=WAIT_S)
+        if answer.state != "granted":
+            raise SystemExit(f"not granted: {answer.text}")
+        try:
+            yield told
+        finally:
+            ray.get(self.actor.leave.remote(ask.holder), timeout=WAIT_S)
+
+    def verdict(self, told: Registration) -> Verdict | None:
+        """On a process that has ended."""
+        ray.get(self.actor.verdict_of.remote(told.pid), timeout=WAIT_S)  # waits for the writing
+        return find(self.folder, told.pid, told.start_ticks)
+
+
+def kill(node: Node, kind: str) -> Kill:
+    """Let one hog take four times its budget."""
+    hog = Hog(kind, WANTED)
+    with node.watching(hog, BUDGET) as told:
+        time.sleep(0.1)  # its looks have settled to what its distance asks for
+        hog.go()
+        code, peak, gone = hog.wait()
+        verdict = node.verdict(told)
+    if code != -9 or verdict is None:
+        raise SystemExit(f"{kind}: exit code {code}, verdict {verdict}: it was not ended by us")
+    common.say(
+        f"{kind}: peak {(peak - hog.file_bytes) / MIB:.0f} MiB of {BUDGET / MIB:.0f}, seen at "
+        f"{verdict.usage_bytes / MIB:.0f}, after {verdict.unseen_s * 1e3:.1f} ms unseen, gone "
+        f"{(gone - verdict.when) * 1e3:.1f} ms later"
+    )
+    return Kill(peak - hog.file_bytes, verdict.unseen_s + gone - verdict.when)
+
+
+def kills(node: Node, count: int) -> dict[str, float]:
+    """``count`` kills of each kind."""
+    metrics: dict[str, float] = {}
+    every: list[Kill] = []
+    for kind in KINDS:
+        free = Hog(kind, WANTED // 4)
+        free.go()
+        metrics[f"allocation_gb_s_{kind}"] = WANTED / 4 / 1e9 / float(free.line().split()[0])
+        free.wait()
+        found = [kill(node, kind) for _ in range(count)]
+        every += found
+        metrics[f"overshoot_mib_p100_{kind}"] = max(_overshoot_mib(found))
+    latencies = sorted(one.latency_s * 1e3 for one in every)
+    return metrics | {
+        "kills": len(every),
+        "overshoot_mib_p100": max(_overshoot_mib(every)),
+        "kill_latency_ms_p50": statistics.median(latencies),
+        "kill_latency_ms_p100": latencies[-1],
+    }
+
+
+def _overshoot_mib(found: Sequence[Kill]) -> list[float]:
+    return [(one.peak_bytes - BUDGET) / MIB for one in found]
+
+
+def cpu_share(node: Node, budget_bytes: int, headroom_bytes: int, seconds: float) -> float:
+    """Of one core, the actor's with 16 workers that far from their hard limits."""
+    probe = Hog("hold", 0)
+    held = max(0, Limits.of(budget_bytes).hard_bytes - headroom_bytes - probe.anon_bytes)
+    probe.process.kill()
+    probe.wait()
+    with ExitStack() as stack:
+        hogs = [Hog("hold", held) for _ in range(16)]
+        for hog in hogs:
+            stack.enter_context(node.watching(hog, budget_bytes))
+            hog.go()
+            hog.line()
+        time.sleep(1.0)
+        before, began = _cpu_s(node.state["pid"]), time.perf_counter()
+        time.sleep(seconds)
+        share = (_cpu_s(node.state["pid"]) - before) / (time.perf_counter() - began)
+        for hog in hogs:
+            hog.process.kill()
+            hog.wait()
+    return share
+
+
+def _cpu_s(pid: int) -> float:
+    """Processor seconds of all threads of a process, kernel time included, by the scheduler."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
+
+
+def false_kills(node: Node, count: int, folder: Path) -> int:
+    """Processes ended while they read a mapped file of 4 times their budget."""
+    budget = GIB // 2
+    path = folder / "large.bin"
+    with path.open("wb") as file:
+        file.truncate(4 * budget)  # holes are pages of the cache like any other once they are read
+    ended = 0
+    for _ in range(count):
+        hog = Hog("map", path)
+        with node.watching(hog, budget) as told:
+            hog.go()
+            said = hog.line().split()
+            code = hog.wait()[0]
+            wrong = code != 0 or node.verdict(told) is not None
+        if not wrong and int(said[1]) < 3.5 * budget:
+            raise SystemExit(f"only {int(said[1]) / MIB:.0f} MiB were resident: no test of it")
+        ended += wrong
+    path.unlink()
+    return ended
+
+
+def main() -> None:
+    """Run all parts; ``throughput`` last, with nothing else beside it."""
+    parser = common.parser(__doc__)
+    parser.add_argument("--kills", type=int, default=20, help="of each kind")
+    parser.add_argument("--maps", type=int, default=20)
+    parser.add_argument("--seconds", type=float, default=10.0, help="of each share")
+    options = parser.parse_args()
+    metrics: dict[str, Any] = {}
+    with open_session(), tempfile.TemporaryDirectory() as folder:
+        node = Node(Path(folder))
+        common.say(f"the actor watches with {node.state['priority']}")
+        share = partial(cpu_share, node, seconds=options.seconds)
+        metrics["actor_cpu_share_16"] = share(2 * GIB + 128 * MIB, 1792 * MIB)
+        metrics["actor_cpu_share_16_at_soft"] = share(GIB, 550 * MIB)
+        metrics["actor_cpu_share_16_at_limit"] = share(GIB, 70 * MIB)
+        metrics["actor_cpu_share_none"] = _idle_share(node, options.seconds)
+        common.say(str(metrics))
+        metrics |= kills(node, options.kills)
+        metrics["false_kills"] = false_kills(node, options.maps, Path(folder))
+    metrics["priority"] = node.state["priority"]
+    common.emit("memory", metrics, options.json)
+
+
+def _idle_share(node: Node, seconds: float) -> float:
+    """What the actor costs with nobody under it: Ray's own threads and an idle watch."""
+    before, began = _cpu_s(node.state["pid"]), time.perf_counter()
+    time.sleep(seconds)
+    return (_cpu_s(node.state["pid"]) - before) / (time.perf_counter() - began)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""The leases of one node: who may start with how many bytes, and who waits.
+
+Pure bookkeeping: asked, never asking. A lease belongs to a holder (a process), and goes when the
+holder says so or is found dead. Requests are served strictly by (priority, arrival): a small one
+never passes a large one of its priority, so the large one's turn comes. Where it lives and who
+finds the dead: ``cluster.node_memory``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass
+
+from raypipe.errors import ConfigError
+from raypipe.units import format_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lease:
+    """``n_bytes`` for ``holder``; key : one lease's own name, chosen by who asks."""
+
+    key: Hashable
+    holder: Hashable
+    n_bytes: int
+    priority: int = 0
+
+
+@dataclass(frozen=True)
+class Granted:
+    """The bytes are reserved until ``release``."""
+
+    lease: Lease
+
+
+@dataclass(frozen=True)
+class Queued:
+    """Ask again with the same key; position : requests that are served before, 0 is next."""
+
+    position: int
+
+
+@dataclass(frozen=True)
+class Refused:
+    """It will never be granted; text : why."""
+
+    text: str
+
+
+class Ledger:
+    """Reserves ``capacity_bytes``. The sum of what it grants never passes that."""
+
+    def __init__(self, capacity_bytes: int) -> None:
+        self.capacity_bytes = capacity_bytes
+        self._leases: dict[Hashable, Lease] = {}
+        self._queue: list[tuple[int, int, Lease]] = []  # (priority, arrival, what is asked for)
+        self._arrivals = 0
+
+    @property
+    def leases(self) -> tuple[Lease, ...]:
+        """What is granted, oldest first."""
+        return tuple(self._leases.values())
+
+    @property
+    def queue(self) -> tuple[Lease, ...]:
+        """What is waited for, next one first."""
+        return tuple(lease for _, _, lease in self._queue)
+
+    @property
+    def free_bytes(self) -> int:
+        """What is not granted; below 0 after ``restore`` or ``limit_to`` beyond the capacity."""
+        return self.capacity_bytes - sum(lease.n_bytes for lease in self._leases.values())
+
+    def request(
+        self, key: Hashable, holder: Hashable, n_bytes: int, priority: int = 0
+    ) -> Granted | Queued | Refused:
+        """Ask, or ask again, for a lease; of two priorities the lower number is served first.
+
+        Raises ConfigError for a size that is not above 0.
+        """
+        if n_bytes <= 0:
+            raise ConfigError(f"a lease of {n_bytes} bytes is none; ask for more than 0")
+        wanted = Lease(key=key, holder=holder, n_bytes=n_bytes, priority=priority)
+        known = self._leases.get(key) or next((w for w in self.queue if w.key == key), None)
+        if known is not None and known != wanted:
+            return Refused(
+                f"lease {key} is {format_bytes(known.n_bytes)} of {known.holder} already; give it "
+                "back before asking for another"
+            )
+        if key in self._leases:
+            return Granted(self._leases[key])
+        if n_bytes > self.capacity_bytes:
+            self.release(key)
+            return Refused(
+                f"{format_bytes(n_bytes)} are asked for, this node gives out "
+                f"{format_bytes(self.capacity_bytes)} in all"
+            )
+        if known is None:
+            self._queue.append((priority, self._arrivals, wanted))
+            self._queue.sort(key=lambda entry: entry[:2])
+            self._arrivals += 1
+        self._serve()
+        if key in self._leases:
+            return Granted(self._leases[key])
+        return Queued([waiting.key for waiting in self.queue].index(key))
+
+    def release(self, key: Hashable) -> None:
+        """Give a lease back, or stop waiting for it; an unknown key is nobody's."""
+        self._leases.pop(key, None)
+        self._queue = [entry for entry in self._queue if entry[2].key != key]
+        self._serve()
+
+    def holder_died(self, holder: Hashable) -> None:
+        """All that ``holder`` held or waited for is free."""
+        self._leases = {k: lease for k, lease in self._leases.items() if lease.holder != holder}
+        self._queue = [entry for entry in self._queue if entry[2].holder != holder]
+        self._serve()
+
+    def restore(self, leases: Iterable[Lease]) -> None:
+        """Take in what was granted by a predecessor. Never refused: those bytes are in use.
+
+        If they are more than the capacity, nothing new starts until they fit again.
+        """
+        for lease in leases:
+            self._leases[lease.key] = lease
+            self._queue = [entry for entry in self._queue if entry[2].key != lease.key]
+
+    def limit_to(self, capacity_bytes: int) -> None:
+        """Another capacity from here on; what is granted stays."""
+        self.capacity_bytes = capacity_bytes
+        self._serve()
+
+    def _serve(self) -> None:
+        while self._queue and self._queue[0][2].n_bytes <= self.free_bytes:
+            _, _, lease = self._queue.pop(0)
+            self._leases[lease.key] = lease

@@ -1,0 +1,104 @@
+"""How many rows are computed at once: fewer when memory is short, and not more again.
+
+Two causes halve it. Pressure: the process's guard, asked before each optimiser step, says that it
+is near its budget. And a CUDA device that ran out of memory: what failed is then computed again.
+The rows of a step stay the same, so the run does; only more, smaller micro batches are computed.
+
+The decision is `raypipe.memory.policy`'s, the reading `raypipe.memory.guard`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from raypipe.errors import MemoryBudgetExceeded
+from raypipe.memory import guard
+from raypipe.memory.policy import Throttle
+from raypipe.train.context import WorkerContext
+
+T = TypeVar("T")
+
+
+class BatchLimit:
+    """The limit of one worker. ``full``: the micro batch asked for; ``start``: one already in force.
+
+    Each change is told once, to people (`WorkerContext.say`) and to the guard.
+    """
+
+    def __init__(self, full: int, start: int | None, ctx: WorkerContext) -> None:
+        self.full, self._ctx = full, ctx
+        self._throttle = Throttle(full if start is None else max(1, min(full, start)))
+        guard.current().note(batch=self.rows, phase="train")
+        if self.rows < full:
+            self._say("an earlier worker outgrew its memory")
+
+    @property
+    def rows(self) -> int:
+        """Rows to compute at once."""
+        return self._throttle.limit
+
+    def at_boundary(self) -> None:
+        """Ask the guard, between two optimiser steps. Raises what the guard raises."""
+        before = self.rows
+        self._throttle.next(guard.current().pressure())
+        if self.rows < before:
+            guard.relieve()
+            self._changed("memory is near its budget")
+
+    def retry(self, act: Callable[[], T], again: Callable[[], T] | None = None) -> T:
+        """``act()``; whenever the device runs out of memory in it, half the rows and ``again()``
+        (default: ``act``).
+
+        Raises MemoryBudgetExceeded when one row at once is still too many.
+        """
+        done, outcome = _attempt(act)
+        while done is None:
+            self._halve(outcome)
+            done, outcome = _attempt(again or act)
+        return done[0]
+
+    def _halve(self, failure: str) -> None:
+        if self.rows == 1:
+            raise out_of_memory(failure, "one row at once is too many for it")
+        self._throttle = Throttle(self.rows // 2)
+        guard.relieve()  # the failed attempt's tensors are free now: give back their blocks
+        self._changed(f"the device ran out of memory ({failure})")
+
+    def _changed(self, why: str) -> None:
+        guard.current().note(batch=self.rows)
+        self._say(why)
+
+    def _say(self, why: str) -> None:
+        rank = f"worker {self._ctx.rank}: " if self._ctx.world > 1 else ""
+        self._ctx.say(
+            f"{rank}{why}: micro batches of at most {self.rows} rows from here on, instead of"
+            f" {self.full}; the rows of a step stay the same"
+        )
+
+
+def out_of_memory(failure: str, why: str) -> MemoryBudgetExceeded:
+    """What a person reads when the device's memory ends training."""
+    return MemoryBudgetExceeded(
+        f"the device ran out of memory ({failure}): {why}; give --fit-gpu with what the device has,"
+        " or a smaller --batch-size with as much more --accumulate: the same run then goes on from"
+        " its last checkpoint"
+    )
+
+
+def short(error: torch.OutOfMemoryError) -> str:
+    """torch's message up to its first full stop: the rest advises on allocator settings."""
+    return " ".join(str(error).split()).partition(". ")[0][:200]
+
+
+def _attempt(act: Callable[[], T]) -> tuple[tuple[T] | None, str]:
+    """((result,), "") or (None, what the device said).
+
+    The error ends here: its traceback holds the frames, and they the tensors, of what failed.
+    """
+    try:
+        return (act(),), ""
+    except torch.OutOfMemoryError as error:
+        return None, short(error)

@@ -1,0 +1,339 @@
+"""The memory planner: what a step needs under each set of techniques, and which set fits a budget.
+
+`predict` measures the sets by ``footprint`` and makes the table that is printed before training;
+`Plan.choose` is what ``--fit-gpu`` does with it. Both leave the rows of an optimiser step, and so
+the run itself, as they are: a smaller micro batch means more of them.
+
+Mild is, in this order: what was asked for; channels_last, which changes a layout; checkpointing,
+which computes again; AMP, which alone changes numbers; all of them. A set is chosen before a milder
+one only where it lets more of the asked micro batch be computed at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from raypipe.errors import MemoryBudgetExceeded
+from raypipe.report.saved import read_json, write_json
+from raypipe.train import rng
+from raypipe.train.config import TrainConfig
+from raypipe.train.footprint import SIZES, Footprint, measure
+from raypipe.train.precision import has_convolutions
+from raypipe.train.task import Task
+from raypipe.units import format_bytes
+
+PLAN_FILE = "memory_plan.json"
+# What a CUDA process takes beside torch's allocator: the context, cuBLAS and cuDNN. 0.3 to 0.6 GiB
+# by driver and card; an assumption, and named in the table.
+CUDA_CONTEXT_BYTES = 640 << 20
+_NO_BLOCKS = "this model names no blocks to recompute"
+_NO_CONVOLUTIONS = "this model has no 2-D convolutions"
+
+Amp = Literal["off", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class Techniques:
+    """What a step may use to take less memory."""
+
+    amp: Amp = "off"
+    checkpointing: bool = False
+    channels_last: bool = False
+
+    @property
+    def name(self) -> str:
+        """``fp32``, ``AMP bf16``, ``checkpointing + channels_last``, ..."""
+        parts = [f"AMP {self.amp}"] if self.amp != "off" else []
+        parts += [n for n in ("checkpointing", "channels_last") if getattr(self, n)]
+        return " + ".join(parts) or "fp32"
+
+    @classmethod
+    def of(cls, cfg: TrainConfig) -> Techniques:
+        """Those of ``cfg``."""
+        return cls(cfg.amp, cfg.checkpointing, cfg.channels_last)
+
+    def within(self, other: Techniques) -> bool:
+        """Whether ``other`` has all of these."""
+        amp = self.amp in ("off", other.amp)
+        flags = ("checkpointing", "channels_last")
+        return amp and all(getattr(other, n) or not getattr(self, n) for n in flags)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """One set of techniques: its footprint, or why there is none."""
+
+    techniques: Techniques
+    footprint: Footprint | None = None
+    why_not: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """``cfg`` with the chosen techniques, micro batch and accumulation; the peak they come to."""
+
+    cfg: TrainConfig
+    name: str
+    peak_bytes: int
+    budget_bytes: int
+
+    def words(self, asked: TrainConfig) -> str:
+        """One line for people."""
+        return (
+            f"--fit-gpu {format_bytes(self.budget_bytes)}: {self.name}, micro batches of"
+            f" {self.cfg.batch_size} x {self.cfg.accumulate} (asked: {Techniques.of(asked).name},"
+            f" {asked.batch_size} x {asked.accumulate}); {format_bytes(self.peak_bytes)} predicted"
+        )
+
+    def record(self) -> dict[str, Any]:
+        """For run.json."""
+        return {
+            "budget_bytes": self.budget_bytes,
+            "predicted_peak_bytes": self.peak_bytes,
+            "techniques": self.name,
+            "batch_size": self.cfg.batch_size,
+            "accumulate": self.cfg.accumulate,
+            **asdict(Techniques.of(self.cfg)),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The predictions for one task, one worker of ``world``, on ``device``; the mildest first.
+
+    convolutions : whether the model has any; without, channels_last is as good as off.
+    """
+
+    asked: TrainConfig
+    device: str
+    world: int
+    predictions: tuple[Prediction, ...]
+    convolutions: bool = True
+
+    def peak_bytes(self, prediction: Prediction, rows: int) -> int:
+        """Of one worker with micro batches of ``rows`` rows, the context of CUDA included."""
+        assert prediction.footprint is not None
+        peak = prediction.footprint.peak_bytes(rows, accumulates=self._accumulates(rows))
+        return peak + self._context_bytes
+
+    def choose(self, budget_bytes: int, *, amp: Amp | None = None) -> Choice:
+        """The mildest set and the largest micro batch that take at most ``budget_bytes``.
+
+        ``amp``: the one that a resumed run was trained with, which it must keep. Micro batches
+        divide the rows of a step. Raises MemoryBudgetExceeded when not even one row fits.
+        """
+        usable = [p for p in self._candidates(amp) if p.footprint is not None]
+        best: tuple[int, Prediction] | None = None
+        for prediction in usable:
+            rows = self._largest(prediction, budget_bytes)
+            capped = min(rows, self.asked.batch_size)
+            if rows and (best is None or capped > min(best[0], self.asked.batch_size)):
+                best = rows, prediction
+        if best is None:
+            raise MemoryBudgetExceeded(self._refusal(usable, budget_bytes))
+        rows, chosen = best
+        cfg = replace(
+            self.asked,
+            batch_size=rows,
+            accumulate=self._rows_a_step // rows,
+            **asdict(chosen.techniques),
+        )
+        return Choice(
+            cfg=cfg,
+            name=chosen.techniques.name,
+            peak_bytes=self.peak_bytes(chosen, rows),
+            budget_bytes=budget_bytes,
+        )
+
+    def lines(self, chosen: TrainConfig | None = None) -> list[str]:
+        """The table: a line a set; ``chosen`` (default: what was asked) is marked."""
+        cfg = chosen or self.asked
+        rows = cfg.batch_size
+        outside = f", {format_bytes(self._context_bytes)} of CUDA's own" * bool(self._context_bytes)
+        head = (
+            f"memory of a step, measured at {SIZES[0]} and {SIZES[1]} rows on {self.device};"
+            f" a worker's tensors{outside}"
+        )
+        table = [("techniques", "fixed", "each row", f"peak at {rows}")]
+        for p in self.predictions:
+            mark = "  <-" if p.techniques == self._set_of(cfg) else ""
+            table.append((p.techniques.name, *self._cells(p, rows, mark)))
+        width = max(len(cells[0]) for cells in table)
+        text = [
+            f"  {name:<{width}}  {fixed:>9}  {row:>9}  {peak}" for name, fixed, row, peak in table
+        ]
+        return [head, *text]
+
+    def record(self) -> dict[str, Any]:
+        """For run.json: what each set was predicted to take with the asked micro batch."""
+        rows = self.asked.batch_size
+        return {
+            "device": self.device,
+            "batch_size": rows,
+            "peak_bytes": {
+                p.techniques.name: self.peak_bytes(p, rows) if p.footprint else p.why_not
+                for p in self.predictions
+            },
+        }
+
+    def _cells(self, p: Prediction, rows: int, mark: str) -> tuple[str, str, str]:
+        if p.footprint is None:
+            return "-", "-", p.why_not
+        line = p.footprint.line(rows, accumulates=self._accumulates(rows))
+        peak = format_bytes(self.peak_bytes(p, rows)) + mark
+        if not p.footprint.aligned:
+            peak += "  (other kernels at 3 rows than at 2: less certain)"
+        return format_bytes(line.fixed + self._context_bytes), format_bytes(line.a_row), peak
+
+    def _candidates(self, amp: Amp | None) -> list[Prediction]:
+        """Sets that hold all that was asked for, and a resumed run's AMP."""
+        asked = self._set_of(self.asked)
+        held = [p for p in self.predictions if asked.within(p.techniques)]
+        return [p for p in held if amp in (None, p.techniques.amp)]
+
+    def _largest(self, prediction: Prediction, budget_bytes: int) -> int:
+        """The largest micro batch that divides a step's rows and fits; 0 when none does."""
+        divisors = [n for n in range(self._rows_a_step, 0, -1) if self._rows_a_step % n == 0]
+        fits = (n for n in divisors if self.peak_bytes(prediction, n) <= budget_bytes)
+        return next(fits, 0)
+
+    def _refusal(self, usable: list[Prediction], budget_bytes: int) -> str:
+        needs = {p.techniques.name: self.peak_bytes(p, 1) for p in usable}
+        if not needs:
+            return (
+                f"--fit-gpu {format_bytes(budget_bytes)}: {self.device} cannot hold {SIZES[0]} rows"
+                " under any set of techniques; train a smaller model, or on a larger device"
+            )
+        name = min(needs, key=needs.__getitem__)
+        return (
+            f"--fit-gpu {format_bytes(budget_bytes)}: micro batches of one row need at least"
+            f" {format_bytes(needs[name])} ({name}); give a budget of at least that, or make the"
+            " model smaller"
+        )
+
+    def _set_of(self, cfg: TrainConfig) -> Techniques:
+        return _possible(Techniques.of(cfg), blocks=True, convolutions=self.convolutions)
+
+    def _accumulates(self, rows: int) -> bool:
+        return self.world > 1 or rows < self._rows_a_step
+
+    @property
+    def _rows_a_step(self) -> int:
+        return self.asked.rows_per_step(1)
+
+    @property
+    def _context_bytes(self) -> int:
+        return CUDA_CONTEXT_BYTES if self.device.startswith("cuda") else 0
+
+
+def predict(task: Task, cfg: TrainConfig, device: torch.device, world: int = 1) -> Plan:
+    """Measure ``task`` under each set of techniques on ``device``, one after the other.
+
+    Leaves the global generators as they were. Raises what the task raises.
+    """
+    with rng.preserved(device):
+        module = task.build_model()
+        convolutions = has_convolutions(module)
+        blocks = cfg.checkpointing or len(task.checkpoint_blocks(module)) > 0
+        del module
+        found: dict[Techniques, Prediction] = {}
+        for techniques in techniques_of(cfg, mixed_type(cfg, device)):
+            possible = _possible(techniques, blocks=blocks, convolutions=convolutions)
+            if possible not in found:
+                found[possible] = _predicted(task, cfg, device, possible)
+            elif techniques not in found:
+                found[techniques] = Prediction(
+                    techniques=techniques, why_not=_why_not(techniques, possible)
+                )
+    return Plan(
+        asked=cfg,
+        device=str(device),
+        world=world,
+        predictions=tuple(found.values()),
+        convolutions=convolutions,
+    )
+
+
+def _predicted(
+    task: Task, cfg: TrainConfig, device: torch.device, techniques: Techniques
+) -> Prediction:
+    try:
+        footprint = measure(task, replace(cfg, **asdict(techniques)), device)
+    except torch.OutOfMemoryError:
+        return Prediction(
+            techniques=techniques, why_not=f"{device} cannot hold {SIZES[1]} rows of it"
+        )
+    return Prediction(techniques=techniques, footprint=footprint)
+
+
+def _possible(techniques: Techniques, *, blocks: bool, convolutions: bool) -> Techniques:
+    """Those of ``techniques`` that the model has a use for."""
+    return replace(
+        techniques,
+        checkpointing=techniques.checkpointing and blocks,
+        channels_last=techniques.channels_last and convolutions,
+    )
+
+
+def _why_not(techniques: Techniques, possible: Techniques) -> str:
+    reasons = [_NO_BLOCKS] if techniques.checkpointing and not possible.checkpointing else []
+    reasons += [_NO_CONVOLUTIONS] if techniques.channels_last and not possible.channels_last else []
+    return f"as {possible.name}: {', '.join(reasons)}"
+
+
+def techniques_of(cfg: TrainConfig, amp: Amp) -> list[Techniques]:
+    """The sets to look at, each once: fp32, each technique alone, all; and on top of what ``cfg``
+    asks for the same. The mildest first.
+    """
+    bases = [Techniques(), Techniques.of(cfg)]
+    steps: list[dict[str, Any]] = [
+        {},
+        {"channels_last": True},
+        {"checkpointing": True},
+        {"amp": amp},
+        {"amp": amp, "checkpointing": True, "channels_last": True},
+    ]
+    return list(dict.fromkeys(replace(base, **step) for step in steps for base in bases))
+
+
+def mixed_type(cfg: TrainConfig, device: torch.device) -> Amp:
+    """AMP's type: the asked one, else bf16 (which needs no loss scale) where the device has it."""
+    if cfg.amp != "off":
+        return cfg.amp
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return "fp16"
+    return "bf16"
+
+
+def save_plan(run_dir: Path, plan: Plan, choice: Choice | None) -> None:
+    """Leave RUN/memory_plan.json for the driver, which may be on another machine."""
+    write_json(run_dir / PLAN_FILE, {**plan.record(), "chosen": choice and choice.record()})
+
+
+def saved_plan(run_dir: Path) -> dict[str, Any] | None:
+    """What `save_plan` left in ``run_dir``, if it left anything."""
+    path = run_dir / PLAN_FILE
+    return read_json(path, "start the training again") if path.is_file() else None
+
+
+@contextmanager
+def device_budget(device: torch.device, budget_bytes: int | None) -> Iterator[None]:
+    """Hold torch's CUDA allocator to ``budget_bytes`` less the context; beyond it, it says out of
+    memory. Elsewhere, and without a budget, nothing.
+    """
+    if device.type != "cuda" or budget_bytes is None:
+        yield
+        return
+    total = torch.cuda.get_device_properties(device).total_memory
+    part = min(1.0, max(0, budget_bytes - CUDA_CONTEXT_BYTES) / total)
+    torch.cuda.set_per_process_memory_fraction(part, device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)

@@ -1,0 +1,97 @@
+"""Run by test_node_memory: three nodes, the third one late, then one is lost."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+
+import ray
+from ray.cluster_utils import Cluster
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from raypipe.cluster.node_memory import actor_name, join, make_everywhere, verdict_of
+
+GIB = 1024**3
+NODE = {"num_cpus": 1, "object_store_memory": 80 * 1024**2}
+
+
+class Worker:
+    def begin(self, folder: Path, label: str) -> tuple[str, int]:
+        self.guard = join(GIB, label, capacity_bytes=2 * GIB, verdict_dir=folder, wait_s=60)
+        return ray.get_runtime_context().get_node_id(), os.getpid()
+
+    def eat(self) -> None:
+        self.held = bytearray(3 * GIB)
+
+
+def worker_on(node_id: str) -> Any:
+    pinned = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    return ray.remote(Worker).options(num_cpus=0, scheduling_strategy=pinned).remote()
+
+
+def state_of(node_id: str) -> dict[str, Any]:
+    actor = ray.get_actor(actor_name(node_id), namespace="raypipe")
+    return dict(ray.get(actor.state.remote(), timeout=30))
+
+
+def until(true: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + 40
+    while not true():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.1)
+
+
+def main(folder: Path) -> None:
+    cluster = Cluster(initialize_head=True, head_node_args=NODE)
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    second = cluster.add_node(**NODE)
+    cluster.wait_for_nodes()
+    assert len(make_everywhere()) == 2
+    late = cluster.add_node(**NODE)
+    cluster.wait_for_nodes()
+    nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+    assert len(nodes) == 3
+    # Two workers a node, at once: still one actor each, of its own node.
+    workers = {node_id: [worker_on(node_id), worker_on(node_id)] for node_id in nodes}
+    begun = {
+        node_id: ray.get([w.begin.remote(folder, "w") for w in pair], timeout=120)
+        for node_id, pair in workers.items()
+    }
+    actors = set()
+    for node_id, pair in begun.items():
+        assert {where for where, _ in pair} == {node_id}
+        state = state_of(node_id)
+        assert sorted(state["leases"]) == sorted(str(pid) for _, pid in pair), state
+        assert state["free_bytes"] == 0
+        actors.add(state["pid"])
+    assert len(actors) == 3
+
+    cluster.remove_node(second, allow_graceful=False)
+    lost = second.node_id
+    until(lambda: sum(node["Alive"] for node in ray.nodes()) == 2, "the node is not seen as lost")
+    assert verdict_of(lost, begun[lost][0][1], timeout_s=5) is None
+    for node_id in (node_id for node_id in nodes if node_id != lost):
+        eater, pid = workers[node_id][0], begun[node_id][0][1]
+        try:
+            ray.get(eater.eat.remote(), timeout=60)
+            raise SystemExit("it was not ended")
+        except ray.exceptions.RayActorError:
+            pass
+        until(lambda n=node_id: len(state_of(n)["leases"]) == 1, "its lease is not free")
+        verdict = verdict_of(node_id, pid)
+        assert verdict is not None and verdict.budget_bytes == GIB
+    assert late.node_id in nodes
+    print("all good", flush=True)
+    ray.shutdown()
+    cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,192 @@
+"""A node's memory without Ray: admission, and what a successor takes over."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from raypipe.memory.node import Answer, Ask, NodeMemory, clear_abandoned_folders, slot_path
+from raypipe.memory.probe import ProcessProbe
+from raypipe.memory.slot import Sentence, Slot
+from raypipe.memory.watch import Registration
+
+GIB = 1024**3
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    made = tmp_path / "raypipe-memory-0-node"
+    made.mkdir()
+    return made
+
+
+@pytest.fixture
+def make(folder: Path) -> Iterator[Callable[[], NodeMemory]]:
+    made: list[NodeMemory] = []
+
+    def one() -> NodeMemory:
+        made.append(NodeMemory(folder))
+        return made[-1]
+
+    yield one
+    for memory in made:
+        memory.close()
+
+
+@pytest.fixture
+def sleepers() -> Iterator[Callable[[], subprocess.Popen[bytes]]]:
+    started: list[subprocess.Popen[bytes]] = []
+
+    def one() -> subprocess.Popen[bytes]:
+        started.append(subprocess.Popen(["sleep", "120"]))
+        return started[-1]
+
+    yield one
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+Sleepers = Callable[[], "subprocess.Popen[bytes]"]
+
+
+def ask_of(
+    process: subprocess.Popen[bytes], folder: Path, gib: float, capacity_gib: float = 10
+) -> Ask:
+    with ProcessProbe(process.pid) as probe:
+        start = probe.start_ticks
+    path = slot_path(folder, process.pid, start)
+    if not path.exists():
+        Slot.create(path).close()
+    registration = Registration(
+        pid=process.pid,
+        start_ticks=start,
+        budget_bytes=int(gib * GIB),
+        label=f"p{process.pid}",
+        slot_path=path,
+        verdict_dir=folder.parent / "verdicts",
+    )
+    return Ask(registration=registration, capacity_bytes=int(capacity_gib * GIB))
+
+
+def until(true: Callable[[], object], seconds: float = 5.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline, "it did not come true in time"
+        time.sleep(0.02)
+
+
+def state(answer: Answer) -> str:
+    return answer.state
+
+
+def test_a_lease_goes_with_its_holder(
+    make: Callable[[], NodeMemory], folder: Path, sleepers: Sleepers
+) -> None:
+    node, first, second = make(), sleepers(), sleepers()
+    assert state(node.admit(ask_of(first, folder, 8))) == "granted"
+    waiting = ask_of(second, folder, 8)
+    answer = node.admit(waiting)
+    assert answer.state == "queued"
+    assert f"p{first.pid} ({first.pid}) 8.00 GiB" in answer.text
+    first.kill()  # and not reaped: a zombie holds nothing
+    until(lambda: node.admit(waiting).state == "granted")
+    assert node.state()["leases"] == {str(second.pid): 8 * GIB}
+    assert node.state()["watched"] == [second.pid]
+    node.leave(waiting.holder)
+    assert node.state()["leases"] == {}
+    until(lambda: not list(folder.iterdir()))
+
+
+def test_the_dead_do_not_hold_a_place_in_the_queue(
+    make: Callable[[], NodeMemory], folder: Path, sleepers: Sleepers
+) -> None:
+    node, first, large, small = make(), sleepers(), sleepers(), sleepers()
+    node.admit(ask_of(first, folder, 4))
+    assert state(node.admit(ask_of(large, folder, 10))) == "queued"
+    later = ask_of(small, folder, 1)
+    assert state(node.admit(later)) == "queued", "the large one was first"
+    large.kill()
+    until(lambda: node.admit(later).state == "granted")
+
+
+def test_what_can_never_be_granted_is_refused(
+    make: Callable[[], NodeMemory], folder: Path, sleepers: Sleepers
+) -> None:
+    node, process = make(), sleepers()
+    answer = node.admit(ask_of(process, folder, 11))
+    assert answer.state == "refused"
+    assert "gives out 10.0 GiB in all" in answer.text
+
+
+def test_the_smallest_stated_capacity_holds_while_who_stated_it_is_there(
+    make: Callable[[], NodeMemory], folder: Path, sleepers: Sleepers
+) -> None:
+    node, first, second = make(), sleepers(), sleepers()
+    careful = ask_of(first, folder, 2, capacity_gib=4)
+    node.admit(careful)
+    generous = ask_of(second, folder, 3, capacity_gib=10)
+    assert state(node.admit(generous)) == "queued"
+    node.leave(careful.holder)
+    assert state(node.admit(generous)) == "granted"
+
+
+def test_a_successor_knows_who_holds_what_before_it_answers(
+    make: Callable[[], NodeMemory], folder: Path, sleepers: Sleepers
+) -> None:
+    """The first stands for a process killed -9: it is never told to let go."""
+    before, living, dying = make(), sleepers(), sleepers()
+    held = ask_of(living, folder, 6)
+    before.admit(held)
+    before._closed.set()
+    before._watch.stop()
+    condemned = ask_of(dying, folder, 3)
+    before.admit(condemned)
+    slot = Slot(condemned.registration.slot_path)
+    slot.batch = 4
+    slot.sentence = Sentence(time.time_ns(), 3 * GIB, 0, 0, 0)
+    dying.kill()
+    dying.wait()
+
+    after = make()
+    assert after.state()["leases"] == {str(living.pid): 6 * GIB}
+    assert after.state()["watched"] == [living.pid]
+    assert state(after.admit(held)) == "granted"
+    assert after.state()["free_bytes"] == 4 * GIB, "asked again, it is one lease"
+    verdict = after.verdict_of(dying.pid)
+    assert verdict is not None
+    assert (verdict.usage_bytes, verdict.batch) == (3 * GIB, 4)
+    assert list((folder.parent / "verdicts").glob("verdict-*"))
+
+
+def test_a_record_that_was_lost_is_made_good_by_its_holder(
+    make: Callable[[], NodeMemory], folder: Path, sleepers: Sleepers
+) -> None:
+    node, first, second = make(), sleepers(), sleepers()
+    node.admit(ask_of(first, folder, 8))
+    again = replace(ask_of(second, folder, 8), holds=True)
+    assert state(node.admit(again)) == "granted"
+    assert node.state()["free_bytes"] == -6 * GIB
+
+
+def test_a_folder_of_the_dead_is_cleared_and_no_other(folder: Path, sleepers: Sleepers) -> None:
+    process = sleepers()
+    with ProcessProbe(process.pid) as probe:
+        start = probe.start_ticks
+    for name, stem, age in (
+        ("a", "1-1", 7200), ("b", f"{process.pid}-{start}", 7200), ("c", "1-1", 0),
+    ):  # fmt: skip
+        other = folder.with_name(f"raypipe-memory-0-{name}")
+        other.mkdir()
+        (other / f"{stem}.slot").touch()
+        then = time.time() - age
+        os.utime(other, (then, then))
+    clear_abandoned_folders(folder)
+    left = sorted(path.name[-1] for path in folder.parent.glob("raypipe-memory-0-?"))
+    assert left == ["b", "c"]

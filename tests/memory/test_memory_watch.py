@@ -1,0 +1,211 @@
+"""The watch with injected readings; its kill, with real processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from raypipe.memory.policy import Limits
+from raypipe.memory.probe import ProcessProbe, Reading
+from raypipe.memory.slot import Slot
+from raypipe.memory.verdict import Verdict, find
+from raypipe.memory.watch import FASTEST_BYTES_PER_S, LONGEST_TICKS, Registration, Watch
+
+GIB = 1024**3
+BUDGET = 8 * GIB
+LIMITS = Limits.of(BUDGET)
+HOG = """
+import sys, time
+print("ready", flush=True)
+sys.stdin.readline()
+held = {what}
+time.sleep(60)
+"""
+
+
+class ScriptedProbe(ProcessProbe):
+    """Reads what it is told; None: the process has ended."""
+
+    now: Reading | None = Reading(0, 0)
+
+    reads = 0
+
+    def read(self) -> Reading:
+        self.reads += 1
+        if self.now is None:
+            raise ProcessLookupError
+        return self.now
+
+
+class Desk:
+    """A watch over this process, with numbers instead of memory; kills are only counted."""
+
+    def __init__(self, folder: Path) -> None:
+        self.killed: list[int] = []
+        self.gone: list[Registration] = []
+        self.verdicts: list[Verdict] = []
+        self.probe = ScriptedProbe(os.getpid())
+        self.folder = folder
+        self.slot = Slot.create(folder / "slot")
+        self.registration = Registration(
+            pid=os.getpid(),
+            start_ticks=self.probe.start_ticks,
+            budget_bytes=BUDGET,
+            label="me",
+            slot_path=folder / "slot",
+            verdict_dir=folder / "memory",
+        )
+        self.watch = Watch(
+            kill=self.killed.append,
+            on_gone=self.gone.append,
+            on_verdict=self.verdicts.append,
+            probe=lambda pid: self.probe,
+        )
+
+    def see(self, anon_bytes: int, file_bytes: int = 0) -> int:
+        self.probe.now = Reading(anon_bytes, file_bytes)
+        return self.watch.tick(LONGEST_TICKS)
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Iterator[Desk]:
+    made = Desk(tmp_path)
+    made.watch.register(made.registration)
+    yield made
+    made.watch.stop()
+
+
+def test_pressure_comes_and_goes_with_hysteresis(desk: Desk) -> None:
+    told = []
+    for usage in (0, LIMITS.soft_bytes - 1, LIMITS.soft_bytes, LIMITS.resume_bytes, GIB):
+        desk.see(usage)
+        told.append(desk.slot.pressure)
+    assert told == [False, False, True, True, False]
+    assert desk.killed == []
+
+
+def test_file_pages_are_never_charged_and_pinned_ones_are(desk: Desk) -> None:
+    desk.see(GIB, 4 * BUDGET)
+    assert not desk.slot.pressure
+    desk.slot.pinned_bytes = LIMITS.soft_bytes
+    time.sleep(0.11)
+    desk.see(GIB)
+    assert desk.slot.pressure
+
+
+def test_at_the_hard_limit_it_kills_once_and_writes_why(desk: Desk, tmp_path: Path) -> None:
+    desk.slot.batch = 64
+    desk.see(LIMITS.soft_bytes)
+    desk.slot.batch = 16
+    desk.slot.reliefs = 2
+    desk.see(LIMITS.hard_bytes, GIB)
+    desk.see(LIMITS.hard_bytes + GIB)
+    desk.watch.flush()
+    assert len(desk.killed) == 1
+    (verdict,) = desk.verdicts
+    me = desk.registration
+    assert find(tmp_path / "memory", me.pid, me.start_ticks) == verdict
+    assert (verdict.usage_bytes, verdict.budget_bytes) == (LIMITS.hard_bytes, BUDGET)
+    assert (verdict.batch, verdict.file_bytes, verdict.label) == (16, GIB, "me")
+    assert "told 0.0 s before" in verdict.tried[0]
+    assert verdict.tried[1:] == ("batch 64 -> 16", "caches emptied 2 time(s)")
+    assert desk.slot.sentence is not None
+    assert desk.slot.sentence.anon_bytes == LIMITS.hard_bytes
+
+
+def test_a_verdict_that_cannot_be_written_is_said_and_kept(
+    desk: Desk, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "memory").write_text("a file where the folder should be")
+    desk.see(LIMITS.hard_bytes)
+    desk.watch.flush()
+    assert len(desk.killed) == len(desk.verdicts) == 1
+    assert "this verdict is only here: me (process" in capsys.readouterr().err
+
+
+def test_the_dead_are_let_go_once(desk: Desk) -> None:
+    desk.probe.now = None
+    for _ in range(3):
+        desk.watch.tick(LONGEST_TICKS)
+    assert desk.gone == [desk.registration]
+    assert desk.watch.registrations == ()
+
+
+def test_a_later_process_of_that_number_is_not_taken_for_it(desk: Desk) -> None:
+    desk.watch.unregister(os.getpid())
+    other = replace(desk.registration, start_ticks=desk.registration.start_ticks + 1)
+    with pytest.raises(ProcessLookupError, match="it is another one"):
+        desk.watch.register(other)
+    assert desk.watch.registrations == ()
+
+
+def test_it_looks_the_more_often_the_nearer_the_limit_is(desk: Desk) -> None:
+    """Nobody gets from one look past the limit before the next, with all cores."""
+    assert desk.see(0) == LONGEST_TICKS
+    assert desk.see(LIMITS.hard_bytes - 1) == 1
+    for headroom in range(1, LIMITS.hard_bytes, 97 * 1024**2):
+        ticks = desk.see(LIMITS.hard_bytes - headroom)
+        assert ticks == 1 or headroom >= ticks * desk.watch.poll_s * FASTEST_BYTES_PER_S
+    desk.see(LIMITS.hard_bytes - GIB // 16)
+    before = desk.probe.reads
+    for _ in range(5):
+        desk.watch.tick()
+    assert desk.probe.reads == before + 5, "near it, at every tick"
+
+
+# ---- real processes
+
+
+def hog(what: str) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOG.format(what=what)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    return process
+
+
+@pytest.mark.parametrize(
+    "what", ["bytearray(2 << 30)", "[bytearray(1 << 20) for _ in range(2048)]"]
+)
+def test_a_process_that_outgrows_its_budget_is_ended_below_it(what: str, tmp_path: Path) -> None:
+    gone: list[Registration] = []
+    watch = Watch(on_gone=gone.append)
+    watch.start()
+    assert watch.priority
+    with hog(what) as process:
+        with ProcessProbe(process.pid) as probe:
+            registration = Registration(
+                pid=process.pid,
+                start_ticks=probe.start_ticks,
+                budget_bytes=GIB,
+                label="hog",
+                slot_path=Slot.create(tmp_path / "slot").path,
+                verdict_dir=tmp_path,
+            )
+        watch.register(registration)
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+        _, status, used = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        assert process.returncode == -9
+        assert used.ru_maxrss * 1024 < GIB + 256 * 1024**2
+    deadline = time.monotonic() + 5
+    while not gone and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert gone == [registration]
+    watch.stop()
+    verdict = find(tmp_path, registration.pid, registration.start_ticks)
+    assert verdict is not None
+    assert verdict.usage_bytes >= Limits.of(GIB).hard_bytes
