@@ -33,6 +33,7 @@ from typing import Any
 
 import common
 import ray
+from memory_stream import throughput_ratio
 
 from raypipe.cluster.node_memory import node_actor
 from raypipe.cluster.session import open_session
@@ -239,6 +240,8 @@ def main() -> None:
         common.say(str(metrics))
         metrics |= kills(node, options.kills)
         metrics["false_kills"] = false_kills(node, options.maps, Path(folder))
+        common.say(str(metrics))
+        metrics["throughput_ratio_on_off"] = throughput_ratio(Path(folder))
     metrics["priority"] = node.state["priority"]
     common.emit("memory", metrics, options.json)
 

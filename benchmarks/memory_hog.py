@@ -52,7 +52,8 @@ kind, size = sys.argv[1:3]
 take = _take(kind)
 at_start = _statm()
 print(*at_start, flush=True)
-sys.stdin.readline()
+if not sys.stdin.readline():  # who would watch it is gone
+    sys.exit()
 began = time.perf_counter()
 held = take(size)
 print(time.perf_counter() - began, held if kind == "map" else 0, flush=True)

@@ -60,24 +60,22 @@ SAY_WAITING_EVERY_S = 30.0
 class NodeMemoryActor(NodeMemory):
     """What becomes the actor: it stands back from the kernel's OOM killer, and ends when idle."""
 
-    def __init__(self, node_id: str) -> None:
+    def __init__(self, node_id: str, idle_s: float = IDLE_S) -> None:
+        self._ends_after_s = idle_s
         folder = node_folder(node_id)
         clear_abandoned_folders(folder)
         _spare_from_oom_killer()
         super().__init__(folder, on_failure=lambda: os._exit(1))  # dead, it is brought back
         threading.Thread(target=self._retire_when_idle, daemon=True).start()
 
-    def retire(self) -> None:
-        """End, unless somebody has come meanwhile."""
-        if self.idle_s() >= IDLE_S:
-            self.close()
-            ray.actor.exit_actor()
-
     def _retire_when_idle(self) -> None:
-        while True:
-            time.sleep(IDLE_S / 4)
-            if self.idle_s() >= IDLE_S:
-                ray.get_runtime_context().current_actor.retire.remote()
+        """Who comes in this very moment meets a dead actor, and makes another."""
+        while self.idle_s() < self._ends_after_s:
+            time.sleep(self._ends_after_s / 4)
+        self.close()
+        # A call of exit_actor to oneself waits for its own answer for ever; an exit of the process
+        # is reported to every driver as a crash.
+        ray.kill(ray.get_runtime_context().current_actor)
 
 
 def actor_name(node_id: str) -> str:

@@ -235,8 +235,8 @@ class RayPool:
                 ) from error
         again = [item.again() for item in lost]
         if short_of_memory and blamed is not None:
-            smaller = _with_less_memory(blamed, error)
-            again[lost.index(blamed)] = smaller
+            again[lost.index(blamed)] = smaller = _with_less_memory(blamed, error)
+            again = [item.at_most(smaller) for item in again]
             self._limit_others(smaller, queue)
         queue.extendleft(reversed(again))
         self._say(

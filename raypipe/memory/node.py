@@ -31,7 +31,7 @@ from raypipe.units import format_bytes
 # The dead among those who still wait for their lease are looked for this often.
 SWEEP_S = 0.25
 KEPT_VERDICTS = 256
-ABANDONED_S = 3600.0
+ABANDONED_S, EMPTY_S = 3600.0, 60.0
 
 Holder = tuple[int, int]  # (pid, start_ticks)
 
@@ -73,11 +73,14 @@ def node_folder(node_id: str) -> Path:
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.is_symlink() or (hasattr(os, "getuid") and folder.stat().st_uid != user):
         raise ResourceError(f"{folder} is not yours; have it removed, then run again")
+    os.utime(folder)  # in use: nobody clears it now
     return folder
 
 
 def clear_abandoned_folders(keep: Path) -> None:
-    """Remove what killed clusters left beside ``keep``: an hour old, and nobody in it alive."""
+    """Remove what ended clusters left beside ``keep``: folders that are empty for a minute, or
+    untouched for an hour with nobody in them alive.
+    """
     for folder in keep.parent.glob(f"{keep.name.rpartition('-')[0]}-*"):
         if folder == keep or folder.is_symlink():
             continue
@@ -85,7 +88,8 @@ def clear_abandoned_folders(keep: Path) -> None:
             files = list(folder.iterdir())
             holders = [tuple(int(part) for part in file.stem.split("-")) for file in files]
             dead = not any(_lives((pid, start)) for pid, start in holders)
-            if dead and time.time() - folder.stat().st_mtime > ABANDONED_S:
+            age_s = time.time() - folder.stat().st_mtime
+            if dead and age_s > (ABANDONED_S if files else EMPTY_S):
                 for file in files:
                     file.unlink()
                 folder.rmdir()

@@ -20,6 +20,7 @@ from raypipe.cluster import node_memory
 from raypipe.cluster.node_memory import join, make_everywhere, node_actor, verdict_of
 from raypipe.errors import MemoryBudgetExceeded
 from raypipe.memory.guard import guarding, relieve
+from raypipe.memory.node import node_folder
 from raypipe.memory.policy import Limits
 from raypipe.memory.probe import ProcessProbe, anon_bytes
 from raypipe.memory.verdict import Verdict, read_all
@@ -274,6 +275,14 @@ def test_a_driver_makes_all_actors_beforehand() -> None:
     with ProcessProbe(states[node_id()]["pid"]) as probe:
         assert probe.read().anon_bytes < 256 * MIB
     assert anon_bytes() > 0
+
+
+def test_an_actor_that_nobody_needs_ends_itself() -> None:
+    actor = ray.remote(node_memory.NodeMemoryActor).options(num_cpus=0).remote("idle", idle_s=0.5)
+    pid = get(actor.state.remote())["pid"]
+    folder = node_folder("idle")
+    until(lambda: not Path(f"/proc/{pid}").exists())
+    assert not folder.exists()
 
 
 # ---- clusters of their own: a process a test, for they cannot share the session

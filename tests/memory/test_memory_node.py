@@ -180,13 +180,15 @@ def test_a_folder_of_the_dead_is_cleared_and_no_other(folder: Path, sleepers: Sl
     with ProcessProbe(process.pid) as probe:
         start = probe.start_ticks
     for name, stem, age in (
-        ("a", "1-1", 7200), ("b", f"{process.pid}-{start}", 7200), ("c", "1-1", 0),
+        ("a", "1-1", 7200), ("b", f"{process.pid}-{start}", 7200), ("c", "1-1", 120),
+        ("d", "", 120), ("e", "", 0),
     ):  # fmt: skip
         other = folder.with_name(f"raypipe-memory-0-{name}")
         other.mkdir()
-        (other / f"{stem}.slot").touch()
+        if stem:
+            (other / f"{stem}.slot").touch()
         then = time.time() - age
         os.utime(other, (then, then))
     clear_abandoned_folders(folder)
     left = sorted(path.name[-1] for path in folder.parent.glob("raypipe-memory-0-?"))
-    assert left == ["b", "c"]
+    assert left == ["b", "c", "e"]

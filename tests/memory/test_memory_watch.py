@@ -16,7 +16,13 @@ from raypipe.memory.policy import Limits
 from raypipe.memory.probe import ProcessProbe, Reading
 from raypipe.memory.slot import Slot
 from raypipe.memory.verdict import Verdict, find
-from raypipe.memory.watch import FASTEST_BYTES_PER_S, LONGEST_TICKS, Registration, Watch
+from raypipe.memory.watch import (
+    FASTEST_BYTES_PER_S,
+    LONGEST_TICKS,
+    Registration,
+    Watch,
+    raise_priority,
+)
 
 GIB = 1024**3
 BUDGET = 8 * GIB
@@ -158,6 +164,16 @@ def test_it_looks_the_more_often_the_nearer_the_limit_is(desk: Desk) -> None:
     for _ in range(5):
         desk.watch.tick()
     assert desk.probe.reads == before + 5, "near it, at every tick"
+
+
+def test_a_priority_that_cannot_be_raised_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "sched_setscheduler", refuse)
+    monkeypatch.setattr(os, "setpriority", refuse)
+    assert raise_priority().startswith("ordinary priority, nice ")
+    assert "CAP_SYS_NICE" in raise_priority()
 
 
 # ---- real processes
