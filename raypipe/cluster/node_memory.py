@@ -217,6 +217,15 @@ class RemoteGuard:
     # ---- the keeper's side
 
     def _keep(self, actor_pid: int) -> None:
+        """Whatever ends the keeper, the budget is kept: by this process itself then."""
+        try:
+            self._keep_watched(actor_pid)
+        except Exception as error:
+            label = self._ask.registration.label
+            self._say(f"{label} is watched no more ({error!r}); it keeps its budget by itself now")
+            self._own = InProcessGuard(self.budget_bytes, label)
+
+    def _keep_watched(self, actor_pid: int) -> None:
         """Bring the actor back when it has died or hangs, and count what only this process can."""
         watcher, looks, beats, still = _probe(actor_pid), 0, 0, 0
         while not self._closing.wait(LOOK_EVERY_S):

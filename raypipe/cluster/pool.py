@@ -19,6 +19,7 @@ import ray
 from ray.exceptions import ActorUnschedulableError, OutOfMemoryError, RayError, RayTaskError
 
 from raypipe.cluster.budget import WorkerMemory, verdicts
+from raypipe.cluster.node_memory import verdict_of
 from raypipe.errors import MemoryBudgetExceeded, RaypipeError, WorkerFailed
 from raypipe.memory.verdict import Verdict
 from raypipe.runner import Done, Needs, StepWorker
@@ -35,7 +36,10 @@ VERDICT_WAIT_S = 2.0
 class PooledWorker:
     """The one class that becomes an actor; it holds an ordinary worker, and its budget."""
 
-    def load(self, make: Callable[[], StepWorker], order: WorkerMemory | None, name: str) -> int:
+    def load(
+        self, make: Callable[[], StepWorker], order: WorkerMemory | None, name: str
+    ) -> tuple[int, str]:
+        """Make the worker, under its budget; the process id, and the node's id."""
         import os
         from contextlib import ExitStack
 
@@ -45,7 +49,7 @@ class PooledWorker:
 
             self._held.enter_context(budgeted(order, name))
         self._worker = make()
-        return os.getpid()
+        return os.getpid(), ray.get_runtime_context().get_node_id()
 
     def describe(self) -> Any:
         return self._worker.describe()
@@ -73,6 +77,7 @@ class _Seat:
     name: str
     loading: Any | None
     pid: int = 0
+    node: str = ""
     opening: Any | None = None
     ticket: Any | None = None
     call: Any | None = None
@@ -237,6 +242,7 @@ class RayPool:
         if short_of_memory and blamed is not None:
             again[lost.index(blamed)] = smaller = _with_less_memory(blamed, error)
             again = [item.at_most(smaller) for item in again]
+            self._replacements_left += 1  # this death is bounded by the halving
             self._limit_others(smaller, queue)
         queue.extendleft(reversed(again))
         self._say(
@@ -285,7 +291,14 @@ class RayPool:
         """True when the worker stands; a death while loading is replaced like any other."""
         ref, seat.loading = seat.loading, None
         try:
-            seat.pid = self._get(seat, ref)
+            seat.pid, seat.node = self._get(seat, ref)
+        except MemoryBudgetExceeded as error:  # no lease came: the others are enough, if there are
+            if not any(other.pid for other in self._seats if other is not seat):
+                raise
+            self._say(f"going on without one worker: {error}")
+            ray.kill(seat.actor, no_restart=True)
+            self._seats.remove(seat)
+            return False
         except _Died as error:
             if error.verdict is not None:  # it has no batch yet that could be halved
                 raise MemoryBudgetExceeded(error.verdict.message()) from error
@@ -310,15 +323,21 @@ class RayPool:
         except RayError as error:  # the actor, its node, or an object on it is gone
             if isinstance(error, OutOfMemoryError):
                 raise _Died(_one_line(error), out_of_memory=True) from error
-            verdict = self._verdict(seat.name)
+            verdict = self._verdict(seat)
             text = verdict.message() if verdict else _one_line(error)
             raise _Died(text, out_of_memory=verdict is not None, verdict=verdict) from error
 
-    def _verdict(self, name: str) -> Verdict | None:
-        """Why the node's memory actor ended that worker, if it did; it writes that after the kill."""
+    def _verdict(self, seat: _Seat) -> Verdict | None:
+        """Why the node's memory actor ended that worker, if it did; it writes that after the kill.
+
+        The actor is asked first: a network disk may show its file late.
+        """
         deadline = time.monotonic() + VERDICT_WAIT_S
         while self._memory is not None:
-            found = verdicts(self._memory, name)
+            told = verdict_of(seat.node, seat.pid) if seat.node else None
+            if told is not None and told.label == seat.name:
+                return told
+            found = verdicts(self._memory, seat.name)
             if found:
                 return found[-1]
             if time.monotonic() > deadline:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import ray
 from ray.autoscaler.sdk import request_resources
 
 from raypipe.cluster.budget import WorkerMemory, worker_budget
+from raypipe.cluster.node_memory import make_everywhere
 from raypipe.cluster.pool import SAY_WAITING_EVERY_S, START_TIMEOUT_S, RayPool
 from raypipe.cluster.trainer import TrainSetup, train_on_ray
 from raypipe.errors import ConfigError, DeviceUnavailable, WorkerFailed
@@ -50,14 +52,19 @@ class RayRunner:
 
         Raises MemoryBudgetExceeded when their stated budgets do not fit this machine.
         """
-        memory = self._worker_memory(needs.workers, needs.run_dir)
+        bundle = {"CPU": needs.cpus, "GPU": 1.0 * needs.device.startswith("cuda")}
+        memory = self._worker_memory(needs.workers, needs.run_dir, bundle)
         return RayPool(worker, needs, memory=memory, on_event=self._say)
 
-    def _worker_memory(self, workers: int, run_dir: Path | None) -> WorkerMemory:
-        nodes = sum(1 for node in ray.nodes() if node["Alive"])
-        per_node = -(-workers // max(1, nodes))
+    def _worker_memory(
+        self, workers: int, run_dir: Path | None, bundle: dict[str, float]
+    ) -> WorkerMemory:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        per_node = min(workers, max(_places(node, bundle) for node in nodes) or workers)
         if not self._joined:  # known here and now; a cluster's nodes say so themselves
             worker_budget(self.memory, per_node, node_limits())
+        # Before the first worker: Ray's own monitor ends the newest of a node first.
+        make_everywhere()
         return WorkerMemory(memory=self.memory, per_node=per_node, run_dir=run_dir)
 
     def fit(
@@ -76,16 +83,16 @@ class RayRunner:
             checkpoint.discard(run_dir)
         needs = self.needs(workers, self.resolve_device(device))
         on_cuda = needs.device == "cuda"
+        cpus = min(1.0, TRAIN_SHARE * (_cpus() or 1.0) / workers)
         setup = TrainSetup(
             task=task,
             cfg=cfg,
             run_dir=run_dir,
             torch_threads=None if on_cuda else max(1, int(_node_cpus() // workers)),
-            memory=self._worker_memory(workers, run_dir),
-            since=time.time(),
+            memory=self._worker_memory(workers, run_dir, {"CPU": cpus, "GPU": 1.0 * on_cuda}),
+            name=f"train-worker-{secrets.token_hex(3)}",
         )
         plan = training_plan(task.train_rows, cfg, workers, run_dir)
-        cpus = min(1.0, TRAIN_SHARE * (_cpus() or 1.0) / workers)
         wait_for_room({"CPU": cpus, **({"GPU": 1.0} if on_cuda else {})}, workers, self._say)
         steps = plan.steps_per_epoch * plan.epochs
         with TrainProgress(steps, run_dir) as progress, stop_on_interrupt(run_dir):
@@ -188,6 +195,14 @@ def wait_for_room(
         time.sleep(look_every_s)
     if asked:
         request_resources(bundles=[])  # the training run itself asks from here on
+
+
+def _places(node: dict[str, float], bundle: dict[str, float]) -> int:
+    """How many of ``bundle`` fit a node: Ray packs them, and none may find its memory taken."""
+    wanted = {name: amount for name, amount in bundle.items() if amount > 0}
+    return min(
+        (int(node.get(name, 0.0) / amount + 1e-6) for name, amount in wanted.items()), default=0
+    )
 
 
 def _cpus() -> float:

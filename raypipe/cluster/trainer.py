@@ -29,7 +29,6 @@ MAX_FAILURES = 3
 # Ray Train gives a worker group a minute to start, and by default as many minutes as it takes.
 MAX_START_TIMEOUTS = 20
 POLL_S = 0.5
-TRAIN_WORKER = "train-worker"
 _RAY_TRAIN_ENV = {
     # A report waits until the controller looks: every 2 s by default, which here was most of an
     # epoch (20 epochs of 14 small steps: 7 steps/s against 56 without Ray).
@@ -43,7 +42,7 @@ _RAY_TRAIN_ENV = {
 class TrainSetup:
     """What travels to every Train worker. Locators and configuration only, never rows.
 
-    since : seconds since the epoch; verdicts before it are of an earlier call.
+    name : of this call's workers, unlike any other call's, for verdicts.
     """
 
     task: Task
@@ -51,21 +50,21 @@ class TrainSetup:
     run_dir: Path
     torch_threads: int | None
     memory: WorkerMemory
-    since: float
+    name: str
 
     def batch_limit(self) -> int | None:
         """Half the batch at which a worker of this call was last ended for its memory, or None.
 
-        Raises MemoryBudgetExceeded when that was one row.
+        Raises MemoryBudgetExceeded when that was one row, or when it had not come to its rows: the
+        next one would end at the same place.
         """
-        ended = [v for v in verdicts(self.memory, TRAIN_WORKER) if v.when >= self.since]
+        ended = verdicts(self.memory, self.name)
         if not ended:
             return None
-        smallest = min(ended, key=lambda verdict: verdict.batch or self.cfg.batch_size)
-        batch = smallest.batch or self.cfg.batch_size
-        if batch == 1:
-            raise MemoryBudgetExceeded(smallest.message())
-        return batch // 2
+        hopeless = next((verdict for verdict in ended if verdict.batch in (None, 1)), None)
+        if hopeless is not None:
+            raise MemoryBudgetExceeded(hopeless.message())
+        return min(verdict.batch or 1 for verdict in ended) // 2
 
 
 def train_on_ray(
@@ -170,7 +169,7 @@ def _our_error(error: BaseException) -> BaseException:
     first = failures[min(failures)] if failures else error
     lines = [line.strip() for line in str(first).splitlines() if line.strip()]
     failed = WorkerFailed(
-        f"training failed for good after up to {MAX_FAILURES} restarts, last with: "
+        "training failed for good, after every restart, last with: "
         f"{lines[-1] if lines else type(first).__name__}; its checkpoints are kept: mend the cause "
         "and run the same command again"
     )
@@ -182,7 +181,7 @@ def _train_worker(config: dict[str, Any]) -> FitResult:
     """Runs in each Train worker."""
     setup: TrainSetup = ray.get(config["setup"])
     limit = setup.batch_limit()
-    with budgeted(setup.memory, TRAIN_WORKER):
+    with budgeted(setup.memory, setup.name):
         return _train(setup, limit)
 
 

@@ -263,8 +263,11 @@ def rehearse(
         RangeItem(GROUP, lo, min(lo + grid, len(paths)), grid, paths[lo : lo + grid])
         for lo in range(0, len(paths), grid)
     ]
-    with runner.pool(rehearsal, replace(needs, workers=1)) as pool:
-        found = [done.payload for done in pool.run(items, None) if done.payload is not None]
+    try:
+        with runner.pool(rehearsal, replace(needs, workers=1)) as pool:
+            found = [done.payload for done in pool.run(items, None) if done.payload is not None]
+    finally:
+        _remove_left_over()  # of a worker that was ended on this machine
     if not found:
         raise WorkerFailed("the rehearsal reported nothing; see Ray's worker logs (--verbose)")
     return found[-1]

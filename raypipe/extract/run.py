@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -122,7 +123,9 @@ def _forecast(cfg: ExtractConfig, plan: ExtractPlan, runner: Runner | None) -> l
         return [f"predicted peak: not rehearsed (no runner was given), {disk}"]
     try:
         needs = runner.needs(cfg.workers, runner.resolve_device(cfg.device))
-        found = rehearse(cfg, plan, runner, _worker_setup(cfg, plan, needs), needs)
+        setup = _worker_setup(cfg, plan, needs)
+        with tempfile.TemporaryDirectory(prefix="raypipe-dry-run-") as folder:
+            found = rehearse(cfg, plan, runner, setup, replace(needs, run_dir=Path(folder)))
     except (DeviceUnavailable, NoSpace, WorkerFailed) as error:
         return [f"predicted peak: not rehearsed ({error}), {disk}"]
     rows = sum(len(group.paths) for group in plan.groups)

@@ -71,11 +71,18 @@ class Ledger:
         return self.capacity_bytes - sum(lease.n_bytes for lease in self._leases.values())
 
     def request(
-        self, key: Hashable, holder: Hashable, n_bytes: int, priority: int = 0
+        self,
+        key: Hashable,
+        holder: Hashable,
+        n_bytes: int,
+        priority: int = 0,
+        *,
+        refuse_above: int | None = None,
     ) -> Granted | Queued | Refused:
         """Ask, or ask again, for a lease; of two priorities the lower number is served first.
 
-        Raises ConfigError for a size that is not above 0.
+        refuse_above : what can never be granted, in bytes, where the present capacity is another's
+        and will pass. Raises ConfigError for a size that is not above 0.
         """
         if n_bytes <= 0:
             raise ConfigError(f"a lease of {n_bytes} bytes is none; ask for more than 0")
@@ -88,11 +95,12 @@ class Ledger:
             )
         if key in self._leases:
             return Granted(self._leases[key])
-        if n_bytes > self.capacity_bytes:
+        most = self.capacity_bytes if refuse_above is None else refuse_above
+        if n_bytes > most:
             self.release(key)
             return Refused(
-                f"{format_bytes(n_bytes)} are asked for, this node gives out "
-                f"{format_bytes(self.capacity_bytes)} in all"
+                f"{format_bytes(n_bytes)} are asked for, this node gives out {format_bytes(most)} in"
+                " all"
             )
         if known is None:
             self._queue.append((priority, self._arrivals, wanted))

@@ -132,7 +132,11 @@ class NodeMemory:
             if ask.holds:
                 self._ledger.restore([_lease(ask)])
             found = self._ledger.request(
-                ask.holder, ask.holder, ask.registration.budget_bytes, ask.priority
+                ask.holder,
+                ask.holder,
+                ask.registration.budget_bytes,
+                ask.priority,
+                refuse_above=ask.capacity_bytes,
             )
             if isinstance(found, Refused):
                 return self._answer("refused", found.text)
@@ -184,8 +188,11 @@ class NodeMemory:
     # ---- its own side
 
     def _set_capacity(self, capacity_bytes: int) -> None:
-        """The smallest that anybody here was told of: runs may keep different buffers free."""
-        stated = [ask.capacity_bytes for ask in self._asks.values()]
+        """The smallest that a holder, or who asks now, was told of: runs may keep different buffers
+        free.
+        """
+        holders = {lease.holder for lease in self._ledger.leases}
+        stated = [ask.capacity_bytes for holder, ask in self._asks.items() if holder in holders]
         smallest = min([*stated, capacity_bytes])
         if smallest != self._ledger.capacity_bytes:
             self._ledger.limit_to(smallest)
@@ -197,6 +204,9 @@ class NodeMemory:
         except ProcessLookupError:
             self._forget(ask.holder)
             return
+        except Exception:
+            self._forget(ask.holder)  # no lease for what nobody watches
+            raise
         _write_record(self._record(ask.holder), ask)
 
     def _gone(self, registration: Registration) -> None:
@@ -235,7 +245,14 @@ class NodeMemory:
                 self._asks[ask.holder] = ask
                 self._set_capacity(ask.capacity_bytes)
                 self._ledger.restore([_lease(ask)])
-                self._take_in(ask)
+                try:
+                    self._take_in(ask)
+                except (
+                    OSError
+                ) as error:  # its slot was cleared away: it keeps itself, see its guard
+                    print(
+                        f"{ask.registration.label}: {error}; unwatched", file=sys.stderr, flush=True
+                    )
             else:
                 self._judge(ask)
                 self._forget(ask.holder)

@@ -7,11 +7,14 @@ GPUs hold (``gpu``). torch is asked only where a caller has loaded it: nothing h
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
+
+import psutil
 
 from raypipe.memory.config import GIB, MemoryConfig
 from raypipe.memory.gpu import GpuMemory, gpu_memory, initialised_cuda
@@ -68,12 +71,24 @@ def torch_shm_bytes(pid: int | None = None) -> int:
     Counts blocks in use. A tensor shared by file descriptor, whose file is unlinked at once, has
     no name there and is not seen.
     """
-    prefix = f"torch_{os.getpid() if pid is None else pid}_"
+    pid = os.getpid() if pid is None else pid
+    prefix = f"torch_{pid}_"
     try:
         names = [name for name in os.listdir(_SHM) if name.startswith(prefix)]  # noqa: PTH208
     except FileNotFoundError:
         return 0
-    return sum(_blocks_bytes(_SHM / name) for name in names)
+    if not names:
+        return 0
+    began = _began_at(pid)
+    return sum(_blocks_bytes(_SHM / name, began) for name in names)
+
+
+def _began_at(pid: int) -> float:
+    """When a process began, seconds since 1970: files before that are of another one's number."""
+    try:
+        return psutil.Process(pid).create_time()
+    except psutil.NoSuchProcess:
+        return math.inf
 
 
 _own: ProcessProbe | None = None
@@ -87,11 +102,13 @@ def own_reading() -> Reading:
     return _own.read()
 
 
-def _blocks_bytes(file: Path) -> int:
+def _blocks_bytes(file: Path, began: float) -> int:
     try:
-        return file.stat().st_blocks * 512
+        found = file.stat()
     except FileNotFoundError:
         return 0  # freed between listing and looking
+    # A second for the clock tick that a start is rounded to.
+    return found.st_blocks * 512 if found.st_ctime >= began - 1 else 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,9 +5,9 @@ could get there in that time with all cores, and down to every 80 ms further awa
 every 5 ms would cost 2.5 to 4 % of a core wherever they are (16 x 200 x 7 us with caches gone cold,
 of which the kernel's part alone is 3 us), and most of them would be of processes that are far away.
 
-At the hard limit it kills first and writes the verdict after, on another thread: an fsync takes 1
-to 20 ms on a disk and any time on a network share, at 10 GB/s 10 to 200 MB and no end, while the
-other processes go unwatched. Before the kill the cause goes into the slot, by a store to memory
+At the hard limit it kills first and writes the verdict after, on another thread: an fsync takes as
+long as the disk or the network share likes, 10 MB a millisecond at 10 GB/s, while the other
+processes go unwatched. Before the kill the cause goes into the slot, by a store to memory
 that outlives this process: a watch that dies in between leaves it to its successor
 (``cluster.node_memory``). Only a node that loses power in those milliseconds loses the cause.
 """
@@ -23,7 +23,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -56,6 +56,25 @@ class Registration:
     label: str
     slot_path: Path
     verdict_dir: Path | None = None
+
+
+def open_pidfd(pid: int) -> int:
+    """A descriptor of that process, -1 where there are none: conda's Python lacks the call, kernels
+    before 5.3 and some containers refuse it. Raises ProcessLookupError when it has ended.
+    """
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError:
+        raise
+    except (AttributeError, OSError):
+        return -1
+
+
+def kill_by_number(pid: int, start_ticks: int) -> None:
+    """End a process by its number, looked at once more just before; no error when it is gone."""
+    with suppress(ProcessLookupError), closing(ProcessProbe(pid)) as probe:
+        if probe.start_ticks == start_ticks:
+            os.kill(pid, signal.SIGKILL)
 
 
 def kill_by_pidfd(pidfd: int) -> None:
@@ -206,7 +225,7 @@ class Watch:
 
     def _open(self, registration: Registration) -> _Watched:
         with ExitStack() as opened:
-            pidfd = os.pidfd_open(registration.pid) if ENFORCES else -1
+            pidfd = open_pidfd(registration.pid) if ENFORCES else -1
             if pidfd >= 0:
                 opened.callback(os.close, pidfd)
             probe = opened.enter_context(closing(self._probe(registration.pid)))
@@ -288,7 +307,10 @@ class Watch:
             time.time_ns(), reading.anon_bytes, one.pinned_bytes, shm_bytes, reading.file_bytes
         )
         one.slot.sentence = sentence
-        self._kill(one.pidfd)
+        if one.pidfd >= 0:
+            self._kill(one.pidfd)
+        else:
+            kill_by_number(one.registration.pid, one.registration.start_ticks)
         pressed_s = now - one.pressed_since if one.pressed_since is not None else 0.0
         verdict = verdict_on(
             one.registration,

@@ -21,6 +21,7 @@ from raypipe.cluster.runner import RayRunner
 from raypipe.errors import MemoryBudgetExceeded
 from raypipe.memory.config import MemoryFlags, resolve
 from raypipe.memory.history import read_history
+from raypipe.memory.limits import node_limits
 from raypipe.memory.verdict import read_all
 from raypipe.runner import Done, LocalRunner, Needs
 
@@ -119,8 +120,10 @@ def test_work_that_does_not_fit_in_ones_ends_the_run_with_the_reason(tmp_path: P
 
 
 def test_workers_whose_stated_budgets_do_not_fit_are_refused_before_they_start() -> None:
+    most = int(node_limits().limit_bytes * 0.6 / MIB)
     with pytest.raises(MemoryBudgetExceeded, match="fewer --workers"):
-        runner("4GiB", []).pool(Hungry(1), Needs(workers=1000))
+        runner(f"{most}MiB", []).pool(Hungry(1), Needs(workers=2, cpus=0.5))
+    runner(f"{most}MiB", []).pool(Hungry(1), Needs(workers=1, cpus=0.5))
 
 
 @dataclass(frozen=True)
@@ -164,3 +167,17 @@ def test_training_that_does_not_fit_row_by_row_exits_3(tmp_path: Path) -> None:
         runner("2GiB", []).fit(hungry, config(batch_size=2), tmp_path / "run", device="cpu")
     assert stop.value.exit_code == 3
     assert len(read_all(tmp_path / "run" / "memory")) == 2
+
+
+def test_a_training_that_ends_before_its_first_rows_is_not_tried_again(tmp_path: Path) -> None:
+    @dataclass(frozen=True)
+    class Large(ToyTask):
+        def build_model(self) -> nn.Module:
+            self_held = torch.ones(3 << 30, dtype=torch.uint8)
+            return super().build_model() if self_held[-1] else nn.Identity()
+
+    toy = write_toy(tmp_path / "data")
+    with pytest.raises(MemoryBudgetExceeded, match="was stopped") as stop:
+        runner("2GiB", []).fit(Large(toy.data), config(), tmp_path / "run", device="cpu")
+    assert stop.value.exit_code == 3
+    assert len(read_all(tmp_path / "run" / "memory")) == 1

@@ -118,3 +118,13 @@ def test_what_a_predecessor_granted_counts_even_beyond_the_capacity() -> None:
     assert ledger.request(2, 2, 10) == Queued(0)
     ledger.holder_died(0)
     assert isinstance(ledger.request(2, 2, 10), Granted)
+
+
+def test_what_another_runs_buffer_holds_back_waits_and_is_not_refused() -> None:
+    ledger = Ledger(15)
+    assert isinstance(ledger.request("b", "b", 10, refuse_above=15), Granted)
+    assert isinstance(ledger.request("a", "a", 20, refuse_above=100), Queued)
+    assert isinstance(ledger.request("c", "c", 200, refuse_above=100), Refused)
+    ledger.release("b")
+    ledger.limit_to(100)
+    assert isinstance(ledger.request("a", "a", 20, refuse_above=100), Granted)

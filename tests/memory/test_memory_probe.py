@@ -378,3 +378,13 @@ def test_of_this_machine() -> None:
     assert info.available_gb == pytest.approx(psutil.virtual_memory().available / GIB, abs=1.0)
     assert 0 < info.charge.total_bytes < psutil.Process().memory_info().rss
     assert info.headroom_bytes == info.budget_bytes - info.charge.total_bytes
+
+
+def test_shared_tensors_of_an_older_process_of_the_same_number_are_not_charged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raypipe.memory.probe._SHM", tmp_path)
+    (tmp_path / f"torch_{os.getpid()}_1_0").write_bytes(bytes(1 << 20))
+    assert torch_shm_bytes() == 1 << 20
+    monkeypatch.setattr("raypipe.memory.probe._began_at", lambda pid: time.time() + 60)
+    assert torch_shm_bytes() == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ from raypipe.memory.watch import (
     LONGEST_TICKS,
     Registration,
     Watch,
+    kill_by_number,
     raise_priority,
 )
 
@@ -225,3 +227,51 @@ def test_a_process_that_outgrows_its_budget_is_ended_below_it(what: str, tmp_pat
     verdict = find(tmp_path, registration.pid, registration.start_ticks)
     assert verdict is not None
     assert verdict.usage_bytes >= Limits.of(GIB).hard_bytes
+
+
+def test_where_there_is_no_pidfd_a_process_is_ended_by_its_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """conda's Python has no os.pidfd_open; old kernels refuse the call."""
+
+    def refused(pid: int, flags: int = 0) -> int:
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("os.pidfd_open", refused)
+    hog = subprocess.Popen([sys.executable, "-c", "x = b'1' * (400 << 20); input()"], stdin=-1)
+    try:
+        with ProcessProbe(hog.pid) as probe:
+            start_ticks = probe.start_ticks
+        Slot.create(tmp_path / "slot").close()
+        watch = Watch()
+        watch.register(
+            Registration(
+                pid=hog.pid,
+                start_ticks=start_ticks,
+                budget_bytes=512 << 20,
+                label="hog",
+                slot_path=tmp_path / "slot",
+                verdict_dir=tmp_path,
+            )
+        )
+        deadline = time.monotonic() + 30
+        while hog.poll() is None and time.monotonic() < deadline:
+            watch.tick()
+            time.sleep(0.01)
+        assert hog.wait(timeout=5) == -signal.SIGKILL
+        watch.stop()
+        assert find(tmp_path, hog.pid, start_ticks) is not None
+    finally:
+        hog.kill()
+        hog.wait()
+
+
+def test_a_number_that_is_another_process_now_is_not_ended() -> None:
+    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=-1)
+    try:
+        kill_by_number(other.pid, 1)
+        time.sleep(0.2)
+        assert other.poll() is None
+    finally:
+        other.kill()
+        other.wait()
