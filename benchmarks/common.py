@@ -47,7 +47,7 @@ def emit(name: str, metrics: Mapping[str, object], file: Path | None) -> None:
     result = {
         "name": name,
         "commit": git_commit(),
-        "command": " ".join(["python", *sys.argv]),
+        "command": _command(),
         "machine": machine(),
         "versions": versions(),
         "metrics": dict(metrics),
@@ -65,3 +65,11 @@ def say(text: str) -> None:
 def median(figures: Sequence[float]) -> float:
     """The median, as a float."""
     return float(statistics.median(figures))
+
+
+def _command() -> str:
+    """As one would give it in the repository's root; no path of this machine."""
+    args = list(sys.argv[1:])
+    if "--json" in args:
+        args[args.index("--json") + 1] = "FILE"
+    return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *args])
