@@ -47,7 +47,9 @@ def test_it_predicts_memory_and_leaves_nothing(
     extract(cfg, LocalRunner())
     out = capsys.readouterr().out
     line = found(out)
-    assert re.search(r"predicted peak: \d+ MiB a worker process \(rehearsed on 48 images\)", line)
+    assert re.search(
+        r"predicted peak: [\d.]+ [MG]iB a worker process \(rehearsed on 48 images\)", line
+    )
     assert f"rehearsed in {os.uname().nodename}:{temporary}" in out
     assert not list(temporary.glob("raypipe-*"))
     assert not cfg.output_dir.exists()
@@ -207,7 +209,7 @@ def test_on_ray_a_killed_rehearsal_is_done_again_and_cleared_up(
     assert killed
     assert any("failed" in event for event in events)
     assert re.search(
-        r"\d+ MiB a worker process \(rehearsed on \d+ images\)", capsys.readouterr().out
+        r"[\d.]+ [MG]iB a worker process \(rehearsed on \d+ images\)", capsys.readouterr().out
     )
     assert not killed[0].exists()
 

@@ -14,9 +14,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import psutil
 import pytest
+from taking import taken
 
 from raypipe.memory import gpu, probe, statm
 from raypipe.memory.config import GIB, MemoryConfig
@@ -71,10 +71,9 @@ def test_of_another_process_as_psutil_and_smaps_say(child: subprocess.Popen[str]
 
 def test_memory_taken_is_charged_and_given_back() -> None:
     before = charge_bytes()
-    held = np.ones(96 * MIB, np.uint8)
-    assert charge_bytes() - before == pytest.approx(96 * MIB, abs=4 * MIB)
-    assert anon_bytes() == pytest.approx(charge().anon_bytes, abs=2 * MIB)
-    del held
+    with taken(96 * MIB):
+        assert charge_bytes() - before == pytest.approx(96 * MIB, abs=4 * MIB)
+        assert anon_bytes() == pytest.approx(charge().anon_bytes, abs=2 * MIB)
     assert charge_bytes() - before < 4 * MIB
 
 
@@ -134,11 +133,11 @@ def test_a_forked_child_reads_itself() -> None:
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
-        held = bytearray(48 * MIB)
-        os.write(writer, f"{charge_bytes()} {len(held)}".encode())
-        os._exit(0)
+        with taken(48 * MIB):
+            os.write(writer, str(charge_bytes()).encode())
+            os._exit(0)
     os.waitpid(pid, 0)
-    in_child = int(os.read(reader, 100).split()[0])
+    in_child = int(os.read(reader, 100))
     os.close(reader), os.close(writer)
     assert in_child > charge_bytes() + 8 * MIB  # of its 48 MiB; what it shares is counted in both
 

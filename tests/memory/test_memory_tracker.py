@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from taking import taken
 
 from raypipe.errors import ConfigError, MissingInput, StoreCorrupt
 from raypipe.memory import tracker as tracking
@@ -31,9 +32,8 @@ def test_a_peak_between_two_rows_is_seen(tmp_path: Path) -> None:
     log = tmp_path / "new" / "memory.csv"
     with MemoryTracker(log, 60.0, budget_bytes=10**9, sample_interval=0.005) as tracker:
         tracker.update(step=7, phase="load")
-        held = np.ones(128 * MIB, np.uint8)
-        time.sleep(0.2)
-        del held
+        with taken(128 * MIB):
+            time.sleep(0.2)
         tracker.update(step=8, phase="train")
         most = tracker.get_max_usage()
     history = read_history(log)
