@@ -5,14 +5,13 @@ Its run.json is written by ``raypipe.extract.run``; the section on memory is ``m
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from raypipe.report.blocks import Block, Card, Cards, Code, Facts, Note, Page, Section, Table
+from raypipe.report.blocks import Block, Card, Cards, Note, Page, Section, Table
 from raypipe.report.memory import memory_card, memory_section
-from raypipe.report.sections import typed_command
+from raypipe.report.sections import how_it_was_made
 from raypipe.units import format_seconds
 
 Run = Mapping[str, Any]
@@ -99,16 +98,5 @@ def _setup(run: Run) -> Section:
             f"{config.get('batch_size', '?')} images, {config.get('precision', '?')}, stored as"
             f" {config.get('store_dtype', '?')}",
         ),
-        (
-            "run",
-            f"{run.get('started', '?')} on {run.get('host', '?')}, raypipe {run.get('raypipe')}",
-        ),
-        ("command", typed_command(run.get("command", ()))),
-        ("commit", str(run.get("git_commit") or "not a git checkout")),
     ]
-    versions = Table(
-        ["package", "version"], sorted((run.get("versions") or {}).items()), "Versions",
-        numeric_from=2, folded=True,
-    )  # fmt: skip
-    resolved = Code("Resolved configuration", json.dumps(config, indent=2))
-    return Section("How it was made", [Facts(pairs), versions, resolved])
+    return how_it_was_made(run, pairs)

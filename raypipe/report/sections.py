@@ -266,6 +266,14 @@ def setup_section(run_dir: Path, run: Run) -> Section | None:
         ("parameters", f"{run.get('n_parameters', 0):,}"),
         ("images", _images(run)),
         ("optimiser", _optimiser(config.get("train") or {})),
+    ]
+    return how_it_was_made(run, pairs)
+
+
+def how_it_was_made(run: Run, pairs: Sequence[tuple[str, str]]) -> Section:
+    """``pairs`` of a run, and what every kind of run has: when, where, command, versions, options."""
+    config = run.get("config") or {}
+    common = [
         (
             "run",
             f"{run.get('started', '?')} on {run.get('host', '?')}, raypipe {run.get('raypipe')}",
@@ -278,7 +286,7 @@ def setup_section(run_dir: Path, run: Run) -> Section | None:
         numeric_from=2, folded=True,
     )  # fmt: skip
     resolved = Code("Resolved configuration", json.dumps(config, indent=2))
-    return Section("How it was made", [Facts(pairs), versions, resolved])
+    return Section("How it was made", [Facts([*pairs, *common]), versions, resolved])
 
 
 def typed_command(words: Sequence[str]) -> str:
