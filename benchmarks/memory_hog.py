@@ -1,7 +1,8 @@
 """One process of benchmarks/memory.py: says that it is ready, waits for a line, does one thing.
 
-KIND: numpy, torch, bytearray: takes SIZE bytes in one call, at full speed; free: as bytearray, for
-the time it takes; hold: keeps SIZE bytes; map: maps and reads the file SIZE.
+KIND: numpy, torch, bytearray: takes SIZE bytes in one call, at full speed; huge: as fast as the
+machine gives memory, in huge pages by one thread a core; hold: keeps SIZE bytes; churn: keeps SIZE
+bytes and takes and gives back a few more all the time; map: maps and reads the file SIZE.
 """
 
 from __future__ import annotations
@@ -11,8 +12,11 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 
 def _map(path: str) -> int:
@@ -32,13 +36,35 @@ def _statm() -> tuple[int, int]:
     return (resident - shared) * mmap.PAGESIZE, shared * mmap.PAGESIZE
 
 
+def _huge(size: str) -> mmap.mmap:
+    """The kernel zeroes 2 MiB a touch; a part a thread: numpy fills without the GIL."""
+    held = mmap.mmap(-1, int(size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    held.madvise(mmap.MADV_HUGEPAGE)
+    page = 2 * 1024**2
+    whole = np.frombuffer(held, np.uint8)[: len(held) // page * page].reshape(-1, page)
+    parts = np.array_split(np.arange(len(whole)), os.cpu_count() or 1)
+    with ThreadPoolExecutor(len(parts)) as pool:
+        list(pool.map(lambda rows: whole[rows[0] : rows[-1] + 1, 0].fill(1), parts))
+    return held
+
+
+def _churn(size: str) -> None:
+    held = bytearray(int(size))
+    print(0, 0, flush=True)
+    while held:
+        bytearray(4 * 1024**2)
+        time.sleep(0.001)
+
+
 def _take(kind: str) -> Callable[[str], Any]:
     """What does the work, its library loaded."""
     if kind == "map":
         return _map
+    if kind == "huge":
+        return _huge
+    if kind == "churn":
+        return _churn
     if kind == "numpy":
-        import numpy as np
-
         return lambda size: np.ones(int(size) // 8)
     if kind == "torch":
         import torch

@@ -13,7 +13,7 @@ import ray
 
 from raypipe.cluster.budget import WorkerMemory, budgeted
 from raypipe.memory.config import resolve
-from raypipe.memory.guard import NoGuard
+from raypipe.memory.guard import NoGuard, note
 from raypipe.stream import ArraySource, Gatherer
 
 ROWS, TOKENS, DIM, BATCH = 600, 962, 768, 16
@@ -38,7 +38,7 @@ class Reader:
         with Gatherer({"tokens": self.source}, BATCH) as gatherer:
             for _ in gatherer.batches(_rows()):
                 guard.pressure()
-                guard.note(batch=BATCH)
+                note(step=count, batch=BATCH, phase="train")
                 count += 1
                 if time.monotonic() - began >= seconds:
                     break

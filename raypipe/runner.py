@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from raypipe.errors import ConfigError, DeviceUnavailable
 from raypipe.memory.attend import attend
 from raypipe.memory.config import ResolvedMemory, resolve
+from raypipe.memory.guard import note
 
 if TYPE_CHECKING:
     from raypipe.stream import Cursor, StepSlice
@@ -30,13 +31,15 @@ class Needs:
     """What one pool of workers takes.
 
     workers : actors (one a GPU on CUDA); cpus : per worker, may be a fraction; run_dir : the run's
-    folder, where each worker's memory is recorded.
+    folder, where each worker's memory is recorded; stands_for : workers of a run that this pool
+    tries out, which share a node's memory as those will.
     """
 
     workers: int = 1
     device: str = "cpu"
     cpus: float = 1.0
     run_dir: Path | None = None
+    stands_for: int | None = None
 
     def __post_init__(self) -> None:
         if self.workers < 1:
@@ -221,6 +224,7 @@ class LocalPool:
     def __enter__(self) -> LocalPool:
         with ExitStack() as stack:
             stack.enter_context(attend(self._memory, self._run_dir, "worker"))
+            note(phase="load")
             self._worker = self._make()
             self._held = stack.pop_all()
         return self

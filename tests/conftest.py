@@ -9,11 +9,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Ray warns of its own future; in its worker processes our "warnings are errors" does not hold.
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+# A busy machine is no finding: how long an example takes says nothing of what it shows.
+settings.register_profile("raypipe", deadline=None)
+settings.load_profile("raypipe")
 
 ROOT = Path(__file__).parents[1]
 

@@ -18,6 +18,7 @@ from raypipe.memory.attend import FOLDER, attend
 from raypipe.memory.config import MemoryConfig, ResolvedMemory
 from raypipe.memory.guard import Guard
 from raypipe.memory.limits import NodeLimits, node_limits
+from raypipe.memory.turns import Seat
 from raypipe.memory.verdict import Verdict, read_all
 from raypipe.units import format_bytes
 
@@ -62,8 +63,11 @@ def worker_budget(memory: ResolvedMemory, per_node: int, limits: NodeLimits) -> 
 
 
 @contextmanager
-def budgeted(order: WorkerMemory, name: str) -> Iterator[Guard]:
-    """This worker under its node's memory actor, with its lease, for the length of the block."""
+def budgeted(order: WorkerMemory, name: str, seat: Seat | None = None) -> Iterator[Guard]:
+    """This worker under its node's memory actor, with its lease, for the length of the block.
+
+    seat : of one that will wait for others of its group; see ``memory.turns``.
+    """
     budget, capacity = worker_budget(order.memory, order.per_node, node_limits())
     if order.verdict_dir:
         order.verdict_dir.mkdir(parents=True, exist_ok=True)
@@ -74,6 +78,7 @@ def budgeted(order: WorkerMemory, name: str) -> Iterator[Guard]:
             capacity_bytes=capacity,
             verdict_dir=order.verdict_dir,
             wait_s=LEASE_WAIT_S,
+            seat=seat,
         ) as guard,
         attend(order.memory, order.run_dir, f"{name}-{os.getpid()}", guard),
     ):

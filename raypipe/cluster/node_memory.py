@@ -30,22 +30,18 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raypipe.errors import ConfigError, MemoryBudgetExceeded, WorkerFailed
 from raypipe.memory.guard import InProcessGuard
-from raypipe.memory.node import (
-    Answer,
-    Ask,
-    NodeMemory,
-    clear_abandoned_folders,
-    node_folder,
-    slot_path,
-)
+from raypipe.memory.node import Answer, NodeMemory
 from raypipe.memory.policy import Limits
 from raypipe.memory.probe import ProcessProbe, charge_bytes, pinned_bytes
+from raypipe.memory.records import Ask, clear_abandoned_folders, node_folder, slot_path
+from raypipe.memory.registration import Registration
 from raypipe.memory.slot import Slot
+from raypipe.memory.turns import Seat
 from raypipe.memory.verdict import Verdict
-from raypipe.memory.watch import Registration
 from raypipe.units import format_bytes
 
 NAMESPACE = "raypipe"
+HEAD = "node:__internal_head__"
 # An actor's process starts in 1 s; on a node that pulls its packages first, in a minute.
 START_TIMEOUT_S = 120.0
 CALL_TIMEOUT_S = 10.0
@@ -139,11 +135,13 @@ def join(
     capacity_bytes: int,
     verdict_dir: Path | None,
     wait_s: float,
+    seat: Seat | None = None,
     say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
 ) -> RemoteGuard:
     """Wait for this process's lease on its node, and have it watched until the guard is closed.
 
-    capacity_bytes : what this node gives out in all. say : told of waiting and of trouble.
+    capacity_bytes : what this node gives out in all. seat : of a process that will wait for the
+    others of its group; it gets its lease in their turn. say : told of waiting and of trouble.
     Raises MemoryBudgetExceeded when the lease can never be granted, was not in ``wait_s``, or is
     used up already; ConfigError for a budget that is too small, or a second join;
     WorkerFailed when the node's actor does not start.
@@ -159,7 +157,7 @@ def join(
     registration, slot = _introduce(node_id, budget_bytes, label, verdict_dir)
     ask = Ask(registration=registration, capacity_bytes=capacity_bytes)
     try:
-        answer = _wait_for_lease(node_id, ask, wait_s, say)
+        answer = _wait_for_lease(node_id, ask, seat, wait_s, say)
     except BaseException:
         _leave(node_id, ask, slot)
         raise
@@ -253,7 +251,9 @@ class RemoteGuard:
         if not ray.is_initialized():
             return None
         try:
-            answer = _ask(self._node_id, self._ask, START_TIMEOUT_S, self._closing)
+            answer: Answer | None = _call(
+                self._node_id, "admit", self._ask, START_TIMEOUT_S, self._closing
+            )
         except WorkerFailed as error:
             self._say(f"{error}; {self._ask.registration.label} keeps its budget by itself now")
             self._own = InProcessGuard(self.budget_bytes, self._ask.registration.label)
@@ -297,12 +297,13 @@ def _introduce(
         raise
 
 
-def _wait_for_lease(node_id: str, ask: Ask, wait_s: float, say: Callable[[str], None]) -> Answer:
+def _wait_for_lease(
+    node_id: str, ask: Ask, seat: Seat | None, wait_s: float, say: Callable[[str], None]
+) -> Answer:
     deadline, next_word = time.monotonic() + wait_s, time.monotonic() + SAY_WAITING_EVERY_S
     label = ask.registration.label
     while True:
-        answer = _ask(node_id, ask, START_TIMEOUT_S)
-        assert answer is not None  # it is only without an event to end it
+        answer = _ask_in_turn(node_id, ask, seat)
         if answer.state == "granted":
             return answer
         if answer.state == "refused":
@@ -321,9 +322,28 @@ def _wait_for_lease(node_id: str, ask: Ask, wait_s: float, say: Callable[[str], 
         time.sleep(min(ASK_AGAIN_S, max(0.0, deadline - time.monotonic())))
 
 
-def _ask(
-    node_id: str, ask: Ask, timeout_s: float, ended: threading.Event | None = None
-) -> Answer | None:
+def _ask_in_turn(node_id: str, ask: Ask, seat: Seat | None) -> Answer:
+    """The node's answer; "queued" too while another group of workers gathers."""
+    if seat is not None:
+        turn = _call(_keeper_of_turns(), "turn", seat, START_TIMEOUT_S)
+        if turn != seat.group:
+            return Answer(state="queued", text=f"{turn} gathers its workers first", pid=0)
+    answer: Answer = _call(node_id, "admit", ask, START_TIMEOUT_S)
+    if seat is not None and answer.state == "granted":
+        _call(_keeper_of_turns(), "seated", seat, START_TIMEOUT_S)
+    return answer
+
+
+def _keeper_of_turns() -> str:
+    """The node that all workers of a cluster ask for their turn: its head, while that is there."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    heads = [node["NodeID"] for node in nodes if HEAD in node["Resources"]]
+    return min(heads or [node["NodeID"] for node in nodes])
+
+
+def _call(
+    node_id: str, method: str, told: Any, timeout_s: float, ended: threading.Event | None = None
+) -> Any:
     """The answer of the node's actor, which is made again as often as it dies in ``timeout_s``.
 
     None when ``ended`` is set meanwhile. Raises WorkerFailed.
@@ -332,7 +352,8 @@ def _ask(
     while ended is None or not ended.is_set():
         try:
             left = max(1.0, deadline - time.monotonic())
-            return ray.get(node_actor(node_id).admit.remote(ask), timeout=left)
+            call = getattr(node_actor(node_id), method).remote(told)
+            return ray.get(call, timeout=left)
         except (RayActorError, GetTimeoutError) as error:
             # For some 0.1 s after its death Ray still gives out the handle of the dead one.
             if time.monotonic() >= deadline:

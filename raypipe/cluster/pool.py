@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -21,6 +22,8 @@ from ray.exceptions import ActorUnschedulableError, OutOfMemoryError, RayError, 
 from raypipe.cluster.budget import WorkerMemory, verdicts
 from raypipe.cluster.node_memory import verdict_of
 from raypipe.errors import MemoryBudgetExceeded, RaypipeError, WorkerFailed
+from raypipe.memory.attend import attend
+from raypipe.memory.guard import note
 from raypipe.memory.verdict import Verdict
 from raypipe.runner import Done, Needs, StepWorker
 
@@ -41,13 +44,13 @@ class PooledWorker:
     ) -> tuple[int, str]:
         """Make the worker, under its budget; the process id, and the node's id."""
         import os
-        from contextlib import ExitStack
 
         self._held = ExitStack()  # until the actor ends
         if order is not None:
             from raypipe.cluster.budget import budgeted
 
             self._held.enter_context(budgeted(order, name))
+            note(phase="load")
         self._worker = make()
         return os.getpid(), ray.get_runtime_context().get_node_id()
 
@@ -111,8 +114,12 @@ class RayPool:
         self._shared: Any | None = None
         self._lost: Callable[[Any], None] = lambda ticket: None
         self._deadline = 0.0
+        self._attended = ExitStack()
 
     def __enter__(self) -> RayPool:
+        if self._memory is not None:
+            log = attend(self._memory.memory, self._memory.run_dir, "driver")
+            self._attended.enter_context(log)
         self._restart_clock()
         self._make_ref, self._memory_ref = ray.put(self._make), ray.put(self._memory)
         self._seats = [self._seat() for _ in range(self._needs.workers)]
@@ -127,6 +134,7 @@ class RayPool:
         for seat in self._seats:
             ray.kill(seat.actor, no_restart=True)
         self._seats = []
+        self._attended.close()
 
     @property
     def pids(self) -> list[int]:

@@ -16,6 +16,7 @@ from raypipe.cluster.node_memory import make_everywhere
 from raypipe.cluster.pool import SAY_WAITING_EVERY_S, START_TIMEOUT_S, RayPool
 from raypipe.cluster.trainer import TrainSetup, train_on_ray
 from raypipe.errors import ConfigError, DeviceUnavailable, WorkerFailed
+from raypipe.memory.attend import attend
 from raypipe.memory.config import ResolvedMemory, resolve
 from raypipe.memory.limits import node_limits
 from raypipe.runner import Needs, StepWorker
@@ -53,7 +54,8 @@ class RayRunner:
         Raises MemoryBudgetExceeded when their stated budgets do not fit this machine.
         """
         bundle = {"CPU": needs.cpus, "GPU": 1.0 * needs.device.startswith("cuda")}
-        memory = self._worker_memory(needs.workers, needs.run_dir, bundle)
+        workers = needs.stands_for or needs.workers
+        memory = self._worker_memory(workers, needs.run_dir, bundle)
         return RayPool(worker, needs, memory=memory, on_event=self._say)
 
     def _worker_memory(
@@ -84,18 +86,24 @@ class RayRunner:
         needs = self.needs(workers, self.resolve_device(device))
         on_cuda = needs.device == "cuda"
         cpus = min(1.0, TRAIN_SHARE * (_cpus() or 1.0) / workers)
+        bundle = {"CPU": cpus, **({"GPU": 1.0} if on_cuda else {})}
+        # First of all: memory actors come to the nodes that are there, and before any worker.
+        wait_for_room(bundle, workers, self._say)
         setup = TrainSetup(
             task=task,
             cfg=cfg,
             run_dir=run_dir,
             torch_threads=None if on_cuda else max(1, int(_node_cpus() // workers)),
-            memory=self._worker_memory(workers, run_dir, {"CPU": cpus, "GPU": 1.0 * on_cuda}),
+            memory=self._worker_memory(workers, run_dir, bundle),
             name=f"train-worker-{secrets.token_hex(3)}",
         )
         plan = training_plan(task.train_rows, cfg, workers, run_dir)
-        wait_for_room({"CPU": cpus, **({"GPU": 1.0} if on_cuda else {})}, workers, self._say)
         steps = plan.steps_per_epoch * plan.epochs
-        with TrainProgress(steps, run_dir) as progress, stop_on_interrupt(run_dir):
+        with (
+            attend(self.memory, run_dir, "driver"),
+            TrainProgress(steps, run_dir) as progress,
+            stop_on_interrupt(run_dir),
+        ):
             result = train_on_ray(
                 setup, plan, workers=workers, use_gpu=on_cuda, cpus=cpus, tick=progress.tick
             )

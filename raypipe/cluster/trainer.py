@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray import train as ray_train
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchTrainer
 
 from raypipe.cluster.budget import WorkerMemory, budgeted, verdicts
 from raypipe.cluster.datasets import PlanDataConfig, plan_dataset, read_slices
 from raypipe.errors import MemoryBudgetExceeded, RaypipeError, WorkerFailed
+from raypipe.memory.turns import Seat
 from raypipe.stream import Cursor, StepSlice, StreamPlan
 from raypipe.train import FitResult, Task, TrainConfig, WorkerContext, checkpoint, fit
 from raypipe.train.follow import log_to
@@ -181,13 +183,14 @@ def _train_worker(config: dict[str, Any]) -> FitResult:
     """Runs in each Train worker."""
     setup: TrainSetup = ray.get(config["setup"])
     limit = setup.batch_limit()
-    with budgeted(setup.memory, setup.name):
+    context = ray_train.get_context()
+    seat = Seat(group=setup.name, member=context.get_world_rank(), of=context.get_world_size())
+    with budgeted(setup.memory, setup.name, seat if seat.of > 1 else None):
         return _train(setup, limit)
 
 
 def _train(setup: TrainSetup, batch_limit: int | None) -> FitResult:
     import torch
-    from ray import train as ray_train
     from ray.train.torch import get_device
 
     if setup.torch_threads:  # Ray sets OMP_NUM_THREADS=1 for workers of less than two CPUs

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from raypipe.encoding.readout import HEMIS, NONE
-from raypipe.memory.guard import current, relieve
+from raypipe.memory.guard import current, note, relieve
 from raypipe.memory.policy import Throttle
 from raypipe.report.metrics import PearsonSums, normalised_correlation
 from raypipe.report.saved import write_bytes, write_json, write_npy
@@ -62,7 +62,7 @@ def predictions(
     throttle = Throttle(batch_size)
     with Gatherer(sources, batch_size, device) as gatherer, torch.inference_mode():
         for piece, batch in zip(pieces, gatherer.batches(pieces), strict=True):
-            limit = _next_limit(throttle)
+            limit = _next_limit(throttle, int(piece[0]))
             for lo in range(0, len(piece), limit):
                 part = {name: tensor[lo : lo + limit] for name, tensor in batch.items()}
                 predicted = model(part["tokens"])
@@ -70,15 +70,14 @@ def predictions(
                 yield piece[lo : lo + limit], answers, part
 
 
-def _next_limit(throttle: Throttle) -> int:
+def _next_limit(throttle: Throttle, row: int) -> int:
     """Rows that may be computed at once: the budget's boundary, asked at each batch."""
-    guard = current()
-    if guard.pressure():
+    if current().pressure():
         relieve()
         throttle.next(True)
     else:
         throttle.next(False)
-    guard.note(batch=throttle.limit, phase="predicting")
+    note(step=row, batch=throttle.limit, phase="predict")
     return throttle.limit
 
 

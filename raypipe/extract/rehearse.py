@@ -246,7 +246,8 @@ class _Peak:
 def rehearse(
     cfg: ExtractConfig, plan: ExtractPlan, runner: Runner, setup: WorkerSetup, needs: Needs
 ) -> Rehearsed:
-    """Compute a few cells of ``plan`` in a pool of one worker of ``runner``.
+    """Compute a few cells of ``plan`` in a pool of one worker of ``runner``, with the budget that
+    it would have among the workers that ``needs`` asks for.
 
     Published weights are not fetched: random ones of the same shapes stand in. Raises what the run
     itself would raise for these images, and NoSpace, WorkerFailed, DeviceUnavailable.
@@ -264,7 +265,8 @@ def rehearse(
         for lo in range(0, len(paths), grid)
     ]
     try:
-        with runner.pool(rehearsal, replace(needs, workers=1)) as pool:
+        one = replace(needs, workers=1, stands_for=needs.workers)
+        with runner.pool(rehearsal, one) as pool:
             found = [done.payload for done in pool.run(items, None) if done.payload is not None]
     finally:
         _remove_left_over()  # of a worker that was ended on this machine

@@ -26,7 +26,7 @@ from raypipe.backbone.model import Precision
 from raypipe.backbone.model import load as load_backbone
 from raypipe.errors import BadImage, InputError, MemoryBudgetExceeded
 from raypipe.extract.plan import LESS_MEMORY, RangeItem
-from raypipe.memory.guard import current, relieve
+from raypipe.memory.guard import current, note, relieve
 from raypipe.memory.policy import Throttle
 from raypipe.read import Undecodable, try_read_image
 from raypipe.runner import Done
@@ -157,6 +157,7 @@ class ExtractWorker:
         writes: list[Future[None]] = []
         for index, (lo, paths) in enumerate(cells):
             cell = self._take(item.group, lo, paths)
+            note(step=lo, phase="extract")
             if index + 1 < len(cells):
                 self._read_ahead(item.group, *cells[index + 1])
             elif upcoming is not None:
@@ -288,16 +289,17 @@ class ExtractWorker:
 
         Raises MemoryBudgetExceeded when the guard does.
         """
-        guard, before = current(), throttle.limit
-        pressed = guard.pressure()
+        before = throttle.limit
+        pressed = current().pressure()
         batch = throttle.next(pressed)
         if batch < before:
             logger.warning("memory is short: batch %d from here on, it was %d", batch, before)
         if pressed and (new_cell or batch < before):  # at each tiny pass it would cost the most
             if self._writing is not None:
                 wait([self._writing])  # the features of the cell before go first
+            self._sink.submit(self._flush).result()
             relieve()
-        guard.note(batch=batch)
+        note(batch=batch)
         return batch
 
     def _forward_batch(self, pixels: np.ndarray) -> dict[str, np.ndarray]:
@@ -326,6 +328,11 @@ class ExtractWorker:
             self._writer(layer).write(
                 cell.lo, features[layer], cell.sources, batch=halved, attempt=item.attempt
             )
+
+    def _flush(self) -> None:
+        """What was written goes to the disk now: the node has those pages again for the asking."""
+        for writer in self._writers.values():
+            writer.flush()
 
     def _commit_behind(
         self, item: RangeItem, writes: list[Future[None]], result: Extracted

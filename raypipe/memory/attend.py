@@ -28,9 +28,12 @@ def attend(
     """
     guard = guard or InProcessGuard(memory.config.budget_bytes, name)
     with ExitStack() as stack:
+        log = None
         if run_dir is not None and memory.config.monitor_memory_usage:
             folder = run_dir / FOLDER
             folder.mkdir(parents=True, exist_ok=True)
-            log = folder / f"{name}.csv"
-            stack.enter_context(MemoryTracker(log, LOG_INTERVAL_S, budget_bytes=guard.budget_bytes))
-        yield stack.enter_context(guarding(guard))
+            tracker = MemoryTracker(
+                folder / f"{name}.csv", LOG_INTERVAL_S, budget_bytes=guard.budget_bytes
+            )
+            log = stack.enter_context(tracker)
+        yield stack.enter_context(guarding(guard, log))

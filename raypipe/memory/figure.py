@@ -1,7 +1,7 @@
 """Draws memory logs: each process's charge over time, the budget dashed, kills marked.
 
-One matplotlib ``Figure`` of its own, no pyplot, no global state; import this only to draw. Colours
-are Okabe and Ito's. Where a budget dwarfs what was used, a second panel shows the use itself.
+One matplotlib ``Figure`` of its own, no pyplot, no global state; import this only to draw. Where a
+budget dwarfs what was used, a second panel shows the use itself.
 """
 
 from __future__ import annotations
@@ -14,12 +14,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from raypipe.dress import COLOURS, DARK, WIDTH_IN, dress
 from raypipe.memory.history import History
 from raypipe.units import format_bytes
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7a6a00")
-GREY, DARK = "#6b7280", "#1f2937"
-WIDTH_IN = 9.6  # shown 1000 px wide: 10 pt text comes out 14 px high
 _DWARFED = 0.4  # of the budget: with less in use, lines lie too low to be told apart
 _SMALL_UNITS = ((1024**3, "GiB"), (1024**2, "MiB"))
 
@@ -101,7 +99,7 @@ def _draw_host(
     ax.set_ylim(0, top / unit * 1.15)
     ax.set_xlim(left=0)
     title = "Use against the budget" if budgets else "Use alone, enlarged"
-    _dress(ax, title if budget is False or budgets else "Use", scale_name, f"charge, {unit_name}")
+    dress(ax, title if budget is False or budgets else "Use", scale_name, f"charge, {unit_name}")
 
 
 def _draw_gpus(
@@ -119,7 +117,7 @@ def _draw_gpus(
     ax.set_ylim(0, top / unit * 1.15)
     ax.set_xlim(left=0)
     title = "GPU: allocated (solid) and its peak so far (dotted)"
-    _dress(ax, title, scale_name, f"tensors, {unit_name}")
+    dress(ax, title, scale_name, f"tensors, {unit_name}")
 
 
 def _used(peaks: Mapping[int, NDArray[np.float64]]) -> list[int]:
@@ -151,14 +149,3 @@ def _legend(
     if kills:
         handles.append(Line2D([], [], color="#b91c1c", marker="X", ms=9, ls="", label="stopped"))
     fig.legend(handles=handles, loc="outside upper center", ncols=4, frameon=False, fontsize=10)
-
-
-def _dress(ax: Axes, title: str, x: str, y: str) -> None:
-    ax.set_title(title, fontsize=12, fontweight="bold", color=DARK, loc="left")
-    ax.set_xlabel(x, fontsize=10.5)
-    ax.set_ylabel(y, fontsize=10.5)
-    ax.tick_params(labelsize=10, color=GREY)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.spines[["left", "bottom"]].set_color(GREY)
-    ax.grid(color="#e5e7eb", lw=0.8)
-    ax.set_axisbelow(True)

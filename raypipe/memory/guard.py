@@ -1,8 +1,8 @@
 """A process's own side of its budget: asked at every boundary between two batches.
 
 ``current()`` is the guard of this process, whoever put it there: none, this process itself
-(``InProcessGuard``), or the node's watch (``cluster.node_memory.RemoteGuard``). Work asks it, tells
-it what it does, and calls ``relieve`` when it is told to take less.
+(``InProcessGuard``), or the node's watch (``cluster.node_memory.RemoteGuard``). Work asks it, says
+by ``note`` what it does, and calls ``relieve`` when it is told to take less.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol, runtime_checkable
@@ -41,6 +42,18 @@ class CountsReliefs(Protocol):
     """A guard that is told of each ``relieve``."""
 
     def count_relief(self) -> None: ...
+
+
+class Log(Protocol):
+    """Who writes down what a process does; ``memory.tracker`` does."""
+
+    def update(self, step: int | None = None, phase: str | None = None) -> None: ...
+
+
+class GivesBack(Protocol):
+    """Who holds pages that can be had again: a map of a file, a cache."""
+
+    def give_back(self) -> None: ...
 
 
 class NoGuard:
@@ -117,6 +130,8 @@ class InProcessGuard:
 
 
 _current: Guard = NoGuard()
+_log: Log | None = None
+_holders: weakref.WeakSet[GivesBack] = weakref.WeakSet()
 
 
 def current() -> Guard:
@@ -125,21 +140,40 @@ def current() -> Guard:
 
 
 @contextmanager
-def guarding(guard: Guard) -> Iterator[Guard]:
-    """``guard`` is this process's for the length of the block."""
-    global _current
-    before, _current = _current, guard
+def guarding(guard: Guard, log: Log | None = None) -> Iterator[Guard]:
+    """``guard`` is this process's for the length of the block; log : told of every ``note``."""
+    global _current, _log
+    before, _current, _log = (_current, _log), guard, log or _log
     try:
         yield guard
     finally:
-        _current = before
+        _current, _log = before
+
+
+def note(*, step: int | None = None, batch: int | None = None, phase: str | None = None) -> None:
+    """Say where the work stands, for verdicts and the log: at every boundary, some 10 us.
+
+    step : the work's own counter; batch : items computed at once; phase : a word.
+    """
+    if batch is not None or phase is not None:
+        _current.note(batch=batch, phase=phase)
+    if _log is not None:
+        _log.update(step, phase)
+
+
+def on_relief(holder: GivesBack) -> None:
+    """Have ``holder.give_back`` called by ``relieve``, as long as somebody else holds it."""
+    _holders.add(holder)
 
 
 def relieve() -> None:
-    """Give back what is held without being used: collect, trim the heap, empty CUDA's cache.
+    """Give back what is held without being used: pages of maps, garbage, the heap's freed blocks,
+    CUDA's cache.
 
     Takes milliseconds, more for a large heap: for when memory is short, not for every batch.
     """
+    for holder in tuple(_holders):
+        holder.give_back()
     gc.collect()
     cuda = initialised_cuda()
     if cuda is not None:

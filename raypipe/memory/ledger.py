@@ -2,8 +2,10 @@
 
 Pure bookkeeping: asked, never asking. A lease belongs to a holder (a process), and goes when the
 holder says so or is found dead. Requests are served strictly by (priority, arrival): a small one
-never passes a large one of its priority, so the large one's turn comes. Where it lives and who
-finds the dead: ``cluster.node_memory``.
+never passes a large one of its priority, so the large one's turn comes. A lease is granted in the
+answer to its own request, never behind the back of who waits: so whoever keeps this ledger can
+write each one down, and look at what other ledgers of the machine have given out, first. Where it
+lives and who finds the dead: ``memory.node``.
 """
 
 from __future__ import annotations
@@ -106,22 +108,22 @@ class Ledger:
             self._queue.append((priority, self._arrivals, wanted))
             self._queue.sort(key=lambda entry: entry[:2])
             self._arrivals += 1
-        self._serve()
-        if key in self._leases:
-            return Granted(self._leases[key])
-        return Queued([waiting.key for waiting in self.queue].index(key))
+        position = [waiting.key for waiting in self.queue].index(key)
+        if position > 0 or n_bytes > self.free_bytes:
+            return Queued(position)
+        self._queue.pop(0)
+        self._leases[key] = wanted
+        return Granted(wanted)
 
     def release(self, key: Hashable) -> None:
         """Give a lease back, or stop waiting for it; an unknown key is nobody's."""
         self._leases.pop(key, None)
         self._queue = [entry for entry in self._queue if entry[2].key != key]
-        self._serve()
 
     def holder_died(self, holder: Hashable) -> None:
         """All that ``holder`` held or waited for is free."""
         self._leases = {k: lease for k, lease in self._leases.items() if lease.holder != holder}
         self._queue = [entry for entry in self._queue if entry[2].holder != holder]
-        self._serve()
 
     def restore(self, leases: Iterable[Lease]) -> None:
         """Take in what was granted by a predecessor. Never refused: those bytes are in use.
@@ -135,9 +137,3 @@ class Ledger:
     def limit_to(self, capacity_bytes: int) -> None:
         """Another capacity from here on; what is granted stays."""
         self.capacity_bytes = capacity_bytes
-        self._serve()
-
-    def _serve(self) -> None:
-        while self._queue and self._queue[0][2].n_bytes <= self.free_bytes:
-            _, _, lease = self._queue.pop(0)
-            self._leases[lease.key] = lease

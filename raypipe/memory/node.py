@@ -1,54 +1,46 @@
 """One node's memory: its ledger and its watch together, and what a successor needs to take over.
 
 An ordinary class; ``cluster.node_memory`` makes it the actor of its node. Each process that has a
-lease has two small files in a folder of the node's own: its ``Slot``, and a record of its lease.
-When this process dies, the next one reads from them who holds what, before it answers anybody: no
-lease is given twice, and a verdict that was not written is written then.
+lease has two small files in a folder of the node's own: its ``Slot``, and a record of its lease
+(``records``). When this process dies, the next one reads from them who holds what, before it
+answers anybody: no lease is given twice, and a verdict that was not written is written then.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raypipe.errors import ResourceError
+from raypipe.memory.clerk import verdict_on
 from raypipe.memory.ledger import Lease, Ledger, Queued, Refused
-from raypipe.memory.probe import ProcessProbe
+from raypipe.memory.records import (
+    Ask,
+    Holder,
+    lives,
+    machine_lock,
+    others_bytes,
+    read_record,
+    record_path,
+    slot_path,
+    write_record,
+)
+from raypipe.memory.registration import Registration
 from raypipe.memory.slot import Slot
+from raypipe.memory.turns import Seat, Turns
 from raypipe.memory.verdict import Verdict
-from raypipe.memory.watch import Registration, Watch, verdict_on
+from raypipe.memory.watch import Watch
 from raypipe.units import format_bytes
 
 # The dead among those who still wait for their lease are looked for this often.
 SWEEP_S = 0.25
 KEPT_VERDICTS = 256
-ABANDONED_S, EMPTY_S = 3600.0, 60.0
-
-Holder = tuple[int, int]  # (pid, start_ticks)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ask:
-    """One process's request. holds : it had this lease from a predecessor of the one it asks."""
-
-    registration: Registration
-    capacity_bytes: int
-    priority: int = 0
-    holds: bool = False
-
-    @property
-    def holder(self) -> Holder:
-        """The process, told from a later one of the same number."""
-        return self.registration.pid, self.registration.start_ticks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,45 +51,6 @@ class Answer:
     text: str
     pid: int
     notes: tuple[str, ...] = ()
-
-
-def node_folder(node_id: str) -> Path:
-    """The folder of a node's slots and records, made if need be; readable by its user only.
-
-    Raises ResourceError when the name is somebody else's.
-    """
-    shm = Path("/dev/shm")
-    base = shm if shm.is_dir() and os.access(shm, os.W_OK) else Path(tempfile.gettempdir())
-    user = os.getuid() if hasattr(os, "getuid") else 0
-    folder = base / f"raypipe-memory-{user}-{node_id}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.is_symlink() or (hasattr(os, "getuid") and folder.stat().st_uid != user):
-        raise ResourceError(f"{folder} is not yours; have it removed, then run again")
-    os.utime(folder)  # in use: nobody clears it now
-    return folder
-
-
-def clear_abandoned_folders(keep: Path) -> None:
-    """Remove what ended clusters left beside ``keep``: folders that are empty for a minute, or
-    untouched for an hour with nobody in them alive.
-    """
-    for folder in keep.parent.glob(f"{keep.name.rpartition('-')[0]}-*"):
-        if folder == keep or folder.is_symlink():
-            continue
-        with suppress(OSError, ValueError):  # somebody else was quicker, or another name
-            files = list(folder.iterdir())
-            holders = [tuple(int(part) for part in file.stem.split("-")) for file in files]
-            dead = not any(_lives((pid, start)) for pid, start in holders)
-            age_s = time.time() - folder.stat().st_mtime
-            if dead and age_s > (ABANDONED_S if files else EMPTY_S):
-                for file in files:
-                    file.unlink()
-                folder.rmdir()
-
-
-def slot_path(folder: Path, pid: int, start_ticks: int) -> Path:
-    """Where the slot of a process is."""
-    return folder / f"{pid}-{start_ticks}.slot"
 
 
 class NodeMemory:
@@ -114,6 +67,8 @@ class NodeMemory:
         self._folder = folder
         self._lock = threading.RLock()
         self._ledger = Ledger(0)  # who asks says what the node can give
+        self._machine, self._others_bytes = machine_lock(folder), 0
+        self._turns = Turns()
         self._asks: dict[Holder, Ask] = {}
         self._verdicts: dict[int, Verdict] = {}
         self._busy_at = time.monotonic()
@@ -126,8 +81,9 @@ class NodeMemory:
 
     def admit(self, ask: Ask) -> Answer:
         """Ask, or ask again: a granted process is watched from the moment of its grant."""
-        with self._lock:
+        with self._lock, self._machine:
             self._busy_at = time.monotonic()
+            self._others_bytes = others_bytes(self._folder)
             self._set_capacity(ask.capacity_bytes)
             if ask.holds:
                 self._ledger.restore([_lease(ask)])
@@ -147,6 +103,20 @@ class NodeMemory:
             if before is None or before != ask or not self._is_watched(ask):
                 self._take_in(ask)
             return self._answer("granted", "")
+
+    def turn(self, seat: Seat) -> str:
+        """The group that may gather its leases now, for a member that has none yet; see ``turns``.
+
+        Asked of one node's memory for the whole cluster.
+        """
+        with self._lock:
+            self._busy_at = time.monotonic()
+            return self._turns.ask(seat)
+
+    def seated(self, seat: Seat) -> None:
+        """That member of a group has its lease, on whatever node."""
+        with self._lock:
+            self._turns.seated(seat)
 
     def leave(self, holder: Holder) -> None:
         """That process needs its lease, or its place in the queue, no more."""
@@ -188,12 +158,12 @@ class NodeMemory:
     # ---- its own side
 
     def _set_capacity(self, capacity_bytes: int) -> None:
-        """The smallest that a holder, or who asks now, was told of: runs may keep different buffers
-        free.
+        """The smallest that a holder, or who asks now, was told of, as runs may keep different
+        buffers free; less what other ledgers of the machine have given out.
         """
         holders = {lease.holder for lease in self._ledger.leases}
         stated = [ask.capacity_bytes for holder, ask in self._asks.items() if holder in holders]
-        smallest = min([*stated, capacity_bytes])
+        smallest = min([*stated, capacity_bytes]) - self._others_bytes
         if smallest != self._ledger.capacity_bytes:
             self._ledger.limit_to(smallest)
 
@@ -207,7 +177,7 @@ class NodeMemory:
         except Exception:
             self._forget(ask.holder)  # no lease for what nobody watches
             raise
-        _write_record(self._record(ask.holder), ask)
+        write_record(record_path(self._folder, ask.holder), ask)
 
     def _gone(self, registration: Registration) -> None:
         with self._lock:
@@ -217,7 +187,7 @@ class NodeMemory:
     def _forget(self, holder: Holder) -> None:
         self._asks.pop(holder, None)
         self._ledger.holder_died(holder)
-        for path in (self._record(holder), slot_path(self._folder, *holder)):
+        for path in (record_path(self._folder, holder), slot_path(self._folder, *holder)):
             path.unlink(missing_ok=True)
 
     def _keep(self, verdict: Verdict) -> None:
@@ -232,16 +202,16 @@ class NodeMemory:
             with self._lock:
                 watched = {(one.pid, one.start_ticks) for one in self._watch.registrations}
                 for holder in self._asks.keys() - watched:
-                    if not _lives(holder):
+                    if not lives(holder):
                         self._forget(holder)
 
     def _restore(self) -> None:
         """Take over from a predecessor: those who live keep their leases, the dead are judged."""
         for path in self._folder.glob("*.json"):
-            ask = _read_record(path)
+            ask = read_record(path)
             if ask is None:
                 path.unlink(missing_ok=True)
-            elif _lives(ask.holder):
+            elif lives(ask.holder):
                 self._asks[ask.holder] = ask
                 self._set_capacity(ask.capacity_bytes)
                 self._ledger.restore([_lease(ask)])
@@ -275,11 +245,14 @@ class NodeMemory:
         held = ", ".join(
             f"{self._label(lease)} {format_bytes(lease.n_bytes)}" for lease in self._ledger.leases
         )
+        others = ""
+        if self._others_bytes:
+            others = f" here, {format_bytes(self._others_bytes)} by other nodes or clusters on this machine"
         return (
             f"{format_bytes(ask.registration.budget_bytes)} are asked for, "
             f"{format_bytes(max(0, self._ledger.free_bytes))} of "
-            f"{format_bytes(self._ledger.capacity_bytes)} are free, {position} before it; "
-            f"held by {held or 'nobody'}"
+            f"{format_bytes(max(0, self._ledger.capacity_bytes))} are free, {position} before it; "
+            f"held by {held or 'nobody'}{others}"
         )
 
     def _label(self, lease: Lease) -> str:
@@ -291,9 +264,6 @@ class NodeMemory:
     def _answer(self, state: str, text: str) -> Answer:
         notes, self._notes = tuple(self._notes), []
         return Answer(state=state, text=text, pid=os.getpid(), notes=notes)
-
-    def _record(self, holder: Holder) -> Path:
-        return self._folder / f"{holder[0]}-{holder[1]}.json"
 
     @staticmethod
     def _pid(lease: Lease) -> Any:
@@ -309,33 +279,5 @@ def _lease(ask: Ask) -> Lease:
     )
 
 
-def _lives(holder: Holder) -> bool:
-    try:
-        with ProcessProbe(holder[0]) as probe:
-            return probe.start_ticks == holder[1]
-    except ProcessLookupError:
-        return False
-
-
 def _raised(priority: str) -> bool:
     return not priority.startswith("ordinary")
-
-
-def _write_record(path: Path, ask: Ask) -> None:
-    """Whole or not at all; in memory, so without fsync: it is of no use after a power cut."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(asdict(ask), default=str), encoding="utf-8")
-    temporary.replace(path)
-
-
-def _read_record(path: Path) -> Ask | None:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        told = values["registration"]
-        told["slot_path"] = Path(told["slot_path"])
-        told["verdict_dir"] = Path(told["verdict_dir"]) if told["verdict_dir"] else None
-        return Ask(**values | {"registration": Registration(**told)})
-    except (ValueError, KeyError, TypeError) as error:
-        text = f"{path} is no record of a lease ({error!r}); it is removed, its process unwatched"
-        print(text, file=sys.stderr, flush=True)
-        return None

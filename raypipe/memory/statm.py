@@ -33,6 +33,7 @@ class ProcessProbe:
     def __init__(self, pid: int) -> None:
         self.pid = pid
         self._fd = -1
+        self._seen = b""
         self._process: Any = None
         if ENFORCES:
             self._open()
@@ -56,7 +57,21 @@ class ProcessProbe:
         """What it holds now. Raises ProcessLookupError when it has ended, also if not reaped."""
         if self._process is not None:
             return _psutil_reading(self._process)
-        fields = os.pread(self._fd, 128, 0).split(None, 3)
+        return self._reading(os.pread(self._fd, 128, 0))
+
+    def changed(self) -> Reading | None:
+        """As ``read``; None when nothing has changed since the last call, which costs the least."""
+        if self._process is not None:
+            return _psutil_reading(self._process)
+        raw = os.pread(self._fd, 128, 0)
+        if raw == self._seen:
+            return None
+        reading = self._reading(raw)
+        self._seen = raw  # after it: an ended process is told of again
+        return reading
+
+    def _reading(self, raw: bytes) -> Reading:
+        fields = raw.split(None, 3)
         if fields[0] == b"0":  # no address space: a zombie
             raise ProcessLookupError(f"process {self.pid} has ended")
         shared = int(fields[2])

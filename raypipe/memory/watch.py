@@ -14,11 +14,8 @@ that outlives this process: a watch that dies in between leaves it to its succes
 
 from __future__ import annotations
 
-import math
 import os
-import queue
 import signal
-import socket
 import sys
 import threading
 import time
@@ -27,11 +24,12 @@ from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from raypipe.memory.clerk import Clerk, verdict_on
 from raypipe.memory.policy import Limits, decide
 from raypipe.memory.probe import ENFORCES, ProcessProbe, Reading, torch_shm_bytes
+from raypipe.memory.registration import Registration
 from raypipe.memory.slot import Sentence, Slot
 from raypipe.memory.verdict import Verdict
-from raypipe.units import format_seconds
 
 POLL_S = 0.005
 # New pages are zeroed by the core that touches them: 3 GiB/s on the machine this was written on, 10
@@ -41,21 +39,7 @@ FASTEST_BYTES_PER_S = min(64 * 1024**3, CORE_BYTES_PER_S * (os.cpu_count() or 64
 LONGEST_TICKS = 16
 # Pinned memory and shared tensors: only the process, and a folder listing, can say them.
 EXTRA_EVERY_S = 0.1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Registration:
-    """A process under watch. start_ticks : field 22 of its stat; with pid, it is that process.
-
-    slot_path : its ``Slot``. verdict_dir : where a verdict on it is written; None writes none.
-    """
-
-    pid: int
-    start_ticks: int
-    budget_bytes: int
-    label: str
-    slot_path: Path
-    verdict_dir: Path | None = None
+_NOTHING = Reading(0, 0)
 
 
 def open_pidfd(pid: int) -> int:
@@ -99,6 +83,8 @@ class _Watched:
     calm_below: int = 0
     pressed_since: float | None = None
     looked_at: float = field(default_factory=time.monotonic)
+    reading: Reading = _NOTHING
+    usage_bytes: int = 0
     extra_bytes: int = 0
     pinned_bytes: int = 0
     due: int = 0
@@ -269,13 +255,17 @@ class Watch:
             one.slot.beat()
             one.pinned_bytes = one.slot.pinned_bytes
             one.extra_bytes = one.pinned_bytes + (torch_shm_bytes(pid) if pid in sharing else 0)
+            one.usage_bytes = one.reading.anon_bytes + one.extra_bytes
 
     def _look(self, one: _Watched, now: float) -> None:
         """Raises ProcessLookupError when it has ended. Its cost is what watching costs."""
-        reading = one.probe.read()
-        usage = reading.anon_bytes + one.extra_bytes
+        reading = one.probe.changed()
+        if reading is not None:
+            one.reading = reading
+            one.usage_bytes = reading.anon_bytes + one.extra_bytes
+        usage = one.usage_bytes
         if not one.calm_from <= usage < one.calm_below:
-            self._act(one, usage, reading, now)
+            self._act(one, usage, one.reading, now)
         one.looked_at = now
         headroom = one.limits.hard_bytes - usage
         near = headroom < 2 * self._reach_bytes
@@ -322,74 +312,6 @@ class Watch:
         self._clerk.write(verdict, one.registration.verdict_dir)
 
 
-def verdict_on(
-    registration: Registration,
-    slot: Slot,
-    sentence: Sentence,
-    *,
-    told_s: float | None = None,
-    unseen_s: float = math.nan,
-) -> Verdict:
-    """The verdict that a sentence makes; told_s : how long it had been told to take less."""
-    limits = Limits.of(registration.budget_bytes)
-    return Verdict(
-        pid=registration.pid,
-        start_ticks=registration.start_ticks,
-        host=socket.gethostname(),
-        label=registration.label,
-        budget_bytes=registration.budget_bytes,
-        stop_bytes=limits.hard_bytes,
-        usage_bytes=sentence.anon_bytes + sentence.pinned_bytes + sentence.shm_bytes,
-        anon_bytes=sentence.anon_bytes,
-        pinned_bytes=sentence.pinned_bytes,
-        shm_bytes=sentence.shm_bytes,
-        file_bytes=sentence.file_bytes,
-        batch=slot.batch,
-        phase=slot.phase,
-        tried=_tried(slot, told_s),
-        unseen_s=unseen_s,
-        when=sentence.when_ns / 1e9,
-    )
-
-
-class Clerk:
-    """Writes verdicts one after the other, on a thread of its own, so that nobody waits for a disk."""
-
-    def __init__(self, on_verdict: Callable[[Verdict], None]) -> None:
-        self._on_verdict = on_verdict
-        self._orders: queue.Queue[tuple[Verdict, Path | None] | None] = queue.Queue()
-        self._thread = threading.Thread(target=self._run, name="raypipe-verdicts", daemon=True)
-        self._thread.start()
-
-    def write(self, verdict: Verdict, folder: Path | None) -> None:
-        """Have it written soon. A folder that cannot be written to is said on stderr."""
-        self._orders.put((verdict, folder))
-
-    def flush(self) -> None:
-        """Wait for all orders so far."""
-        self._orders.join()
-
-    def close(self) -> None:
-        """Write what is left, then end."""
-        self._orders.put(None)
-        self._thread.join()
-
-    def _run(self) -> None:
-        while (order := self._orders.get()) is not None:
-            verdict, folder = order
-            try:
-                if folder is not None:
-                    verdict.write(folder)
-            except OSError as error:
-                print(
-                    f"{folder}: {error.strerror}; this verdict is only here: {verdict.message()}",
-                    file=sys.stderr,
-                    flush=True,
-                )
-            self._on_verdict(verdict)
-            self._orders.task_done()
-
-
 def raise_priority() -> str:
     """Let this thread run before all ordinary ones; returns in words what came of it."""
     try:
@@ -417,16 +339,3 @@ def pids_with_torch_shm() -> set[int]:
         return set()
     pids = (name.split("_")[1] for name in names if name.startswith("torch_"))
     return {int(pid) for pid in pids if pid.isdigit()}
-
-
-def _tried(slot: Slot, told_s: float | None) -> tuple[str, ...]:
-    tried = []
-    if told_s is None:
-        tried.append("what its watch knew is lost with that watch")
-    elif told_s > 0:
-        tried.append(f"told {format_seconds(told_s)} before to take less")
-    if slot.batch and slot.largest_batch and slot.batch < slot.largest_batch:
-        tried.append(f"batch {slot.largest_batch} -> {slot.batch}")
-    if slot.reliefs:
-        tried.append(f"caches emptied {slot.reliefs} time(s)")
-    return tuple(tried)

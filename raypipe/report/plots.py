@@ -17,11 +17,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from raypipe.dress import COLOURS as PALETTE
+from raypipe.dress import DARK, GREY, WIDTH_IN, dress
+
 Floats = NDArray[np.float64]
 
-WIDTH_IN = 9.6  # shown 1000 px wide: 1 inch is 104 px, so 10 pt text comes out 14 px high
-COLOURS = {"lh": "#0072B2", "rh": "#D55E00", "train": "#0072B2", "val": "#D55E00"}
-GREY, DARK = "#6b7280", "#1f2937"
+COLOURS = {"lh": PALETTE[0], "rh": PALETTE[1], "train": PALETTE[0], "val": PALETTE[1]}
 HEMI_NAMES = {"lh": "left hemisphere", "rh": "right hemisphere"}
 _MAX_POINTS = 300  # a row of the ROI plot saturates beyond; the subset is seeded
 
@@ -67,7 +68,7 @@ def learning_curves(curves: Curves) -> Figure:
         _mark_best(right, curves, label=False)
     else:
         right.plot(curves.step, curves.lr, color=DARK, lw=1.6)
-        _dress(right, "Learning rate", "optimiser step", "learning rate")
+        dress(right, "Learning rate", "optimiser step", "learning rate")
     return fig
 
 
@@ -80,7 +81,7 @@ def _draw_loss(ax: Axes, curves: Curves) -> None:
         ax.plot(
             curves.epoch_end, values, "o-", ms=4, lw=2, color=COLOURS["val"], label="validation"
         )
-    _dress(ax, "Loss", "optimiser step", "mean squared error, both hemispheres")
+    dress(ax, "Loss", "optimiser step", "mean squared error, both hemispheres")
     finite = np.concatenate([curves.step_loss, curves.val.get("val_loss", np.empty(0))])
     finite = finite[np.isfinite(finite)]
     if finite.size and finite.min() > 0 and finite.max() > 20 * finite.min():
@@ -96,7 +97,7 @@ def _draw_scores(ax: Axes, curves: Curves, scores: Mapping[str, Floats]) -> None
         colour = COLOURS.get(hemi, "#009E73")
         label = HEMI_NAMES.get(hemi, name.removeprefix("val_").replace("_", " "))
         ax.plot(curves.epoch_end, values, "o-", ms=4, lw=2, color=colour, label=label)
-    _dress(ax, "Validation correlation", "optimiser step", "Pearson r, mean over vertices")
+    dress(ax, "Validation correlation", "optimiser step", "Pearson r, mean over vertices")
     _legend(ax, "lower right")
 
 
@@ -150,7 +151,7 @@ def roi_bars(rows: Sequence[RoiValues]) -> Figure:
         ax.annotate(family, (1.01, at), xycoords=("axes fraction", "data"), va="center",
                     fontsize=9.5, color=GREY)  # fmt: skip
     ax.axvline(0, color=DARK, lw=1)
-    _dress(ax, "", "Pearson r on held-out images", "")
+    dress(ax, "", "Pearson r on held-out images", "")
     ax.grid(axis="y", visible=False)
     _roi_legend(fig, hemis, any(row.ceiling_r is not None for row in rows))
     return fig
@@ -216,7 +217,7 @@ def vertex_histogram(
         edges = np.linspace(-1, 1, 81 if values.size > 2000 else 51)
         axes[0].hist(finite, edges, histtype="step", lw=2, color=COLOURS[hemi], label=label)
     _zoom(axes[0], np.concatenate(list(r.values())))
-    _dress(axes[0], "All vertices", "Pearson r on held-out images", "number of vertices")
+    dress(axes[0], "All vertices", "Pearson r on held-out images", "number of vertices")
     axes[0].margins(y=0.25)
     _legend(axes[0], "upper left")
     if ceiling_r:
@@ -239,7 +240,7 @@ def _draw_against_ceiling(
         size, alpha = (9, 0.55) if n < 5000 else (3, 0.15)
         x, colour = ceiling_r[hemi], COLOURS[hemi]
         ax.scatter(x, values, s=size, alpha=alpha, lw=0, color=colour, rasterized=True)
-    _dress(ax, "Against the noise ceiling", "ceiling of r, √(explainable variance)", "Pearson r")
+    dress(ax, "Against the noise ceiling", "ceiling of r, √(explainable variance)", "Pearson r")
     ax.set_xlim(-0.02, 1.0)
     _legend(ax, "upper left")
 
@@ -247,18 +248,6 @@ def _draw_against_ceiling(
 def _legend(ax: Axes, place: str) -> None:
     """On white, so that no line runs through the words."""
     ax.legend(fontsize=10, loc=place, facecolor="white", edgecolor="none", framealpha=0.9)
-
-
-def _dress(ax: Axes, title: str, x: str, y: str) -> None:
-    """One look for all axes."""
-    ax.set_title(title, fontsize=12, fontweight="bold", color=DARK, loc="left")
-    ax.set_xlabel(x, fontsize=10.5)
-    ax.set_ylabel(y, fontsize=10.5)
-    ax.tick_params(labelsize=10, color=GREY)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.spines[["left", "bottom"]].set_color(GREY)
-    ax.grid(color="#e5e7eb", lw=0.8)
-    ax.set_axisbelow(True)
 
 
 def png(fig: Figure, dpi: int = 150) -> bytes:

@@ -7,6 +7,7 @@ run. What a row means is the index's and the manifest's business.
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from raypipe.errors import MissingInput, StoreCorrupt, StoreNotSealed
+from raypipe.memory.guard import on_relief
 from raypipe.store.commits import Commits
 from raypipe.store.index import read_index
 from raypipe.store.layout import FILE_DTYPES, ShardPaths, array_bytes, read_npy_header
@@ -47,6 +49,7 @@ class FeatureStore:
         self.path = path
         self.array = array
         self._manifest = manifest
+        on_relief(self)
 
     @classmethod
     def open(cls, path: Path | str, split: str | None = None) -> FeatureStore:
@@ -113,6 +116,13 @@ class FeatureStore:
     def __getitem__(self, rows: Any) -> np.ndarray:
         """Rows as NumPy indexing gives them: a slice is a view of the map, a list a copy."""
         return np.asarray(self.array[rows])
+
+    def give_back(self) -> None:
+        """Let go of the pages of the map that this process has touched, views of it included: they
+        are read again when needed.
+        """
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self.array._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
 
     def locator(self, node_id: str = "") -> StoreLocator:
         """A handle to send instead of the data."""

@@ -131,6 +131,18 @@ class ShardWriter:
             self._pending = {}
             return records
 
+    def flush(self) -> None:
+        """Put what was written on the disk and let its pages go, without a commit.
+
+        Raises NoSpace, Fenced.
+        """
+        with self._mutex:
+            if self._pending:
+                with self._allowed(0):
+                    self._sync(self._data)
+                if hasattr(os, "posix_fadvise"):
+                    os.posix_fadvise(self._data, 0, 0, os.POSIX_FADV_DONTNEED)
+
     def close(self) -> None:
         """Close the files, without a commit."""
         with self._mutex:

@@ -19,6 +19,7 @@ from typing import Protocol
 import numpy as np
 
 from raypipe.errors import ConfigError, MissingInput, StoreCorrupt, StoreError
+from raypipe.memory.guard import on_relief
 
 # bfloat16 has no numpy dtype: stores hold its bits as uint16 and say so.
 _STORED_AS = {"bfloat16": "uint16"}
@@ -150,6 +151,7 @@ class MappedRows:
         flat = np.frombuffer(self._map, np.uint8, count, source.offset)
         # As bytes: one path for all dtypes, and np.take copies a misaligned array whole.
         self._bytes = flat.reshape(source.n_rows, source.row_bytes)
+        on_relief(self)
 
     @property
     def array(self) -> np.ndarray:
@@ -173,6 +175,11 @@ class MappedRows:
         self._check_size()
         # The range is checked above: mode "raise" would copy through a second buffer.
         np.take(self._bytes, rows, axis=0, out=out, mode="clip")
+
+    def give_back(self) -> None:
+        """Let go of the pages that this process has touched; they are read again when needed."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED)
 
     def _check_size(self) -> None:
         if self._map.size() < self.source.end_byte:

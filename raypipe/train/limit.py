@@ -31,7 +31,7 @@ class BatchLimit:
     def __init__(self, full: int, start: int | None, ctx: WorkerContext) -> None:
         self.full, self._ctx = full, ctx
         self._throttle = Throttle(full if start is None else max(1, min(full, start)))
-        guard.current().note(batch=self.rows, phase="train")
+        guard.note(batch=self.rows, phase="train")
         if self.rows < full:
             self._say("an earlier worker outgrew its memory")
 
@@ -68,7 +68,7 @@ class BatchLimit:
         self._changed(f"the device ran out of memory ({failure})")
 
     def _changed(self, why: str) -> None:
-        guard.current().note(batch=self.rows)
+        guard.note(batch=self.rows)
         self._say(why)
 
     def _say(self, why: str) -> None:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from raypipe.errors import ConfigError, WorkerFailed
+from raypipe.memory import guard
 from raypipe.stream import ArraySource, Cursor, Gatherer, StepSlice
 from raypipe.stream.gather import ring_bytes
 from raypipe.train import checkpoint, rng
@@ -39,7 +40,7 @@ from raypipe.train.feed import (
 )
 from raypipe.train.limit import BatchLimit, out_of_memory, short
 from raypipe.train.metrics import MetricsLog, plain
-from raypipe.train.planner import device_budget, predict, save_plan
+from raypipe.train.planner import Planned, device_budget, plan_for
 from raypipe.train.precision import format_table, settings_table, use_device
 from raypipe.train.result import FitResult, Progress
 from raypipe.train.schedule import learning_rate
@@ -92,7 +93,7 @@ def fit(
     try:
         with rng.preserved(ctx.torch_device):
             found = _begin(ctx, resume)
-            planned = _planned(task, cfg, ctx, found)
+            planned = plan_for(task, cfg, ctx, found)
             with device_budget(ctx.torch_device, cfg.fit_gpu_bytes):
                 return _Fit(task, planned, ctx, found, batch_limit).run(slices)
     except torch.OutOfMemoryError as error:
@@ -118,44 +119,13 @@ def _check_visible(found: checkpoint.Found | None, ctx: WorkerContext) -> None:
         raise ConfigError(f"worker {ctx.rank} cannot see {found.path}; put it on a shared disk")
 
 
-@dataclass(frozen=True)
-class _Planned:
-    """The options to train with, and what the memory planner says of them."""
-
-    cfg: TrainConfig
-    lines: list[str]
-
-
-def _planned(
-    task: Task, cfg: TrainConfig, ctx: WorkerContext, found: checkpoint.Found | None
-) -> _Planned:
-    """Measured on rank 0, before the model is there, and the same on every rank."""
-    done = found is not None and found.meta["progress"]["epoch"] >= cfg.epochs
-    wanted = (
-        cfg.predict_memory if cfg.predict_memory is not None else ctx.torch_device.type == "cuda"
-    )
-    if done or (cfg.fit_gpu is None and not wanted):
-        return _Planned(cfg, [])
-    kept = found.meta["stream"]["recipe"]["amp"] if found else None
-
-    def look() -> _Planned:
-        plan = predict(task, cfg, ctx.torch_device, ctx.world)
-        choice = plan.choose(cfg.fit_gpu_bytes, amp=kept) if cfg.fit_gpu_bytes else None
-        save_plan(ctx.run_dir, plan, choice)
-        lines = plan.lines(choice.cfg if choice else None)
-        return _Planned(choice.cfg, [*lines, choice.words(cfg)]) if choice else _Planned(cfg, lines)
-
-    planned: _Planned = ctx.on_main(look)
-    return planned
-
-
 class _Fit:
     """One call of `fit`, from its start or checkpoint to its end."""
 
     def __init__(
         self,
         task: Task,
-        planned: _Planned,
+        planned: Planned,
         ctx: WorkerContext,
         found: checkpoint.Found | None,
         batch_limit: int | None,
@@ -223,6 +193,7 @@ class _Fit:
         computed again from its first row. Not where other workers wait for its gradients.
         """
         if not self.step_micros:
+            guard.note(step=self.progress.global_step, phase="train")
             self.limit.at_boundary()
         self.step_micros.append(micro)
         if self.ctx.world == 1:
@@ -349,6 +320,7 @@ class _Fit:
     def _end_epoch(self, following: Cursor) -> None:
         """Validate, note the best, save, and report."""
         progress = self.progress
+        guard.note(phase="validate")
         metrics = self.engine.validate(self.val, self.limit)
         val_loss = metrics["val_loss"]
         check_finite(val_loss, f"the validation of epoch {progress.epoch}", self.cfg)
@@ -376,6 +348,7 @@ class _Fit:
 
     def _save(self, *, best: bool) -> None:
         """Checkpoint; best before last, so that a last that knows of a best finds it there."""
+        guard.note(phase="save")
         self.progress.seconds = self._seconds()
         state = self.engine.training_state()
         meta = {

@@ -22,7 +22,9 @@ import torch
 from raypipe.errors import MemoryBudgetExceeded
 from raypipe.report.saved import read_json, write_json
 from raypipe.train import rng
+from raypipe.train.checkpoint import Found
 from raypipe.train.config import TrainConfig
+from raypipe.train.context import WorkerContext
 from raypipe.train.footprint import SIZES, Footprint, measure
 from raypipe.train.precision import has_convolutions
 from raypipe.train.task import Task
@@ -337,3 +339,34 @@ def device_budget(device: torch.device, budget_bytes: int | None) -> Iterator[No
         yield
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """The options to train with, and what the table says of them."""
+
+    cfg: TrainConfig
+    lines: list[str]
+
+
+def plan_for(task: Task, cfg: TrainConfig, ctx: WorkerContext, found: Found | None) -> Planned:
+    """Measured on rank 0, before the model is there, and the same on every rank.
+
+    A run that goes on from ``found`` keeps its arithmetic. Raises MemoryBudgetExceeded.
+    """
+    done = found is not None and found.meta["progress"]["epoch"] >= cfg.epochs
+    on_cuda = ctx.torch_device.type == "cuda"
+    wanted = on_cuda if cfg.predict_memory is None else cfg.predict_memory
+    if done or (cfg.fit_gpu is None and not wanted):
+        return Planned(cfg, [])
+    kept = found.meta["stream"]["recipe"]["amp"] if found else None
+
+    def look() -> Planned:
+        plan = predict(task, cfg, ctx.torch_device, ctx.world)
+        choice = plan.choose(cfg.fit_gpu_bytes, amp=kept) if cfg.fit_gpu_bytes else None
+        save_plan(ctx.run_dir, plan, choice)
+        lines = plan.lines(choice.cfg if choice else None)
+        return Planned(choice.cfg, [*lines, choice.words(cfg)]) if choice else Planned(cfg, lines)
+
+    planned: Planned = ctx.on_main(look)
+    return planned

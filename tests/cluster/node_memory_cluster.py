@@ -17,14 +17,16 @@ from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raypipe.cluster.node_memory import actor_name, join, make_everywhere, verdict_of
+from raypipe.errors import MemoryBudgetExceeded
 
 GIB = 1024**3
+CAPACITY = 6 * GIB  # the nodes are of one machine, and each of them knows that
 NODE = {"num_cpus": 1, "object_store_memory": 80 * 1024**2}
 
 
 class Worker:
-    def begin(self, folder: Path, label: str) -> tuple[str, int]:
-        self.guard = join(GIB, label, capacity_bytes=2 * GIB, verdict_dir=folder, wait_s=60)
+    def begin(self, folder: Path, label: str, wait_s: float = 60) -> tuple[str, int]:
+        self.guard = join(GIB, label, capacity_bytes=CAPACITY, verdict_dir=folder, wait_s=wait_s)
         return ray.get_runtime_context().get_node_id(), os.getpid()
 
     def eat(self) -> None:
@@ -69,9 +71,13 @@ def main(folder: Path) -> None:
         assert {where for where, _ in pair} == {node_id}
         state = state_of(node_id)
         assert sorted(state["leases"]) == sorted(str(pid) for _, pid in pair), state
-        assert state["free_bytes"] == 0
         actors.add(state["pid"])
     assert len(actors) == 3
+    try:
+        ray.get(worker_on(nodes[0]).begin.remote(folder, "one too many", 1), timeout=60)
+        raise SystemExit("the machine gave out more than it has")
+    except MemoryBudgetExceeded as error:
+        assert "4.00 GiB by other nodes or clusters on this machine" in str(error), error
 
     cluster.remove_node(second, allow_graceful=False)
     lost = second.node_id

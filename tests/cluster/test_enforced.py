@@ -124,6 +124,8 @@ def test_workers_whose_stated_budgets_do_not_fit_are_refused_before_they_start()
     with pytest.raises(MemoryBudgetExceeded, match="fewer --workers"):
         runner(f"{most}MiB", []).pool(Hungry(1), Needs(workers=2, cpus=0.5))
     runner(f"{most}MiB", []).pool(Hungry(1), Needs(workers=1, cpus=0.5))
+    with pytest.raises(MemoryBudgetExceeded, match="fewer --workers"):
+        runner(f"{most}MiB", []).pool(Hungry(1), Needs(workers=1, cpus=0.5, stands_for=2))
 
 
 @dataclass(frozen=True)

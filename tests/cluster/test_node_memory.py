@@ -20,9 +20,10 @@ from raypipe.cluster import node_memory
 from raypipe.cluster.node_memory import join, make_everywhere, node_actor, verdict_of
 from raypipe.errors import MemoryBudgetExceeded
 from raypipe.memory.guard import guarding, relieve
-from raypipe.memory.node import node_folder
 from raypipe.memory.policy import Limits
 from raypipe.memory.probe import ProcessProbe, anon_bytes
+from raypipe.memory.records import node_folder
+from raypipe.memory.turns import Seat
 from raypipe.memory.verdict import Verdict, read_all
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import tests
@@ -37,7 +38,12 @@ class Worker:
     """Joins its node and then does what a test asks."""
 
     def begin(
-        self, budget_bytes: int, folder: Path, label: str = "worker", wait_s: float = 30
+        self,
+        budget_bytes: int,
+        folder: Path,
+        label: str = "worker",
+        wait_s: float = 30,
+        seat: Seat | None = None,
     ) -> int:
         self.said: list[str] = []
         self.guard = join(
@@ -46,6 +52,7 @@ class Worker:
             capacity_bytes=CAPACITY,
             verdict_dir=folder,
             wait_s=wait_s,
+            seat=seat,
             say=self.said.append,
         )
         return os.getpid()
@@ -261,6 +268,27 @@ def test_a_lease_that_cannot_be_is_refused_and_a_late_one_gives_up(
     ):
         get(third.begin.remote(6 * GIB, tmp_path, wait_s=1))
     assert state()["queue"] == {}
+
+
+def test_two_groups_do_not_wait_for_each_others_leases(
+    worker: Callable[[], Any], tmp_path: Path
+) -> None:
+    """Room for two: one of each group would fit at once, and then neither would ever be whole."""
+    a, b = ([worker(), worker()] for _ in range(2))
+
+    def begin(actor: Any, group: str, member: int) -> Any:
+        seat = Seat(group=group, member=member, of=2)
+        return actor.begin.remote(4 * GIB, tmp_path, group, CALL_S, seat)
+
+    first = get(begin(a[0], "a", 0))
+    waiting = [begin(actor, "b", member) for member, actor in enumerate(b)]
+    time.sleep(1.0)
+    assert state()["leases"] == {str(first): 4 * GIB}, "there is room, but it is not b's turn"
+    second = get(begin(a[1], "a", 1))
+    assert sorted(state()["leases"]) == sorted([str(first), str(second)])
+    for actor in a:
+        get(actor.end.remote())
+    assert sorted(map(str, ray.get(waiting, timeout=CALL_S))) == sorted(state()["leases"])
 
 
 def test_a_process_that_holds_too_much_already_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,11 @@ def under(monkeypatch: pytest.MonkeyPatch) -> Callable[[Scripted], None]:
     """Puts the worker, wherever its pool put it, under a guard of the test's."""
 
     def put(guard: Scripted) -> None:
+        def note(*, batch: int | None = None, phase: str | None = None, **_: object) -> None:
+            guard.note(batch=batch, phase=phase)
+
         monkeypatch.setattr(worker_module, "current", lambda: guard)
+        monkeypatch.setattr(worker_module, "note", note)
 
     return put
 

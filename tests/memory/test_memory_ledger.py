@@ -32,6 +32,7 @@ class LedgerMachine(RuleBasedStateMachine):
             self.arrived.append(Lease(key=key, holder=key % 3, n_bytes=n_bytes, priority=priority))
         if isinstance(found, Queued):
             assert self.ledger.queue[found.position].key == key
+            assert key not in {lease.key for lease in self.ledger.leases}
         if isinstance(found, Granted):
             assert found.lease in self.ledger.leases
 
@@ -54,10 +55,12 @@ class LedgerMachine(RuleBasedStateMachine):
         there = [lease.key for lease in (*self.ledger.leases, *self.ledger.queue)]
         assert sorted(there) == sorted(lease.key for lease in self.arrived)
 
-    @invariant()
+    @rule()
     def the_next_one_waits_only_for_room(self) -> None:
-        queue = self.ledger.queue
-        assert not queue or queue[0].n_bytes > self.ledger.free_bytes
+        if self.ledger.queue:
+            first, free = self.ledger.queue[0], self.ledger.free_bytes
+            found = self.ledger.request(first.key, first.holder, first.n_bytes, first.priority)
+            assert isinstance(found, Granted) == (first.n_bytes <= free)
 
     @invariant()
     def the_queue_is_by_priority_then_arrival(self) -> None:
@@ -67,6 +70,12 @@ class LedgerMachine(RuleBasedStateMachine):
 
 
 TestLedger = LedgerMachine.TestCase
+
+
+def ask_all_again(ledger: Ledger) -> None:
+    """As those who wait do, in an order that is not the queue's."""
+    for lease in sorted(ledger.queue, key=lambda lease: str(lease.key), reverse=True):
+        ledger.request(lease.key, lease.holder, lease.n_bytes, lease.priority)
 
 
 @given(st.lists(st.integers(1, CAPACITY), min_size=1, max_size=40))
@@ -81,6 +90,7 @@ def test_nothing_starves(sizes: list[int]) -> None:
         served += [key for key in granted if key not in served and isinstance(key, int)]
         ledger.request(f"late {late}", "late", 1)
         ledger.release(granted[0])
+        ask_all_again(ledger)
     mine = [key for key in served if key < len(sizes)]
     assert mine == sorted(mine)
     assert len(mine) == len(sizes)
@@ -93,7 +103,10 @@ def test_a_lower_priority_number_is_served_first() -> None:
     assert ledger.request("c", 3, 50) == Queued(0)
     assert ledger.request("b", 2, 50, priority=1) == Queued(1)
     ledger.release("a")
-    assert [lease.key for lease in ledger.leases] == ["c", "b"]
+    assert ledger.leases == (), "granted only to who asks"
+    assert ledger.request("b", 2, 50, priority=1) == Queued(1)
+    assert isinstance(ledger.request("c", 3, 50), Granted)
+    assert isinstance(ledger.request("b", 2, 50, priority=1), Granted)
 
 
 def test_what_can_never_be_granted_is_refused_also_while_it_waits() -> None:

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from raypipe.memory.node import Answer, Ask, NodeMemory, clear_abandoned_folders, slot_path
+from raypipe.memory.node import Answer, NodeMemory
 from raypipe.memory.probe import ProcessProbe
+from raypipe.memory.records import Ask, clear_abandoned_folders, slot_path
+from raypipe.memory.registration import Registration
 from raypipe.memory.slot import Sentence, Slot
-from raypipe.memory.watch import Registration
 
 GIB = 1024**3
 
@@ -123,6 +124,29 @@ def test_what_can_never_be_granted_is_refused(
     answer = node.admit(ask_of(process, folder, 11))
     assert answer.state == "refused"
     assert "gives out 10.0 GiB in all" in answer.text
+
+
+def test_two_ledgers_of_one_machine_do_not_give_out_the_same_bytes(
+    make: Callable[[], NodeMemory], folder: Path, sleepers: Sleepers
+) -> None:
+    """As two clusters on one machine have them."""
+    neighbour = folder.with_name("raypipe-memory-0-neighbour")
+    neighbour.mkdir()
+    here, there, first, second = make(), NodeMemory(neighbour), sleepers(), sleepers()
+    try:
+        assert state(there.admit(ask_of(first, neighbour, 7))) == "granted"
+        waiting = ask_of(second, folder, 7)
+        answer = here.admit(waiting)
+        assert answer.state == "queued"
+        assert "7.00 GiB by other nodes or clusters on this machine" in answer.text
+        first.kill()  # by its neighbour's own account it may hold for a moment longer
+        assert state(here.admit(waiting)) == "granted"
+        third = sleepers()
+        assert state(there.admit(ask_of(third, neighbour, 4))) == "queued"
+        more = ask_of(third, neighbour, 4, capacity_gib=11)
+        until(lambda: there.admit(more).state == "granted")
+    finally:
+        there.close()
 
 
 def test_the_smallest_stated_capacity_holds_while_who_stated_it_is_there(

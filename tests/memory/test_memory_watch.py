@@ -15,12 +15,12 @@ import pytest
 
 from raypipe.memory.policy import Limits
 from raypipe.memory.probe import ProcessProbe, Reading
+from raypipe.memory.registration import Registration
 from raypipe.memory.slot import Slot
 from raypipe.memory.verdict import Verdict, find
 from raypipe.memory.watch import (
     FASTEST_BYTES_PER_S,
     LONGEST_TICKS,
-    Registration,
     Watch,
     kill_by_number,
     raise_priority,
@@ -50,6 +50,9 @@ class ScriptedProbe(ProcessProbe):
         if self.now is None:
             raise ProcessLookupError
         return self.now
+
+    def changed(self) -> Reading:
+        return self.read()
 
 
 class Desk:

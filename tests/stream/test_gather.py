@@ -19,6 +19,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from raypipe.errors import ConfigError, MissingInput, StoreCorrupt, StoreError
+from raypipe.memory.guard import relieve
+from raypipe.memory.probe import ProcessProbe
 from raypipe.stream import ArraySource, Gatherer
 
 
@@ -53,6 +55,18 @@ def test_every_dtype_equals_plain_indexing(
         (batch,) = gatherer.batches([rows])
         assert np.array_equal(batch["a"].numpy(), array[rows])
         assert batch["a"].dtype == getattr(torch, dtype)
+
+
+def test_a_map_gives_its_pages_back_and_reads_them_again(tmp_path: Path) -> None:
+    array = np.arange(4 << 20, dtype=np.int64).reshape(1024, -1)
+    mapped = saved(tmp_path / "a.npy", array).open()
+    view = mapped.array
+    with ProcessProbe(os.getpid()) as probe:
+        assert int(view.sum()) == int(array.sum())
+        full = probe.read().file_bytes
+        relieve()
+        assert probe.read().file_bytes < full - array.nbytes // 2
+    assert np.array_equal(view, array)
 
 
 def test_bfloat16_bits_become_bfloat16_numbers(tmp_path: Path) -> None:

@@ -74,7 +74,8 @@ def test_pressure_halves_the_micro_batch_and_changes_no_number(
     assert max(seen[before + 3 * 16 // full :]) == full // 4
     assert sum(seen) == 3 * 43
     assert guard.asked == 18
-    assert guard.noted == [(full, "train"), (full // 2, None), (full // 4, None)]
+    assert guard.batches == [full, full // 2, full // 4]
+    assert guard.phases == {"train", "validate", "save"}
     short = [text for text in said if "near its budget" in text]
     assert len(short) == 2
     assert f"at most {full // 2} rows from here on, instead of {full}" in short[0]
@@ -87,7 +88,7 @@ def test_lasting_pressure_ends_at_one_row(toy: ToyTask, tmp_path: Path) -> None:
         run(toy, config(), tmp_path / "ours", say=said.append)
     same_run(tmp_path / "ours", tmp_path / "plain")
     assert micro_sizes(tmp_path / "ours")[-1] == 1
-    assert [batch for batch, _ in guard.noted] == [8, 4, 2, 1]
+    assert guard.batches == [8, 4, 2, 1]
     assert sum("near its budget" in text for text in said) == 3
 
 
@@ -101,7 +102,7 @@ def test_a_limit_already_in_force_holds_from_the_first_step(
         run(toy, config(), tmp_path / "ours", batch_limit=2)
     same_run(tmp_path / "ours", tmp_path / "plain")
     assert max(seen) == 2
-    assert guard.noted == [(2, "train")]
+    assert guard.batches == [2]
     run(toy, config(), tmp_path / "larger", batch_limit=100)
     assert set(micro_sizes(tmp_path / "larger")) == {None}
 
@@ -118,7 +119,7 @@ def test_a_device_out_of_memory_halves_and_computes_again(
         run(small, config(**split), tmp_path / "ours", say=said.append)
     same_run(tmp_path / "ours", tmp_path / "plain")
     halvings = {8: [8, 4, 2], 4: [4, 2]}[split["batch_size"]]
-    assert [batch for batch, _ in guard.noted] == halvings
+    assert guard.batches == halvings
     assert sum("ran out of memory (CUDA out of memory)" in text for text in said) == (
         len(halvings) - 1
     )

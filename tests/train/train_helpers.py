@@ -227,14 +227,16 @@ class FakeGuard:
 
     def __init__(self, *at: int) -> None:
         self.at, self.asked = at, 0
-        self.noted: list[tuple[int | None, str | None]] = []
+        self.batches: list[int] = []
+        self.phases: set[str] = set()
 
     def pressure(self) -> bool:
         self.asked += 1
         return self.asked - 1 in self.at
 
     def note(self, *, batch: int | None = None, phase: str | None = None) -> None:
-        self.noted.append((batch, phase))
+        self.batches += [batch] if batch is not None else []
+        self.phases |= {phase} if phase is not None else set()
 
 
 class _TooLarge(torch.autograd.Function):
