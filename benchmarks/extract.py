@@ -97,11 +97,13 @@ def paired(images: Path, root: Path, backbone: str, batch: int, device: str) -> 
         if child.poll() is not None:
             sys.exit("the bare loop ended before it began: see above")
         time.sleep(0.2)
-    turns = [_turn(child)]
-    summary = ours(images, out, backbone, batch, device)
-    turns.append(_turn(child))
-    child.kill()
-    child.wait()
+    try:
+        turns = [_turn(child)]
+        summary = ours(images, out, backbone, batch, device)
+        turns.append(_turn(child))
+    finally:  # halted, it would outlive us
+        child.kill()
+        child.wait()
     ends = [line.split() for line in log.read_text().splitlines()]
     last = float(ends[-1][0])
     bare_s = sum(min(end, last) - begin for begin, end in turns if begin < last)

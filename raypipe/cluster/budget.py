@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from raypipe.cluster.node_memory import join
+from raypipe.cluster.node_memory import RemoteGuard, join
 from raypipe.errors import MemoryBudgetExceeded
 from raypipe.memory.attend import FOLDER, attend
 from raypipe.memory.config import MemoryConfig, ResolvedMemory
@@ -60,6 +60,15 @@ def worker_budget(memory: ResolvedMemory, per_node: int, limits: NodeLimits) -> 
             "smaller --max-memory-per-process"
         )
     return capacity // per_node, capacity
+
+
+def is_younger(guard: Guard, than: float) -> bool:
+    """Whether the memory actor behind ``guard`` began after ``than`` (seconds since 1970).
+
+    Ray's own monitor ends the newest first: a worker that is older than its node's actor would
+    outlive it. See ``node_memory``.
+    """
+    return isinstance(guard, RemoteGuard) and guard.since > than
 
 
 @contextmanager

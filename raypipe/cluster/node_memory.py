@@ -8,8 +8,8 @@ watched, and brings the actor back within two seconds should that ever die.
 Ray 2.60's own memory monitor ends workers that can be restarted first, then the newest, then the
 next newest, until enough is free (worker_killing_policy_by_time.cc; seen to be so). The actor has
 ``max_restarts=0``; and ``make_everywhere``, called before any worker starts, makes it the oldest
-of its node, so the hog goes first. On a node that comes later the first worker is older than it:
-there both may go at once.
+of its node, so the hog goes first. On a node that comes later the first worker finds no actor and
+makes it: it then gives way to a worker that is newer (``RemoteGuard.since``).
 """
 
 from __future__ import annotations
@@ -171,6 +171,7 @@ class RemoteGuard:
         self, node_id: str, ask: Ask, answer: Answer, slot: Slot, say: Callable[[str], None]
     ) -> None:
         self._node_id, self._ask, self._slot, self._say = node_id, ask, slot, say
+        self.since = answer.since  # when the actor began that first answered
         self._own: InProcessGuard | None = None  # when the actor is lost for good
         self._closing = threading.Event()
         self._tell(answer)

@@ -8,6 +8,7 @@ What a worker does with an item is its own affair: see ``runner.StepWorker``.
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +20,7 @@ from typing import Any
 import ray
 from ray.exceptions import ActorUnschedulableError, OutOfMemoryError, RayError, RayTaskError
 
-from raypipe.cluster.budget import WorkerMemory, verdicts
+from raypipe.cluster.budget import WorkerMemory, budgeted, is_younger, verdicts
 from raypipe.cluster.node_memory import verdict_of
 from raypipe.errors import MemoryBudgetExceeded, RaypipeError, WorkerFailed
 from raypipe.memory.attend import attend
@@ -39,17 +40,27 @@ VERDICT_WAIT_S = 2.0
 class PooledWorker:
     """The one class that becomes an actor; it holds an ordinary worker, and its budget."""
 
-    def load(
-        self, make: Callable[[], StepWorker], order: WorkerMemory | None, name: str
-    ) -> tuple[int, str]:
-        """Make the worker, under its budget; the process id, and the node's id."""
-        import os
-
+    def __init__(self) -> None:
+        self._began = time.time()
         self._held = ExitStack()  # until the actor ends
-        if order is not None:
-            from raypipe.cluster.budget import budgeted
 
-            self._held.enter_context(budgeted(order, name))
+    def load(
+        self,
+        make: Callable[[], StepWorker],
+        order: WorkerMemory | None,
+        name: str,
+        *,
+        gives_way: bool,
+    ) -> tuple[int, str] | None:
+        """Make the worker, under its budget; the process id, and the node's id.
+
+        gives_way : return None instead where the node's memory actor came after this one.
+        """
+        if order is not None:
+            guard = self._held.enter_context(budgeted(order, name))
+            if gives_way and is_younger(guard, self._began):
+                self._held.close()
+                return None
             note(phase="load")
         self._worker = make()
         return os.getpid(), ray.get_runtime_context().get_node_id()
@@ -283,7 +294,7 @@ class RayPool:
         if not any(other.pid for other in self._seats):
             self._restart_clock()
 
-    def _seat(self) -> _Seat:
+    def _seat(self, *, gives_way: bool = True) -> _Seat:
         self._made += 1
         name = f"worker-{self._made}"
         gpus = 1 if self._needs.device.startswith("cuda") else 0
@@ -292,14 +303,14 @@ class RayPool:
             .options(num_cpus=self._needs.cpus, num_gpus=gpus, max_restarts=0, max_task_retries=0)
             .remote()
         )
-        loading = actor.load.remote(self._make_ref, self._memory_ref, name)
+        loading = actor.load.remote(self._make_ref, self._memory_ref, name, gives_way=gives_way)
         return _Seat(actor=actor, name=name, loading=loading)
 
     def _finish_loading(self, seat: _Seat) -> bool:
         """True when the worker stands; a death while loading is replaced like any other."""
         ref, seat.loading = seat.loading, None
         try:
-            seat.pid, seat.node = self._get(seat, ref)
+            loaded = self._get(seat, ref)
         except MemoryBudgetExceeded as error:  # no lease came: the others are enough, if there are
             if not any(other.pid for other in self._seats if other is not seat):
                 raise
@@ -315,6 +326,11 @@ class RayPool:
             return False
         except _WorkerError as error:
             raise WorkerFailed(f"a worker could not load: {_one_line(error)}") from error
+        if loaded is None:  # a node that came late: the next worker there is newer than its actor
+            ray.kill(seat.actor, no_restart=True)
+            self._seats[self._seats.index(seat)] = self._seat(gives_way=False)
+            return False
+        seat.pid, seat.node = loaded
         return True
 
     def _get(self, seat: _Seat, ref: Any) -> Any:

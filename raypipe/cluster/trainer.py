@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from ray import train as ray_train
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchTrainer
 
-from raypipe.cluster.budget import WorkerMemory, budgeted, verdicts
+from raypipe.cluster.budget import WorkerMemory, budgeted, is_younger, verdicts
 from raypipe.cluster.datasets import PlanDataConfig, plan_dataset, read_slices
 from raypipe.errors import MemoryBudgetExceeded, RaypipeError, WorkerFailed
 from raypipe.memory.turns import Seat
@@ -185,7 +186,10 @@ def _train_worker(config: dict[str, Any]) -> FitResult:
     limit = setup.batch_limit()
     context = ray_train.get_context()
     seat = Seat(group=setup.name, member=context.get_world_rank(), of=context.get_world_size())
-    with budgeted(setup.memory, setup.name, seat if seat.of > 1 else None):
+    began = time.time()
+    with budgeted(setup.memory, setup.name, seat if seat.of > 1 else None) as guard:
+        if is_younger(guard, began):  # no error of ours: Ray Train starts the group again
+            raise RuntimeError("the node's memory actor came after this worker; it begins anew")
         return _train(setup, limit)
 
 

@@ -45,11 +45,14 @@ KEPT_VERDICTS = 256
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """state : "granted", "queued" or "refused"; text : why. pid : who answers, to be watched."""
+    """state : "granted", "queued" or "refused"; text : why. pid : who answers, to be watched;
+    since : when it began, in seconds since 1970.
+    """
 
     state: str
     text: str
     pid: int
+    since: float = 0.0
     notes: tuple[str, ...] = ()
 
 
@@ -71,7 +74,7 @@ class NodeMemory:
         self._turns = Turns()
         self._asks: dict[Holder, Ask] = {}
         self._verdicts: dict[int, Verdict] = {}
-        self._busy_at = time.monotonic()
+        self._busy_at, self._since = time.monotonic(), time.time()
         self._closed = threading.Event()
         self._watch = Watch(on_gone=self._gone, on_verdict=self._keep)
         self._restore()
@@ -263,7 +266,7 @@ class NodeMemory:
 
     def _answer(self, state: str, text: str) -> Answer:
         notes, self._notes = tuple(self._notes), []
-        return Answer(state=state, text=text, pid=os.getpid(), notes=notes)
+        return Answer(state=state, text=text, pid=os.getpid(), since=self._since, notes=notes)
 
     @staticmethod
     def _pid(lease: Lease) -> Any:

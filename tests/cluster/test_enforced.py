@@ -17,6 +17,8 @@ import train_helpers
 from torch import Tensor, nn
 from train_helpers import ToyTask, config, write_toy
 
+from raypipe.cluster import runner as runner_module
+from raypipe.cluster.node_memory import actor_name, node_actor
 from raypipe.cluster.runner import RayRunner
 from raypipe.errors import MemoryBudgetExceeded
 from raypipe.memory.config import MemoryFlags, resolve
@@ -126,6 +128,44 @@ def test_workers_whose_stated_budgets_do_not_fit_are_refused_before_they_start()
     runner(f"{most}MiB", []).pool(Hungry(1), Needs(workers=1, cpus=0.5))
     with pytest.raises(MemoryBudgetExceeded, match="fewer --workers"):
         runner(f"{most}MiB", []).pool(Hungry(1), Needs(workers=1, cpus=0.5, stands_for=2))
+
+
+@pytest.fixture
+def late_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a node that came when workers were already asked for: nobody has made its actor."""
+    monkeypatch.setattr(runner_module, "make_everywhere", dict)
+    node_id = ray.get_runtime_context().get_node_id()
+    actor = node_actor(node_id)
+    ray.get(actor.state.remote(), timeout=60)
+    ray.kill(actor)
+    deadline = time.monotonic() + 20
+    while actor_name(node_id) in {one["name"] for one in _named()}:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def _named() -> list[dict[str, str]]:
+    return [one for one in ray.util.list_named_actors(all_namespaces=True) if isinstance(one, dict)]
+
+
+@pytest.mark.usefixtures("late_node")
+def test_workers_that_are_older_than_their_nodes_actor_give_way_to_newer_ones(
+    tmp_path: Path,
+) -> None:
+    """Ray's own monitor ends the newest first: that has to be the hog."""
+    with runner("2GiB", []).pool(Hungry(1), Needs(workers=1, run_dir=tmp_path)) as pool:
+        done = list(pool.run([Load(0, 1)], None))
+    assert len(done) == 1
+    logs = [path.stem for path in (tmp_path / "memory").glob("worker-*.csv")]
+    assert sorted(name.rpartition("-")[0] for name in logs) == ["worker-1", "worker-2"]
+
+
+@pytest.mark.usefixtures("late_node")
+def test_training_workers_that_are_older_begin_anew(tmp_path: Path) -> None:
+    toy = write_toy(tmp_path / "data")
+    result = runner("2GiB", []).fit(toy, config(epochs=1), tmp_path / "run", device="cpu")
+    assert result.epochs == 1
+    assert len(list((tmp_path / "run" / "memory").glob("train-worker-*.csv"))) == 2
 
 
 @dataclass(frozen=True)
