@@ -2,7 +2,7 @@
 
 KIND: numpy, torch, bytearray: takes SIZE bytes in one call, at full speed; huge: as fast as the
 machine gives memory, in huge pages by one thread a core; hold: keeps SIZE bytes; churn: keeps SIZE
-bytes and takes and gives back a few more all the time; map: maps and reads the file SIZE.
+bytes and takes and gives back a few more, without a pause; map: maps and reads the file SIZE.
 """
 
 from __future__ import annotations
@@ -53,7 +53,6 @@ def _churn(size: str) -> None:
     print(0, 0, flush=True)
     while held:
         bytearray(4 * 1024**2)
-        time.sleep(0.001)
 
 
 def _take(kind: str) -> Callable[[str], Any]:

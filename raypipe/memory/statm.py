@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ENFORCES = Path("/proc/self/statm").exists()
-_PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
 class Reading(NamedTuple):
@@ -33,7 +33,6 @@ class ProcessProbe:
     def __init__(self, pid: int) -> None:
         self.pid = pid
         self._fd = -1
-        self._seen = b""
         self._process: Any = None
         if ENFORCES:
             self._open()
@@ -57,25 +56,20 @@ class ProcessProbe:
         """What it holds now. Raises ProcessLookupError when it has ended, also if not reaped."""
         if self._process is not None:
             return _psutil_reading(self._process)
-        return self._reading(os.pread(self._fd, 128, 0))
-
-    def changed(self) -> Reading | None:
-        """As ``read``; None when nothing has changed since the last call, which costs the least."""
-        if self._process is not None:
-            return _psutil_reading(self._process)
-        raw = os.pread(self._fd, 128, 0)
-        if raw == self._seen:
-            return None
-        reading = self._reading(raw)
-        self._seen = raw  # after it: an ended process is told of again
-        return reading
-
-    def _reading(self, raw: bytes) -> Reading:
-        fields = raw.split(None, 3)
+        fields = os.pread(self._fd, 128, 0).split(None, 3)
         if fields[0] == b"0":  # no address space: a zombie
             raise ProcessLookupError(f"process {self.pid} has ended")
         shared = int(fields[2])
-        return Reading((int(fields[1]) - shared) * _PAGE_BYTES, shared * _PAGE_BYTES)
+        return Reading((int(fields[1]) - shared) * PAGE_BYTES, shared * PAGE_BYTES)
+
+    def anon_pages(self) -> int:
+        """The cheapest look: anonymous pages of ``PAGE_BYTES``; 0 says only that ``read`` is due,
+        as it is of a process that has ended, and elsewhere than on Linux.
+        """
+        if self._process is not None:
+            return 0
+        fields = os.pread(self._fd, 128, 0).split(None, 3)
+        return int(fields[1]) - int(fields[2])
 
     def close(self) -> None:
         """Let go of the descriptor; ``read`` is over."""

@@ -98,12 +98,14 @@ class MemoryTracker:
             self._close()
 
     def update(self, step: int | None = None, phase: str | None = None) -> None:
-        """Say where the work stands; a new phase ends the row of the last, about 10 us else."""
+        """Say where the work stands. A new phase ends the row of the last and is a sample; a new
+        step alone costs a microsecond, the thread samples all the while.
+        """
         with self._lock:
-            now, at = self._sample(), time.monotonic()
-            entering = phase is not None and phase != self._phase
-            if at >= self._next_row or (entering and at >= self._last_row + PHASE_ROW_S):
-                self._row(now)  # what was held until here belongs to the phase that ends
+            if phase is not None and phase != self._phase:
+                now, at = self._sample(), time.monotonic()
+                if at >= min(self._next_row, self._last_row + PHASE_ROW_S):
+                    self._row(now)  # what was held until here belongs to the phase that ends
             self._step = self._step if step is None else step
             self._phase = self._phase if phase is None else phase
 

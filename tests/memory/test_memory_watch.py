@@ -6,17 +6,21 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from raypipe.memory.policy import Limits
 from raypipe.memory.probe import ProcessProbe, Reading
 from raypipe.memory.registration import Registration
 from raypipe.memory.slot import Slot
+from raypipe.memory.statm import PAGE_BYTES
 from raypipe.memory.verdict import Verdict, find
 from raypipe.memory.watch import (
     FASTEST_BYTES_PER_S,
@@ -51,8 +55,8 @@ class ScriptedProbe(ProcessProbe):
             raise ProcessLookupError
         return self.now
 
-    def changed(self) -> Reading:
-        return self.read()
+    def anon_pages(self) -> int:
+        return self.read().anon_bytes // PAGE_BYTES
 
 
 class Desk:
@@ -64,6 +68,7 @@ class Desk:
         self.verdicts: list[Verdict] = []
         self.probe = ScriptedProbe(os.getpid())
         self.folder = folder
+        folder.mkdir(exist_ok=True)
         self.slot = Slot.create(folder / "slot")
         self.registration = Registration(
             pid=os.getpid(),
@@ -109,6 +114,27 @@ def test_file_pages_are_never_charged_and_pinned_ones_are(desk: Desk) -> None:
     time.sleep(0.11)
     desk.see(GIB)
     assert desk.slot.pressure
+
+
+@given(
+    st.lists(st.integers(LIMITS.resume_bytes - GIB, LIMITS.hard_bytes + GIB), min_size=1),
+    st.sampled_from([0, 512 << 20]),
+)
+def test_the_cheap_look_decides_as_the_whole_one(usages: list[int], pinned_bytes: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        desks = [Desk(Path(folder) / name) for name in ("cheap", "whole")]
+        for desk in desks:
+            desk.watch.register(desk.registration)
+            desk.slot.pinned_bytes = pinned_bytes
+        for usage in usages:
+            for desk in desks:
+                desk.see(usage - pinned_bytes)
+            (one,) = desks[1].watch._watched.values()
+            one.quiet_below = 0
+            assert desks[0].slot.pressure == desks[1].slot.pressure
+            assert len(desks[0].killed) == len(desks[1].killed)
+        for desk in desks:
+            desk.watch.stop()
 
 
 def test_at_the_hard_limit_it_kills_once_and_writes_why(desk: Desk, tmp_path: Path) -> None:
