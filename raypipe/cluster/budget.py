@@ -6,24 +6,30 @@ that the machine's size suggested shrinks until all workers of the node fit.
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from raypipe.cluster.node_memory import RemoteGuard, join
+from raypipe.cluster.node_memory import LeaseTimeout, RemoteGuard, join
 from raypipe.errors import MemoryBudgetExceeded
 from raypipe.memory.attend import FOLDER, attend
 from raypipe.memory.config import MemoryConfig, ResolvedMemory
 from raypipe.memory.guard import Guard
 from raypipe.memory.limits import NodeLimits, node_limits
-from raypipe.memory.turns import Seat
 from raypipe.memory.verdict import Verdict, read_all
 from raypipe.units import format_bytes
 
 # A lease that does not come in this time will not: the node's other work outlasts ours.
 LEASE_WAIT_S = 600.0
+GATHER_S = 15.0
+# With less no worker that uses torch gets far; an automatic budget shrinks to this where others
+# hold the rest of the machine.
+LEAST_BYTES = 2 * 1024**3
 PER_PROCESS = "max_memory_per_process_gb"
 
 
@@ -41,17 +47,24 @@ class WorkerMemory:
         return self.run_dir / FOLDER if self.run_dir else None
 
 
-def worker_budget(memory: ResolvedMemory, per_node: int, limits: NodeLimits) -> tuple[int, int]:
-    """(budget of one worker, capacity of the node) in bytes.
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """One worker's budget and what its node gives out in all, in bytes; least_bytes : see ``Ask``."""
 
-    Raises MemoryBudgetExceeded when ``per_node`` workers of a stated budget do not fit the node.
+    budget_bytes: int
+    capacity_bytes: int
+    least_bytes: int | None
+
+
+def worker_share(memory: ResolvedMemory, per_node: int, limits: NodeLimits) -> Share:
+    """The budget of one worker of ``per_node`` on a node.
+
+    Raises MemoryBudgetExceeded when so many workers of a stated budget do not fit the node.
     """
     capacity = memory.config.capacity_bytes(limits)
     stated = not memory.sources[PER_PROCESS].startswith("auto")
     budget = (memory.config if stated else MemoryConfig.auto(limits)).budget_bytes
-    if budget * per_node <= capacity:
-        return budget, capacity
-    if stated:
+    if stated and budget * per_node > capacity:
         raise MemoryBudgetExceeded(
             f"{per_node} worker(s) of {format_bytes(budget)} ({memory.sources[PER_PROCESS]}) need "
             f"{format_bytes(budget * per_node)}, this node can give {format_bytes(capacity)} "
@@ -59,7 +72,9 @@ def worker_budget(memory: ResolvedMemory, per_node: int, limits: NodeLimits) -> 
             f"{memory.config.available_memory_buffer:.0%} kept free); give fewer --workers or a "
             "smaller --max-memory-per-process"
         )
-    return capacity // per_node, capacity
+    budget = min(budget, capacity // per_node)
+    least = None if stated else min(budget, LEAST_BYTES)
+    return Share(budget_bytes=budget, capacity_bytes=capacity, least_bytes=least)
 
 
 def is_younger(guard: Guard, than: float) -> bool:
@@ -72,26 +87,57 @@ def is_younger(guard: Guard, than: float) -> bool:
 
 
 @contextmanager
-def budgeted(order: WorkerMemory, name: str, seat: Seat | None = None) -> Iterator[Guard]:
-    """This worker under its node's memory actor, with its lease, for the length of the block.
-
-    seat : of one that will wait for others of its group; see ``memory.turns``.
-    """
-    budget, capacity = worker_budget(order.memory, order.per_node, node_limits())
+def budgeted(order: WorkerMemory, name: str, wait_s: float = LEASE_WAIT_S) -> Iterator[Guard]:
+    """This worker under its node's memory actor, with its lease, for the length of the block."""
+    limits = node_limits()
+    share = worker_share(order.memory, order.per_node, limits)
     if order.verdict_dir:
         order.verdict_dir.mkdir(parents=True, exist_ok=True)
     with (
         join(
-            budget,
+            share.budget_bytes,
             name,
-            capacity_bytes=capacity,
+            capacity_bytes=share.capacity_bytes,
+            shared_by=limits.shared_by,
+            least_bytes=share.least_bytes,
             verdict_dir=order.verdict_dir,
-            wait_s=LEASE_WAIT_S,
-            seat=seat,
+            wait_s=wait_s,
         ) as guard,
         attend(order.memory, order.run_dir, f"{name}-{os.getpid()}", guard),
     ):
         yield guard
+
+
+@contextmanager
+def budgeted_together(
+    order: WorkerMemory, name: str, agree: Callable[[bool], bool], gather_s: float = GATHER_S
+) -> Iterator[Guard]:
+    """As ``budgeted``, for workers that go on only together: all have their leases, or none has.
+
+    Two groups that each held some of theirs, on whatever nodes and of whatever clusters, would wait
+    for the other's for ever. So a group that is not complete after ``gather_s`` gives all back and
+    tries again after a pause; its length is the group's own, so that of two groups one comes first.
+
+    agree(mine) : whether all members say yes; called by all of them, in step. Raises LeaseTimeout.
+    """
+    pauses = random.Random(name)
+    for _ in range(math.ceil(LEASE_WAIT_S / gather_s)):
+        missing: LeaseTimeout | None = None
+        with ExitStack() as stack:
+            guard: Guard | None = None
+            try:
+                guard = stack.enter_context(budgeted(order, name, gather_s))
+            except LeaseTimeout as error:
+                missing = error
+            if agree(guard is not None):
+                assert guard is not None
+                yield guard
+                return
+        time.sleep(pauses.uniform(0, gather_s))
+    raise missing or LeaseTimeout(
+        f"{name}: other workers of this training did not get their memory in {LEASE_WAIT_S:.0f} s; "
+        "give fewer --workers or a smaller --max-memory-per-process, or wait for other runs to end"
+    )
 
 
 def verdicts(order: WorkerMemory | None, name: str) -> list[Verdict]:

@@ -36,12 +36,10 @@ from raypipe.memory.probe import ProcessProbe, charge_bytes, pinned_bytes
 from raypipe.memory.records import Ask, clear_abandoned_folders, node_folder, slot_path
 from raypipe.memory.registration import Registration
 from raypipe.memory.slot import Slot
-from raypipe.memory.turns import Seat
 from raypipe.memory.verdict import Verdict
 from raypipe.units import format_bytes
 
 NAMESPACE = "raypipe"
-HEAD = "node:__internal_head__"
 # An actor's process starts in 1 s; on a node that pulls its packages first, in a minute.
 START_TIMEOUT_S = 120.0
 CALL_TIMEOUT_S = 10.0
@@ -51,6 +49,10 @@ LOOK_EVERY_S = 0.1
 # A watch that has not looked at us for so many of our looks hangs.
 STALLED_LOOKS = 50
 SAY_WAITING_EVERY_S = 30.0
+
+
+class LeaseTimeout(MemoryBudgetExceeded):
+    """The lease may come later: others held the memory as long as was waited."""
 
 
 class NodeMemoryActor(NodeMemory):
@@ -133,18 +135,18 @@ def join(
     label: str,
     *,
     capacity_bytes: int,
+    shared_by: str = "",
+    least_bytes: int | None = None,
     verdict_dir: Path | None,
     wait_s: float,
-    seat: Seat | None = None,
     say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
 ) -> RemoteGuard:
     """Wait for this process's lease on its node, and have it watched until the guard is closed.
 
-    capacity_bytes : what this node gives out in all. seat : of a process that will wait for the
-    others of its group; it gets its lease in their turn. say : told of waiting and of trouble.
-    Raises MemoryBudgetExceeded when the lease can never be granted, was not in ``wait_s``, or is
-    used up already; ConfigError for a budget that is too small, or a second join;
-    WorkerFailed when the node's actor does not start.
+    capacity_bytes, shared_by, least_bytes : see ``memory.records.Ask``. say : told of waiting and
+    of trouble. Raises LeaseTimeout when the lease did not come in ``wait_s``, MemoryBudgetExceeded
+    when it can never be granted or is used up already; ConfigError for a budget that is too small,
+    or a second join; WorkerFailed when the node's actor does not start.
     """
     held, hard = charge_bytes(), Limits.of(budget_bytes).hard_bytes
     if held >= hard:
@@ -155,13 +157,27 @@ def join(
         )
     node_id = ray.get_runtime_context().get_node_id()
     registration, slot = _introduce(node_id, budget_bytes, label, verdict_dir)
-    ask = Ask(registration=registration, capacity_bytes=capacity_bytes)
+    if least_bytes is not None:  # what it holds has to fit a smaller one too
+        least_bytes = min(budget_bytes, max(least_bytes, 2 * held))
+    ask = Ask(
+        registration=registration,
+        capacity_bytes=capacity_bytes,
+        shared_by=shared_by,
+        least_bytes=least_bytes,
+    )
     try:
-        answer = _wait_for_lease(node_id, ask, seat, wait_s, say)
+        answer = _wait_for_lease(node_id, ask, wait_s, say)
     except BaseException:
         _leave(node_id, ask, slot)
         raise
-    return RemoteGuard(node_id, replace(ask, holds=True), answer, slot, say)
+    if answer.budget_bytes < budget_bytes:
+        say(
+            f"{label} has a budget of {format_bytes(answer.budget_bytes)} instead of "
+            f"{format_bytes(budget_bytes)}: others on this machine hold the rest"
+        )
+    granted = replace(registration, budget_bytes=answer.budget_bytes)
+    ask = replace(ask, registration=granted, least_bytes=None, holds=True)
+    return RemoteGuard(node_id, ask, answer, slot, say)
 
 
 class RemoteGuard:
@@ -298,13 +314,11 @@ def _introduce(
         raise
 
 
-def _wait_for_lease(
-    node_id: str, ask: Ask, seat: Seat | None, wait_s: float, say: Callable[[str], None]
-) -> Answer:
+def _wait_for_lease(node_id: str, ask: Ask, wait_s: float, say: Callable[[str], None]) -> Answer:
     deadline, next_word = time.monotonic() + wait_s, time.monotonic() + SAY_WAITING_EVERY_S
     label = ask.registration.label
     while True:
-        answer = _ask_in_turn(node_id, ask, seat)
+        answer: Answer = _call(node_id, "admit", ask, START_TIMEOUT_S)
         if answer.state == "granted":
             return answer
         if answer.state == "refused":
@@ -313,7 +327,7 @@ def _wait_for_lease(
                 "a machine with more memory"
             )
         if time.monotonic() >= deadline:
-            raise MemoryBudgetExceeded(
+            raise LeaseTimeout(
                 f"{label} did not get its memory in {wait_s:.0f} s: {answer.text}; give fewer "
                 "--workers or a smaller --max-memory-per-process, or wait for the others to end"
             )
@@ -321,25 +335,6 @@ def _wait_for_lease(
             say(f"{label} waits for memory: {answer.text}")
             next_word = time.monotonic() + SAY_WAITING_EVERY_S
         time.sleep(min(ASK_AGAIN_S, max(0.0, deadline - time.monotonic())))
-
-
-def _ask_in_turn(node_id: str, ask: Ask, seat: Seat | None) -> Answer:
-    """The node's answer; "queued" too while another group of workers gathers."""
-    if seat is not None:
-        turn = _call(_keeper_of_turns(), "turn", seat, START_TIMEOUT_S)
-        if turn != seat.group:
-            return Answer(state="queued", text=f"{turn} gathers its workers first", pid=0)
-    answer: Answer = _call(node_id, "admit", ask, START_TIMEOUT_S)
-    if seat is not None and answer.state == "granted":
-        _call(_keeper_of_turns(), "seated", seat, START_TIMEOUT_S)
-    return answer
-
-
-def _keeper_of_turns() -> str:
-    """The node that all workers of a cluster ask for their turn: its head, while that is there."""
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    heads = [node["NodeID"] for node in nodes if HEAD in node["Resources"]]
-    return min(heads or [node["NodeID"] for node in nodes])
 
 
 def _call(
@@ -360,7 +355,7 @@ def _call(
             if time.monotonic() >= deadline:
                 said = " ".join(str(error).split())[:300]
                 raise WorkerFailed(
-                    f"the memory actor of node {node_id[:8]} did not start in {timeout_s:.0f} s "
+                    f"the memory actor of node {node_id[:8]} did not answer in {timeout_s:.0f} s "
                     f"({said}); see Ray's logs (--verbose)"
                 ) from error
         time.sleep(0.05)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import ray
 from ray.autoscaler.sdk import request_resources
 
-from raypipe.cluster.budget import WorkerMemory, worker_budget
+from raypipe.cluster.budget import WorkerMemory, worker_share
 from raypipe.cluster.node_memory import make_everywhere
 from raypipe.cluster.pool import SAY_WAITING_EVERY_S, START_TIMEOUT_S, RayPool
 from raypipe.cluster.trainer import TrainSetup, train_on_ray
@@ -61,10 +62,14 @@ class RayRunner:
     def _worker_memory(
         self, workers: int, run_dir: Path | None, bundle: dict[str, float]
     ) -> WorkerMemory:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        per_node = min(workers, max(_places(node, bundle) for node in nodes) or workers)
+        # Several nodes of Ray may be one machine, which has its memory once.
+        places: Counter[str] = Counter()
+        for node in ray.nodes():
+            if node["Alive"]:
+                places[node["NodeManagerAddress"]] += _places(node["Resources"], bundle)
+        per_node = min(workers, max(places.values(), default=0) or workers)
         if not self._joined:  # known here and now; a cluster's nodes say so themselves
-            worker_budget(self.memory, per_node, node_limits())
+            worker_share(self.memory, per_node, node_limits())
         # Before the first worker: Ray's own monitor ends the newest of a node first.
         make_everywhere()
         return WorkerMemory(memory=self.memory, per_node=per_node, run_dir=run_dir)

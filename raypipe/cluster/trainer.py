@@ -9,6 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,17 @@ from ray import train as ray_train
 from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchTrainer
 
-from raypipe.cluster.budget import WorkerMemory, budgeted, is_younger, verdicts
+from raypipe.cluster.budget import (
+    WorkerMemory,
+    budgeted,
+    budgeted_together,
+    is_younger,
+    verdicts,
+)
 from raypipe.cluster.datasets import PlanDataConfig, plan_dataset, read_slices
 from raypipe.errors import MemoryBudgetExceeded, RaypipeError, WorkerFailed
-from raypipe.memory.turns import Seat
+from raypipe.memory.attend import FOLDER
+from raypipe.memory.guard import Guard
 from raypipe.stream import Cursor, StepSlice, StreamPlan
 from raypipe.train import FitResult, Task, TrainConfig, WorkerContext, checkpoint, fit
 from raypipe.train.follow import log_to
@@ -184,13 +192,42 @@ def _train_worker(config: dict[str, Any]) -> FitResult:
     """Runs in each Train worker."""
     setup: TrainSetup = ray.get(config["setup"])
     limit = setup.batch_limit()
-    context = ray_train.get_context()
-    seat = Seat(group=setup.name, member=context.get_world_rank(), of=context.get_world_size())
     began = time.time()
-    with budgeted(setup.memory, setup.name, seat if seat.of > 1 else None) as guard:
-        if is_younger(guard, began):  # no error of ours: Ray Train starts the group again
-            raise RuntimeError("the node's memory actor came after this worker; it begins anew")
-        return _train(setup, limit)
+    with _leases(setup) as guard:
+        if _all(not is_younger(guard, began)) or not _gives_way(setup):
+            return _train(setup, limit)
+    # No error of ours: Ray Train starts the group again, behind the memory actors that are there now.
+    raise RuntimeError("a node's memory actor came after its worker; the workers begin anew")
+
+
+def _leases(setup: TrainSetup) -> AbstractContextManager[Guard]:
+    if ray_train.get_context().get_world_size() == 1:
+        return budgeted(setup.memory, setup.name)
+    return budgeted_together(setup.memory, setup.name, _all)
+
+
+def _all(mine: bool) -> bool:
+    """Whether every worker of the group says yes; all of them ask."""
+    import torch
+    import torch.distributed as dist
+    from ray.train.torch import get_device
+
+    if ray_train.get_context().get_world_size() == 1:
+        return mine
+    # A sum of noes: the group's backend decides where its tensors live.
+    noes = torch.tensor([0 if mine else 1], device=get_device())
+    dist.all_reduce(noes)
+    return int(noes) == 0
+
+
+def _gives_way(setup: TrainSetup) -> bool:
+    """Once a call: an actor that ended itself meanwhile must not use up all restarts."""
+    marker = setup.run_dir / FOLDER / f"{setup.name}.gave-way"
+    if not _all(not marker.exists()):  # and nobody writes it before everybody has looked
+        return False
+    marker.parent.mkdir(parents=True, exist_ok=True)
+    marker.touch()
+    return True
 
 
 def _train(setup: TrainSetup, batch_limit: int | None) -> FitResult:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import sys
+import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -132,6 +133,7 @@ class InProcessGuard:
 _current: Guard = NoGuard()
 _log: Log | None = None
 _holders: weakref.WeakSet[GivesBack] = weakref.WeakSet()
+_holders_lock = threading.Lock()  # maps are opened by any thread
 
 
 def current() -> Guard:
@@ -163,7 +165,8 @@ def note(*, step: int | None = None, batch: int | None = None, phase: str | None
 
 def on_relief(holder: GivesBack) -> None:
     """Have ``holder.give_back`` called by ``relieve``, as long as somebody else holds it."""
-    _holders.add(holder)
+    with _holders_lock:
+        _holders.add(holder)
 
 
 def relieve() -> None:
@@ -172,7 +175,9 @@ def relieve() -> None:
 
     Takes milliseconds, more for a large heap: for when memory is short, not for every batch.
     """
-    for holder in tuple(_holders):
+    with _holders_lock:
+        holders = tuple(_holders)
+    for holder in holders:
         holder.give_back()
     gc.collect()
     cuda = initialised_cuda()

@@ -11,7 +11,7 @@ lives and who finds the dead: ``memory.node``.
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from raypipe.errors import ConfigError
 from raypipe.units import format_bytes
@@ -114,6 +114,15 @@ class Ledger:
         self._queue.pop(0)
         self._leases[key] = wanted
         return Granted(wanted)
+
+    def take_less(self, key: Hashable, n_bytes: int) -> Granted | Queued:
+        """For who waits: be content with ``n_bytes``, in the same place of the queue."""
+        at = [lease.key for lease in self.queue].index(key)
+        priority, arrival, lease = self._queue[at]
+        self._queue[at] = (priority, arrival, replace(lease, n_bytes=n_bytes))
+        found = self.request(key, lease.holder, n_bytes, priority)
+        assert not isinstance(found, Refused)
+        return found
 
     def release(self, key: Hashable) -> None:
         """Give a lease back, or stop waiting for it; an unknown key is nobody's."""

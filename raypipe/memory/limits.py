@@ -30,6 +30,7 @@ class NodeLimits:
 
     slurm_tasks : tasks that Slurm starts on this node and that share slurm_bytes
     shm_bytes, shm_free_bytes : size of /dev/shm and what is left of it; 0 where there is none
+    cgroup, slurm_job : which group and which job those bounds are of
     """
 
     physical_bytes: int
@@ -39,6 +40,16 @@ class NodeLimits:
     shm_bytes: int
     shm_free_bytes: int
     slurm_source: str = "SLURM_MEM_PER_NODE"
+    cgroup: str = ""
+    slurm_job: str = ""
+
+    @property
+    def shared_by(self) -> str:
+        """Names all processes of this machine that share ``limit_bytes``: those of one control
+        group, of one Slurm job, or "", all of them.
+        """
+        names = {"physical memory": "", "cgroup": f"cgroup {self.cgroup}"}
+        return names.get(self.limit_source, f"Slurm job {self.slurm_job}")
 
     @property
     def limit_bytes(self) -> int:
@@ -65,16 +76,19 @@ def node_limits(environ: Mapping[str, str] = os.environ, root: Path = _ROOT) -> 
     """Read this node's bounds. Raises ConfigError when a Slurm variable cannot be understood."""
     physical = _meminfo(root)["total"]
     slurm_bytes, source = _slurm_memory(environ, physical)
-    caps = [cap for group in _groups(root) if (cap := group.limit_bytes()) is not None]
+    groups = [(cap, str(g.folder)) for g in _groups(root) if (cap := g.limit_bytes()) is not None]
+    cap, group = min(groups, default=(None, ""))
     size, free = _shm(root)
     return NodeLimits(
         physical_bytes=physical,
-        cgroup_bytes=min(caps, default=None),
+        cgroup_bytes=cap,
         slurm_bytes=slurm_bytes,
         slurm_tasks=_slurm_tasks(environ),
         shm_bytes=size,
         shm_free_bytes=free,
         slurm_source=source,
+        cgroup=group,
+        slurm_job=environ.get("SLURM_JOB_ID", ""),
     )
 
 

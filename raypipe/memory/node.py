@@ -8,15 +8,18 @@ answers anybody: no lease is given twice, and a verdict that was not written is 
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from filelock import Timeout
 
 from raypipe.memory.clerk import verdict_on
 from raypipe.memory.ledger import Lease, Ledger, Queued, Refused
@@ -33,26 +36,30 @@ from raypipe.memory.records import (
 )
 from raypipe.memory.registration import Registration
 from raypipe.memory.slot import Slot
-from raypipe.memory.turns import Seat, Turns
 from raypipe.memory.verdict import Verdict
 from raypipe.memory.watch import Watch
 from raypipe.units import format_bytes
 
 # The dead among those who still wait for their lease are looked for this often.
 SWEEP_S = 0.25
+# Who waits asks four times a second.
+SILENT_S = 15.0
+MACHINE_LOCK_S = 1.0
 KEPT_VERDICTS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
     """state : "granted", "queued" or "refused"; text : why. pid : who answers, to be watched;
-    since : when it began, in seconds since 1970.
+    since : when it began, in seconds since 1970; budget_bytes : what is granted, which may be less
+    than was asked for (``Ask.least_bytes``).
     """
 
     state: str
     text: str
     pid: int
     since: float = 0.0
+    budget_bytes: int = 0
     notes: tuple[str, ...] = ()
 
 
@@ -68,14 +75,14 @@ class NodeMemory:
         on_failure: Callable[[], None] = lambda: None,
     ) -> None:
         self._folder = folder
-        self._lock = threading.RLock()
+        self._admitting, self._lock = threading.Lock(), threading.RLock()
         self._ledger = Ledger(0)  # who asks says what the node can give
         self._machine, self._others_bytes = machine_lock(folder), 0
-        self._turns = Turns()
         self._asks: dict[Holder, Ask] = {}
+        self._asked_at: dict[Holder, float] = {}
         self._verdicts: dict[int, Verdict] = {}
         self._busy_at, self._since = time.monotonic(), time.time()
-        self._closed = threading.Event()
+        self._closed, self._someone_ended = threading.Event(), threading.Event()
         self._watch = Watch(on_gone=self._gone, on_verdict=self._keep)
         self._restore()
         self._watch.start(on_failure)
@@ -83,43 +90,51 @@ class NodeMemory:
         threading.Thread(target=self._sweep, name="raypipe-memory-sweep", daemon=True).start()
 
     def admit(self, ask: Ask) -> Answer:
-        """Ask, or ask again: a granted process is watched from the moment of its grant."""
-        with self._lock, self._machine:
-            self._busy_at = time.monotonic()
-            self._others_bytes = others_bytes(self._folder)
-            self._set_capacity(ask.capacity_bytes)
-            if ask.holds:
-                self._ledger.restore([_lease(ask)])
-            found = self._ledger.request(
-                ask.holder,
-                ask.holder,
-                ask.registration.budget_bytes,
-                ask.priority,
-                refuse_above=ask.capacity_bytes,
-            )
-            if isinstance(found, Refused):
-                return self._answer("refused", found.text)
-            before = self._asks.get(ask.holder)
-            self._asks[ask.holder] = ask
-            if isinstance(found, Queued):
-                return self._answer("queued", self._why_waiting(ask, found.position))
-            if before is None or before != ask or not self._is_watched(ask):
-                self._take_in(ask)
-            return self._answer("granted", "")
+        """Ask, or ask again: a granted process is watched from the moment of its grant.
 
-    def turn(self, seat: Seat) -> str:
-        """The group that may gather its leases now, for a member that has none yet; see ``turns``.
-
-        Asked of one node's memory for the whole cluster.
+        The machine's lock comes before our own, and not for long: whoever holds it may be stopped,
+        and what the watch and the other callers need must stay free meanwhile.
         """
-        with self._lock:
-            self._busy_at = time.monotonic()
-            return self._turns.ask(seat)
+        with self._admitting:
+            try:
+                self._machine.acquire(timeout=MACHINE_LOCK_S, poll_interval=0.002)
+            except Timeout:
+                text = f"another ledger of this machine holds {self._machine.lock_file}"
+                return self._answer("queued", text)
+            try:
+                with self._lock:
+                    return self._admit(ask)
+            finally:
+                self._machine.release()
 
-    def seated(self, seat: Seat) -> None:
-        """That member of a group has its lease, on whatever node."""
-        with self._lock:
-            self._turns.seated(seat)
+    def _admit(self, ask: Ask) -> Answer:
+        self._busy_at = self._asked_at[ask.holder] = time.monotonic()
+        self._others_bytes = others_bytes(self._folder, ask.shared_by)
+        self._set_capacity(ask.capacity_bytes)
+        if ask.holds:
+            self._ledger.restore([_lease(ask)])
+        held = next((lease for lease in self._ledger.leases if lease.key == ask.holder), None)
+        if held is not None and ask.least_bytes is not None:  # it may not have heard how much
+            ask = _with_budget(ask, held.n_bytes)
+        found = self._ledger.request(
+            ask.holder,
+            ask.holder,
+            ask.registration.budget_bytes,
+            ask.priority,
+            refuse_above=ask.capacity_bytes,
+        )
+        if isinstance(found, Refused):
+            return self._answer("refused", found.text)
+        free = self._ledger.free_bytes
+        if found == Queued(0) and ask.least_bytes is not None and ask.least_bytes <= free:
+            ask, found = _with_budget(ask, free), self._ledger.take_less(ask.holder, free)
+        before = self._asks.get(ask.holder)
+        self._asks[ask.holder] = ask
+        if isinstance(found, Queued):
+            return self._answer("queued", self._why_waiting(ask))
+        if before is None or before != ask or not self._is_watched(ask):
+            self._take_in(ask)
+        return self._answer("granted", "", ask.registration.budget_bytes)
 
     def leave(self, holder: Holder) -> None:
         """That process needs its lease, or its place in the queue, no more."""
@@ -154,6 +169,7 @@ class NodeMemory:
     def close(self) -> None:
         """Stop watching; the folder goes when nobody is in it."""
         self._closed.set()
+        self._someone_ended.set()
         self._watch.stop()
         with suppress(OSError):  # somebody is in it, or it is gone
             self._folder.rmdir()
@@ -183,15 +199,18 @@ class NodeMemory:
         write_record(record_path(self._folder, ask.holder), ask)
 
     def _gone(self, registration: Registration) -> None:
-        with self._lock:
-            self._busy_at = time.monotonic()
-            self._forget((registration.pid, registration.start_ticks))
+        """On the watch's thread, which waits for nobody: the sweep does the rest."""
+        self._someone_ended.set()
 
     def _forget(self, holder: Holder) -> None:
-        self._asks.pop(holder, None)
-        self._ledger.holder_died(holder)
+        self._drop(holder)
         for path in (record_path(self._folder, holder), slot_path(self._folder, *holder)):
             path.unlink(missing_ok=True)
+
+    def _drop(self, holder: Holder) -> None:
+        self._asks.pop(holder, None)
+        self._asked_at.pop(holder, None)
+        self._ledger.holder_died(holder)
 
     def _keep(self, verdict: Verdict) -> None:
         self._verdicts.pop(verdict.pid, None)
@@ -200,13 +219,22 @@ class NodeMemory:
             del self._verdicts[next(iter(self._verdicts))]
 
     def _sweep(self) -> None:
-        """Find the dead among those that wait: the watch has only those that were granted."""
-        while not self._closed.wait(SWEEP_S):
+        """Let go of those that ended; and of those that wait and have stopped asking, as a stopped
+        process does: it would keep all behind it waiting.
+        """
+        while not self._closed.is_set():
+            self._someone_ended.wait(SWEEP_S)
+            self._someone_ended.clear()
             with self._lock:
                 watched = {(one.pid, one.start_ticks) for one in self._watch.registrations}
                 for holder in self._asks.keys() - watched:
                     if not lives(holder):
+                        self._busy_at = time.monotonic()
                         self._forget(holder)
+                waiting = {lease.holder for lease in self._ledger.queue}
+                for holder in [one for one in self._asks if one in waiting]:
+                    if time.monotonic() > self._asked_at.get(holder, 0.0) + SILENT_S:
+                        self._drop(holder)
 
     def _restore(self) -> None:
         """Take over from a predecessor: those who live keep their leases, the dead are judged."""
@@ -244,19 +272,24 @@ class NodeMemory:
     def _is_watched(self, ask: Ask) -> bool:
         return ask.registration in self._watch.registrations
 
-    def _why_waiting(self, ask: Ask, position: int) -> str:
-        held = ", ".join(
-            f"{self._label(lease)} {format_bytes(lease.n_bytes)}" for lease in self._ledger.leases
-        )
-        others = ""
-        if self._others_bytes:
-            others = f" here, {format_bytes(self._others_bytes)} by other nodes or clusters on this machine"
-        return (
+    def _why_waiting(self, ask: Ask) -> str:
+        free, capacity = self._ledger.free_bytes, self._ledger.capacity_bytes
+        text = (
             f"{format_bytes(ask.registration.budget_bytes)} are asked for, "
-            f"{format_bytes(max(0, self._ledger.free_bytes))} of "
-            f"{format_bytes(max(0, self._ledger.capacity_bytes))} are free, {position} before it; "
-            f"held by {held or 'nobody'}{others}"
+            f"{format_bytes(max(0, free))} of {format_bytes(max(0, capacity))} are free"
         )
+        if before := self._named(self._ledger.queue, until=ask.holder):
+            text += f"; before it {'comes' if len(before) == 1 else 'come'} {', '.join(before)}"
+        text += f"; held by {', '.join(self._named(self._ledger.leases)) or 'nobody'}"
+        if self._others_bytes:
+            others = format_bytes(self._others_bytes)
+            text += f" here, {others} by other nodes or clusters on this machine"
+        return text
+
+    def _named(self, leases: Sequence[Lease], until: Holder | None = None) -> list[str]:
+        """``NAME (PID) SIZE`` of each, up to the one of ``until``."""
+        first = itertools.takewhile(lambda lease: lease.holder != until, leases)
+        return [f"{self._label(lease)} {format_bytes(lease.n_bytes)}" for lease in first]
 
     def _label(self, lease: Lease) -> str:
         for holder, ask in self._asks.items():
@@ -264,13 +297,24 @@ class NodeMemory:
                 return f"{ask.registration.label} ({holder[0]})"
         return str(lease.holder)
 
-    def _answer(self, state: str, text: str) -> Answer:
+    def _answer(self, state: str, text: str, budget_bytes: int = 0) -> Answer:
         notes, self._notes = tuple(self._notes), []
-        return Answer(state=state, text=text, pid=os.getpid(), since=self._since, notes=notes)
+        return Answer(
+            state=state,
+            text=text,
+            pid=os.getpid(),
+            since=self._since,
+            budget_bytes=budget_bytes,
+            notes=notes,
+        )
 
     @staticmethod
     def _pid(lease: Lease) -> Any:
         return lease.holder[0] if isinstance(lease.holder, tuple) else lease.holder
+
+
+def _with_budget(ask: Ask, n_bytes: int) -> Ask:
+    return replace(ask, registration=replace(ask.registration, budget_bytes=n_bytes))
 
 
 def _lease(ask: Ask) -> Lease:

@@ -30,10 +30,17 @@ Holder = tuple[int, int]  # (pid, start_ticks)
 
 @dataclass(frozen=True, kw_only=True)
 class Ask:
-    """One process's request. holds : it had this lease from a predecessor of the one it asks."""
+    """One process's request.
+
+    capacity_bytes : what all who share a limit may hold together; shared_by : who they are
+    (``NodeLimits.shared_by``); least_bytes : a smaller lease will do where less is left, down to
+    this one, None where it will not; holds : it had this lease from a predecessor.
+    """
 
     registration: Registration
     capacity_bytes: int
+    shared_by: str = ""
+    least_bytes: int | None = None
     priority: int = 0
     holds: bool = False
 
@@ -95,14 +102,17 @@ def machine_lock(folder: Path) -> FileLock:
     return FileLock(folder.with_name(f"{_kin(folder)}.lock"), mode=0o600)
 
 
-def others_bytes(folder: Path) -> int:
-    """What the ledgers beside the one of ``folder`` have given to processes that live."""
+def others_bytes(folder: Path, shared_by: str) -> int:
+    """What the ledgers beside the one of ``folder`` have given to processes that live, of those
+    who share a limit ("": all share the machine's).
+    """
     total = 0
     for path in folder.parent.glob(f"{_kin(folder)}-*/*.json"):
         if path.parent != folder:
             with suppress(OSError, *_NO_RECORD):  # given back in this moment, or not a lease
                 ask = _parse(path)
-                total += ask.registration.budget_bytes if lives(ask.holder) else 0
+                if shared_by in ("", ask.shared_by) and lives(ask.holder):
+                    total += ask.registration.budget_bytes
     return total
 
 

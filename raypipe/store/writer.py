@@ -121,7 +121,7 @@ class ShardWriter:
         Raises Fenced (nothing is recorded), NoSpace (may be called again once there is room).
         """
         with self._mutex:
-            if not self._pending:
+            if not self._pending and not self._broken:
                 return []
             records = [self._pending[lo] for lo in sorted(self._pending)]
             lines = b"".join(record.to_line() for record in records)
@@ -138,7 +138,8 @@ class ShardWriter:
         """
         with self._mutex:
             if self._pending:
-                with self._allowed(0):
+                rows = sum(record.hi - record.lo for record in self._pending.values())
+                with self._allowed(rows * self._cells.row_bytes):
                     self._sync(self._data)
                 if hasattr(os, "posix_fadvise"):
                     os.posix_fadvise(self._data, 0, 0, os.POSIX_FADV_DONTNEED)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raypipe.cluster.budget import worker_budget
+from raypipe.cluster.budget import LEAST_BYTES, worker_share
 from raypipe.errors import MemoryBudgetExceeded
 from raypipe.memory.config import MemoryFlags, ResolvedMemory, resolve
 from raypipe.memory.limits import NodeLimits
@@ -35,20 +35,22 @@ def resolved(budget: str | None, gib: float) -> ResolvedMemory:
 @given(workers=st.integers(1, 64), gib=st.floats(4, 512))
 def test_shares_of_a_node_fit_it(workers: int, gib: float) -> None:
     memory = resolved(None, gib)
-    budget, capacity = worker_budget(memory, workers, node(gib))
-    assert capacity == memory.config.capacity_bytes(node(gib))
-    assert 0 < budget * workers <= capacity
-    assert budget <= memory.config.budget_bytes
+    share = worker_share(memory, workers, node(gib))
+    assert share.capacity_bytes == memory.config.capacity_bytes(node(gib))
+    assert 0 < share.budget_bytes * workers <= share.capacity_bytes
+    assert share.budget_bytes <= memory.config.budget_bytes
+    assert share.least_bytes == min(share.budget_bytes, LEAST_BYTES)
 
 
 def test_the_share_is_of_the_node_where_the_worker_lands() -> None:
     memory = resolved(None, 8)  # the driver's own node is small
-    assert worker_budget(memory, 1, node(512))[0] == 16 * GIB
+    assert worker_share(memory, 1, node(512)).budget_bytes == 16 * GIB
 
 
 def test_a_stated_budget_is_kept_or_refused() -> None:
     memory = resolved("6GiB", 32)
-    assert worker_budget(memory, 4, node(32))[0] == 6 * GIB
+    share = worker_share(memory, 4, node(32))
+    assert (share.budget_bytes, share.least_bytes) == (6 * GIB, None)
     with pytest.raises(MemoryBudgetExceeded, match=r"5 worker\(s\) of 6.00 GiB.*fewer --workers"):
-        worker_budget(memory, 5, node(32))
-    assert worker_budget(replace(memory), 5, node(64))[0] == 6 * GIB
+        worker_share(memory, 5, node(32))
+    assert worker_share(replace(memory), 5, node(64)).budget_bytes == 6 * GIB

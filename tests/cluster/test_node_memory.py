@@ -17,13 +17,15 @@ import ray
 from ray.exceptions import RayActorError
 
 from raypipe.cluster import node_memory
+from raypipe.cluster.budget import WorkerMemory, budgeted_together
 from raypipe.cluster.node_memory import join, make_everywhere, node_actor, verdict_of
 from raypipe.errors import MemoryBudgetExceeded
+from raypipe.memory.config import MemoryFlags, resolve
 from raypipe.memory.guard import guarding, relieve
+from raypipe.memory.limits import node_limits
 from raypipe.memory.policy import Limits
 from raypipe.memory.probe import ProcessProbe, anon_bytes
 from raypipe.memory.records import node_folder
-from raypipe.memory.turns import Seat
 from raypipe.memory.verdict import Verdict, read_all
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import tests
@@ -43,7 +45,7 @@ class Worker:
         folder: Path,
         label: str = "worker",
         wait_s: float = 30,
-        seat: Seat | None = None,
+        least_bytes: int | None = None,
     ) -> int:
         self.said: list[str] = []
         self.guard = join(
@@ -52,7 +54,7 @@ class Worker:
             capacity_bytes=CAPACITY,
             verdict_dir=folder,
             wait_s=wait_s,
-            seat=seat,
+            least_bytes=least_bytes,
             say=self.said.append,
         )
         return os.getpid()
@@ -270,25 +272,58 @@ def test_a_lease_that_cannot_be_is_refused_and_a_late_one_gives_up(
     assert state()["queue"] == {}
 
 
-def test_two_groups_do_not_wait_for_each_others_leases(
+def test_a_budget_that_nobody_stated_shrinks_to_what_is_left(
     worker: Callable[[], Any], tmp_path: Path
 ) -> None:
-    """Room for two: one of each group would fit at once, and then neither would ever be whole."""
-    a, b = ([worker(), worker()] for _ in range(2))
+    first, second, third = worker(), worker(), worker()
+    get(first.begin.remote(5 * GIB, tmp_path))
+    pid = get(second.begin.remote(5 * GIB, tmp_path, least_bytes=2 * GIB))
+    assert state()["leases"][str(pid)] == 3 * GIB
+    assert "3.00 GiB instead of 5.00 GiB" in get(second.has_said.remote())[0]
+    with pytest.raises(MemoryBudgetExceeded, match="did not get its memory in 1 s"):
+        get(third.begin.remote(5 * GIB, tmp_path, wait_s=1, least_bytes=2 * GIB))
+    with pytest.raises(RayActorError):  # and that is what it is kept to
+        get(second.at_once.remote(4 * GIB))
+    assert verdict_in(tmp_path).budget_bytes == 3 * GIB
 
-    def begin(actor: Any, group: str, member: int) -> Any:
-        seat = Seat(group=group, member=member, of=2)
-        return actor.begin.remote(4 * GIB, tmp_path, group, CALL_S, seat)
 
-    first = get(begin(a[0], "a", 0))
-    waiting = [begin(actor, "b", member) for member, actor in enumerate(b)]
-    time.sleep(1.0)
-    assert state()["leases"] == {str(first): 4 * GIB}, "there is room, but it is not b's turn"
-    second = get(begin(a[1], "a", 1))
-    assert sorted(state()["leases"]) == sorted([str(first), str(second)])
-    for actor in a:
-        get(actor.end.remote())
-    assert sorted(map(str, ray.get(waiting, timeout=CALL_S))) == sorted(state()["leases"])
+class Member:
+    """One of a group of two that go on only together; they agree through files."""
+
+    def gather(self, order: WorkerMemory, folder: Path, group: str, member: int) -> float:
+        rounds = 0
+
+        def agree(mine: bool) -> bool:
+            nonlocal rounds
+            rounds += 1
+            said = folder / f"{group}-{rounds}-{member}"
+            said.with_suffix(".tmp").write_text(str(int(mine)))
+            said.with_suffix(".tmp").replace(said)
+            other = folder / f"{group}-{rounds}-{1 - member}"
+            while not other.exists():
+                time.sleep(0.01)
+            return mine and other.read_text() == "1"
+
+        with budgeted_together(order, group, agree, gather_s=1.5):
+            time.sleep(1.0)
+        return time.time()
+
+
+def test_two_groups_do_not_wait_for_each_others_leases(tmp_path: Path) -> None:
+    """Room for two on this machine, four want a lease: one of each group has it, none goes on."""
+    most = node_limits().limit_bytes * 4 // 10 // MIB  # of 80 % that are given out
+    memory = resolve(MemoryFlags(max_memory_per_process=f"{most}MiB"), environ={})
+    order = WorkerMemory(memory=memory, per_node=2, run_dir=None)
+    members = {
+        (group, n): ray.remote(Member).options(num_cpus=0).remote()
+        for n in (0, 1)
+        for group in "ab"
+    }
+    ends = [actor.gather.remote(order, tmp_path, group, n) for (group, n), actor in members.items()]
+    assert len(ray.get(ends, timeout=3 * CALL_S)) == 4
+    for actor in members.values():
+        ray.kill(actor)
+    until(lambda: not state()["leases"])
 
 
 def test_a_process_that_holds_too_much_already_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

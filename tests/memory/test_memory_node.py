@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -11,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from raypipe.memory import node as node_module
 from raypipe.memory.node import Answer, NodeMemory
 from raypipe.memory.probe import ProcessProbe
-from raypipe.memory.records import Ask, clear_abandoned_folders, slot_path
+from raypipe.memory.records import Ask, clear_abandoned_folders, machine_lock, slot_path
 from raypipe.memory.registration import Registration
 from raypipe.memory.slot import Sentence, Slot
 
@@ -139,14 +141,79 @@ def test_two_ledgers_of_one_machine_do_not_give_out_the_same_bytes(
         answer = here.admit(waiting)
         assert answer.state == "queued"
         assert "7.00 GiB by other nodes or clusters on this machine" in answer.text
-        first.kill()  # by its neighbour's own account it may hold for a moment longer
-        assert state(here.admit(waiting)) == "granted"
+        first.kill()
+        until(lambda: here.admit(waiting).state == "granted")
         third = sleepers()
         assert state(there.admit(ask_of(third, neighbour, 4))) == "queued"
         more = ask_of(third, neighbour, 4, capacity_gib=11)
         until(lambda: there.admit(more).state == "granted")
     finally:
         there.close()
+
+
+def test_jobs_with_limits_of_their_own_do_not_take_from_each_other(
+    make: Callable[[], NodeMemory], folder: Path, sleepers: Sleepers
+) -> None:
+    neighbour = folder.with_name("raypipe-memory-0-neighbour")
+    neighbour.mkdir()
+    here, there, first, second = make(), NodeMemory(neighbour), sleepers(), sleepers()
+    try:
+        theirs = replace(ask_of(first, neighbour, 7), shared_by="Slurm job 1")
+        assert state(there.admit(theirs)) == "granted"
+        ours = ask_of(second, folder, 7)
+        assert state(here.admit(replace(ours, shared_by="Slurm job 1"))) == "queued"
+        assert state(here.admit(replace(ours, shared_by=""))) == "queued", "all share the machine's"
+        assert state(here.admit(replace(ours, shared_by="Slurm job 2"))) == "granted"
+    finally:
+        there.close()
+
+
+def test_the_watch_goes_on_while_another_ledger_holds_the_machine(
+    make: Callable[[], NodeMemory], folder: Path, sleepers: Sleepers
+) -> None:
+    """As one does that is stopped, or frozen with its container."""
+    node, first, second = make(), sleepers(), sleepers()
+    held = ask_of(first, folder, 1)
+    node.admit(held)
+    with machine_lock(folder):
+        waiting = threading.Thread(target=node.admit, args=(ask_of(second, folder, 1),))
+        waiting.start()
+        first.kill()
+        until(lambda: node.state()["leases"] == {}, seconds=0.9)
+        waiting.join()
+        assert "another ledger of this machine holds" in node.admit(held).text
+    assert state(node.admit(ask_of(second, folder, 1))) == "granted"
+
+
+def test_who_stops_asking_holds_no_place_in_the_queue(
+    make: Callable[[], NodeMemory],
+    folder: Path,
+    sleepers: Sleepers,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(node_module, "SILENT_S", 0.5)
+    node, first, stopped, later = make(), sleepers(), sleepers(), sleepers()
+    node.admit(ask_of(first, folder, 8))
+    large, small = ask_of(stopped, folder, 8), ask_of(later, folder, 2)
+    node.admit(large)
+    answer = node.admit(small)
+    assert (answer.state, "before it comes" in answer.text) == ("queued", True)
+    until(lambda: node.admit(small).state == "granted")
+    assert state(node.admit(large)) == "queued", "back from its pause, it asks again"
+
+
+def test_a_smaller_lease_will_do_where_one_is_asked_for_that_may_shrink(
+    make: Callable[[], NodeMemory], folder: Path, sleepers: Sleepers
+) -> None:
+    node, first, second = make(), sleepers(), sleepers()
+    node.admit(ask_of(first, folder, 7))
+    asked = replace(ask_of(second, folder, 8), least_bytes=2 * GIB)
+    answer = node.admit(asked)
+    assert (answer.state, answer.budget_bytes) == ("granted", 3 * GIB)
+    again = node.admit(asked)  # its first answer was lost
+    assert (again.state, again.budget_bytes) == ("granted", 3 * GIB)
+    assert node.state()["free_bytes"] == 0
+    assert state(node.admit(ask_of(sleepers(), folder, 1))) == "queued"
 
 
 def test_the_smallest_stated_capacity_holds_while_who_stated_it_is_there(
