@@ -34,7 +34,7 @@ class VerifyConfig:
     store: Positional[Path]
     """A shard's .npy file, or a folder: then every shard below it."""
     threads: int | None = None
-    """Reading threads; by default one a core."""
+    """Threads that read and hash; by default one a core, at most 4."""
 
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads < 1:

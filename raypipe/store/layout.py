@@ -8,8 +8,9 @@ For a shard ``train.npy`` the folder holds::
     train.index.parquet   row -> source file, digest, valid flag (`index`)
     train.journal/        commit records, one file a writer, and the fence (`journal`, `fence`)
     train.lock            held by the run that writes it; train.owner.json says who (`lock`)
+    train.places.json     where its copies lie, once there are any (`catalog`)
 
-A sealed shard keeps the .npy, the manifest and the index only.
+A sealed shard keeps the .npy, the manifest, the index and the places only.
 """
 
 from __future__ import annotations
@@ -25,12 +26,17 @@ import numpy as np
 from raypipe.errors import ConfigError, StoreCorrupt
 
 #: Name -> dtype in the file. NumPy has no bfloat16: its bits are kept as uint16, and the manifest
-#: says so.
+#: says so. raypipe writes the first three; the others are met in files that were adopted.
 FILE_DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype("<f4"),
     "float16": np.dtype("<f2"),
     "bfloat16": np.dtype("<u2"),
+    "float64": np.dtype("<f8"),
+    "bool": np.dtype("?"),
+    **{name: np.dtype(name).newbyteorder("<") for name in ("uint8", "int8", "int16", "uint16")},
+    **{name: np.dtype(name).newbyteorder("<") for name in ("int32", "int64")},
 }
+WRITTEN_DTYPES = ("float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +50,7 @@ class ShardPaths:
     journal: Path
     lock: Path
     owner: Path
+    places: Path
 
     @classmethod
     def of(cls, path: Path) -> ShardPaths:
@@ -59,6 +66,7 @@ class ShardPaths:
             journal=folder / f"{stem}.journal",
             lock=folder / f"{stem}.lock",
             owner=folder / f"{stem}.owner.json",
+            places=folder / f"{stem}.places.json",
         )
 
     @property

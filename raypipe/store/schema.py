@@ -16,7 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from raypipe.errors import ConfigError
-from raypipe.store.layout import FILE_DTYPES, CellGrid, ShardPaths, array_bytes, npy_header
+from raypipe.store.layout import (
+    FILE_DTYPES,
+    WRITTEN_DTYPES,
+    CellGrid,
+    ShardPaths,
+    array_bytes,
+    npy_header,
+)
 
 FORMAT = "raypipe-store"
 FORMAT_VERSION = 1
@@ -55,8 +62,8 @@ class ShardSpec:
                 f"rows {self.rows}, grid {self.grid}, row_shape {self.row_shape}: all must be at "
                 "least 1; an empty split has no shard"
             )
-        if self.dtype not in FILE_DTYPES:
-            raise ConfigError(f"dtype {self.dtype!r} is not one of {', '.join(FILE_DTYPES)}")
+        if self.dtype not in WRITTEN_DTYPES:
+            raise ConfigError(f"dtype {self.dtype!r} is not one of {', '.join(WRITTEN_DTYPES)}")
         if len(self.names) != self.rows:
             raise ConfigError(f"{len(self.names)} names for {self.rows} rows; give one name a row")
         self._check_names()
