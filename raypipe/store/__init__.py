@@ -8,6 +8,7 @@ files). Making features is `backbone`'s business, feeding them to training is `s
 
 from __future__ import annotations
 
+from raypipe.store.adoption import Adoption, adopt, plan_adoption
 from raypipe.store.discard import discard_store
 from raypipe.store.info import describe, find_shards, refusal
 from raypipe.store.journal import CommitRecord, RowSource
@@ -20,6 +21,7 @@ from raypipe.store.verify import VerifyReport, verify
 from raypipe.store.writer import ShardWriter, WriterTarget
 
 __all__ = [
+    "Adoption",
     "CommitRecord",
     "FeatureStore",
     "Progress",
@@ -30,12 +32,14 @@ __all__ = [
     "StoreLocator",
     "VerifyReport",
     "WriterTarget",
+    "adopt",
     "describe",
     "discard_store",
     "find_shards",
     "from_bfloat16",
     "open_for_writing",
     "open_locator",
+    "plan_adoption",
     "refusal",
     "require_space",
     "space_needed",

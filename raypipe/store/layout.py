@@ -124,20 +124,43 @@ def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
     return buffer.getvalue()
 
 
+@dataclass(frozen=True, kw_only=True)
+class NpyHeader:
+    """What a ``.npy`` header says; data_offset: bytes before the data."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    fortran: bool
+    data_offset: int
+
+    @classmethod
+    def read(cls, file: BinaryIO, name: str) -> NpyHeader:
+        """The header of an open ``.npy``; StoreCorrupt names the file when it has none."""
+        try:
+            version = np.lib.format.read_magic(file)
+            read = {
+                (1, 0): np.lib.format.read_array_header_1_0,
+                (2, 0): np.lib.format.read_array_header_2_0,
+            }[version]
+            shape, fortran, dtype = read(file)
+        except Exception as error:  # numpy parses it as Python: a damaged one raises nearly all
+            raise StoreCorrupt(
+                f"{name} has no readable .npy header ({error}); extract or save it again"
+            ) from None
+        return cls(
+            dtype=dtype,
+            shape=tuple(int(n) for n in shape),
+            fortran=fortran,
+            data_offset=file.tell(),
+        )
+
+
 def read_npy_header(file: BinaryIO, name: str) -> tuple[np.dtype, tuple[int, ...], int]:
-    """(dtype, shape, data offset) of an open ``.npy``; StoreCorrupt names the file otherwise."""
-    try:
-        version = np.lib.format.read_magic(file)
-        read = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }[version]
-        shape, fortran, dtype = read(file)
-    except Exception as error:  # numpy parses it as Python: a damaged one raises nearly anything
-        raise StoreCorrupt(f"{name} has no readable .npy header ({error}); extract again") from None
-    if fortran or dtype.hasobject:
+    """(dtype, shape, data offset) of a shard's open ``.npy``; StoreCorrupt for what is no shard."""
+    header = NpyHeader.read(file, name)
+    if header.fortran or header.dtype.hasobject:
         raise StoreCorrupt(f"{name} is Fortran-ordered or holds objects; a shard is plain C order")
-    return dtype, tuple(int(n) for n in shape), file.tell()
+    return header.dtype, header.shape, header.data_offset
 
 
 def array_bytes(dtype: np.dtype, shape: tuple[int, ...]) -> int:

@@ -142,11 +142,26 @@ def canonical_json(value: Any) -> bytes:
     return text.encode()
 
 
+class NamesDigest:
+    """sha256 of names in order; a JSON string a line, so no two lists spell alike."""
+
+    def __init__(self) -> None:
+        self._sha256 = hashlib.sha256()
+
+    def update(self, names: Iterable[str]) -> None:
+        """Take in the next names."""
+        for name in names:
+            self._sha256.update(json.dumps(name).encode() + b"\n")
+
+    def hexdigest(self) -> str:
+        """The digest of all so far."""
+        return self._sha256.hexdigest()
+
+
 def names_digest(names: Iterable[str]) -> str:
-    """sha256 of the names in order; a JSON string a line, so no two lists spell alike."""
-    digest = hashlib.sha256()
-    for name in names:
-        digest.update(json.dumps(name).encode() + b"\n")
+    """`NamesDigest` of ``names``, hex."""
+    digest = NamesDigest()
+    digest.update(names)
     return digest.hexdigest()
 
 
