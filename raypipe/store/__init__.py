@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from raypipe.store.adoption import Adoption, adopt, plan_adoption
 from raypipe.store.discard import discard_store
+from raypipe.store.export import Export, export_store, plan_export
 from raypipe.store.info import describe, find_shards, refusal
 from raypipe.store.journal import CommitRecord, RowSource
 from raypipe.store.narrow import from_bfloat16, to_bfloat16
@@ -23,6 +24,7 @@ from raypipe.store.writer import ShardWriter, WriterTarget
 __all__ = [
     "Adoption",
     "CommitRecord",
+    "Export",
     "FeatureStore",
     "Progress",
     "RowSource",
@@ -35,11 +37,13 @@ __all__ = [
     "adopt",
     "describe",
     "discard_store",
+    "export_store",
     "find_shards",
     "from_bfloat16",
     "open_for_writing",
     "open_locator",
     "plan_adoption",
+    "plan_export",
     "refusal",
     "require_space",
     "space_needed",
