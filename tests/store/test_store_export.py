@@ -133,7 +133,8 @@ def test_adopted_files_of_any_dtype_go_out_too(tmp_path, to, dtype, shape):
     adopt(plan_adoption(tmp_path / "x.npy"))
     out = tmp_path / "out"
     export_store(plan_export(tmp_path / "x.npy", to, out))
-    equal_bits(np.asarray(READ[to](out)[0]), array)
+    wanted = array.view("u1") if (to, dtype) == ("parquet", "?") else array
+    equal_bits(np.asarray(READ[to](out)[0]), wanted)
 
 
 def test_odd_bits_survive(tmp_path):
@@ -146,7 +147,7 @@ def test_odd_bits_survive(tmp_path):
         adopt(plan_adoption(path))
         for to in FORMATS:
             need_package(to)
-            out = tmp_path / f"{name}.{to}"
+            out = tmp_path / f"{name}-as-{to}"
             export_store(plan_export(path, to, out))
             equal_bits(np.asarray(READ[to](out)[0]), np.load(path))
 
@@ -303,8 +304,8 @@ die = lambda *a: os.kill(os.getpid(), 9)
 if at == "rename":
     room._put = die
 elif at == "between":
-    room._remove_old, real = None, Path.replace
-    Path.replace = lambda a, b: real(a, b) if "raypipe-old" in str(b) else die()
+    real = Path.replace
+    Path.replace = lambda a, b: die() if a.name.endswith("raypipe-partial") else real(a, b)
 plan = room.plan_export(Path(store), to, Path(out), options=options, overwrite=True)
 seen = []
 def progress(rows):

@@ -2,8 +2,8 @@
 
 Read with ``pyarrow.parquet.read_table(path)["features"].combine_chunks().to_numpy_ndarray()``; no
 raypipe is needed, and a reader without the extension type sees fixed-size lists. The schema's
-metadata has a key ``raypipe``: JSON with the dtype (bfloat16 is uint16 in the file), the
-fingerprint and the identity.
+metadata has a key ``raypipe``: JSON with the dtype (bfloat16 is uint16 in the file, bool uint8, of
+which Arrow has tensors), the fingerprint and the identity.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from raypipe.store.formats.base import Block, Format
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 _COLUMNS = ("row", "name", "digest", "valid", "reason")
 _TEXTS = [*_COLUMNS[1:3], "reason"]  # features are numbers: a dictionary of them only costs
 # Parquet's own integers have 32 or 64 bits; float16 is kept as 2 bytes.
-_PARQUET_BYTES = {"bfloat16": 4, "uint16": 4, "int16": 4, "uint8": 4, "int8": 4}
+_PARQUET_BYTES = {"bfloat16": 4, "uint16": 4, "int16": 4, "uint8": 4, "int8": 4, "bool": 4}
 
 
 class ParquetFormat(Format):
@@ -58,7 +60,7 @@ class ParquetFormat(Format):
         import pyarrow as pa
 
         contents = self.contents
-        kind = pa.from_numpy_dtype(contents.numpy_dtype)
+        kind = pa.from_numpy_dtype(_tensor_dtype(contents.numpy_dtype))
         fields = [
             ("row", pa.int64()),
             ("name", pa.string()),
@@ -74,8 +76,12 @@ class ParquetFormat(Format):
 
         tensor = schema.field("features").type
         # The block's memory is used again; write_table has encoded it by then.
-        flat = pa.array(block.values.reshape(-1))
+        flat = pa.array(block.values.reshape(-1).view(_tensor_dtype(block.values.dtype)))
         storage = pa.FixedSizeListArray.from_arrays(flat, math.prod(self.contents.row_shape))
         features = pa.ExtensionArray.from_storage(tensor, storage)
         columns = [block.index.column(name).combine_chunks() for name in _COLUMNS]
         return pa.Table.from_arrays([*columns, features], schema=schema)
+
+
+def _tensor_dtype(dtype: np.dtype) -> np.dtype:
+    return np.dtype("u1") if dtype == bool else dtype

@@ -36,13 +36,7 @@ class ZarrFormat(Format):
 
     def __init__(self, contents: Contents, options: FormatOptions) -> None:
         super().__init__(contents, options)
-        try:
-            self._zarr: Any = importlib.import_module("zarr")
-            version = str(self._zarr.__version__)
-        except ImportError:
-            version = "0 (it is missing)"
-        if int(version.partition(".")[0]) < 3:
-            raise ConfigError(f"zarr 3 is needed, found {version}; pip install 'raypipe[export]'")
+        self._zarr = _zarr_package()
         if options.chunk_rows < 1:
             raise ConfigError(f"--chunk-rows {options.chunk_rows} is below 1; a chunk has rows")
         size = _SHARD_BYTES if options.shard_bytes is None else options.shard_bytes
@@ -126,6 +120,16 @@ class ZarrFormat(Format):
             return "raypipe" in json.loads((path / "zarr.json").read_bytes())["attributes"]
         except (OSError, ValueError, KeyError, TypeError):
             return False
+
+
+def _zarr_package() -> Any:
+    try:
+        zarr = importlib.import_module("zarr")
+    except ImportError:
+        raise ConfigError("zarr is not installed; pip install 'raypipe[export]'") from None
+    if int(zarr.__version__.partition(".")[0]) < 3:
+        raise ConfigError(f"zarr is {zarr.__version__}, 3 is needed; pip install 'raypipe[export]'")
+    return zarr
 
 
 def _settle(folder: Path) -> None:
