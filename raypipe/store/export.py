@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from raypipe.errors import ConfigError, StoreError, StoreLocked
+from raypipe.errors import ConfigError, StoreError
 from raypipe.store.blocks import IndexCursor, checked_blocks
-from raypipe.store.durable import fsync_dir, make_dirs, remove
-from raypipe.store.flocks import Flock
+from raypipe.store.durable import fsync_dir, make_dirs
+from raypipe.store.flocks import held
 from raypipe.store.formats import FORMATS, Block, Contents, Format, FormatOptions
 from raypipe.store.layout import ShardPaths
 from raypipe.store.manifest import Manifest
@@ -114,7 +114,8 @@ def export_store(plan: Export, progress: Callable[[int], None] = lambda rows: No
     temporary = out.with_name(f".{out.name}.raypipe-partial")
     with explain_os_errors(out, need):
         make_dirs(out.parent)
-        with _alone(out):
+        lock = out.with_name(f".{out.name}.raypipe-lock")
+        with held(lock, f"{out} is being written by another export; wait for it"):
             _remove(temporary)
             _restore(out)
             _check_target(plan)
@@ -157,25 +158,6 @@ def _check_target(plan: Export) -> None:
         raise StoreError(f"{out} is there already; choose another --out, or --overwrite")
     if out.is_dir() and not (plan.format.folder and plan.format.made(out)):
         raise StoreError(f"{out} is a folder that is no such export; remove it yourself")
-
-
-@contextlib.contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Hold the export's lock file, removed at the end."""
-    path = out.with_name(f".{out.name}.raypipe-lock")
-    while True:
-        lock = Flock(path)
-        if not lock.try_exclusive():
-            lock.close()
-            raise StoreLocked(f"{out} is being written by another export; wait for it")
-        if lock.is_current():
-            break
-        lock.close()
-    try:
-        yield
-    finally:
-        remove([path])
-        lock.close()
 
 
 def _put(temporary: Path, out: Path) -> None:

@@ -84,4 +84,4 @@ class ParquetFormat(Format):
 
 
 def _tensor_dtype(dtype: np.dtype) -> np.dtype:
-    return np.dtype("u1") if dtype == bool else dtype
+    return np.dtype("u1") if dtype.kind == "b" else dtype
