@@ -349,6 +349,35 @@ def test_the_earlier_export_comes_back_when_the_next_one_fails(tmp_path):
     assert len(read_webdataset(out)[0]) == 40
 
 
+SMALL_THEN_LARGE = """
+import sys
+from pathlib import Path
+from raypipe.store import export_store, plan_export
+from raypipe.store.formats import FormatOptions
+def peak():
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
+to, folder = sys.argv[1], Path(sys.argv[2])
+options = FormatOptions(shard_bytes=16 << 20 if to in ("zarr", "webdataset") else None)
+peaks = []
+for name in ("small", "large"):
+    export_store(plan_export(folder / f"{name}.npy", to, folder / "out" / name, options=options))
+    peaks.append(peak())
+print(peaks[1] - peaks[0])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", FORMATS)
+def test_memory_does_not_grow_with_the_store(tmp_path, to):
+    need_package(to)
+    for name, rows in (("small", 64), ("large", 320)):
+        np.lib.format.open_memmap(tmp_path / f"{name}.npy", "w+", "f4", (rows, 1 << 18))[::7] = 1
+        adopt(plan_adoption(tmp_path / f"{name}.npy"))
+    process = start(SMALL_THEN_LARGE, to, tmp_path)
+    grown = int(process.communicate(timeout=250)[0])
+    assert grown < 64 << 20, "256 MiB more were exported"
+
+
 def test_command(tmp_path, capsys):
     spec = make_spec(tmp_path / "store")
     whole(spec)
