@@ -8,11 +8,15 @@ files). Making features is `backbone`'s business, feeding them to training is `s
 
 from __future__ import annotations
 
+from raypipe.store.adoption import Adoption, adopt, plan_adoption
+from raypipe.store.catalog import Place, add_place, locate, place_on, places_of, this_node
 from raypipe.store.discard import discard_store
+from raypipe.store.export import Export, export_store, plan_export
 from raypipe.store.info import describe, find_shards, refusal
 from raypipe.store.journal import CommitRecord, RowSource
 from raypipe.store.narrow import from_bfloat16, to_bfloat16
 from raypipe.store.reader import FeatureStore, StoreLocator, open_locator
+from raypipe.store.replicate import Replica, plan_replicas, replicate_store, require_room
 from raypipe.store.run import Progress, ShardRun, open_for_writing, space_needed
 from raypipe.store.schema import ShardSpec
 from raypipe.store.space import require_space
@@ -20,9 +24,13 @@ from raypipe.store.verify import VerifyReport, verify
 from raypipe.store.writer import ShardWriter, WriterTarget
 
 __all__ = [
+    "Adoption",
     "CommitRecord",
+    "Export",
     "FeatureStore",
+    "Place",
     "Progress",
+    "Replica",
     "RowSource",
     "ShardRun",
     "ShardSpec",
@@ -30,15 +38,27 @@ __all__ = [
     "StoreLocator",
     "VerifyReport",
     "WriterTarget",
+    "add_place",
+    "adopt",
     "describe",
     "discard_store",
+    "export_store",
     "find_shards",
     "from_bfloat16",
+    "locate",
     "open_for_writing",
     "open_locator",
+    "place_on",
+    "places_of",
+    "plan_adoption",
+    "plan_export",
+    "plan_replicas",
     "refusal",
+    "replicate_store",
+    "require_room",
     "require_space",
     "space_needed",
+    "this_node",
     "to_bfloat16",
     "verify",
 ]

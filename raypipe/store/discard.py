@@ -41,8 +41,8 @@ def _pass_the_fence(paths: ShardPaths) -> None:
 
 
 def remove_contents(paths: ShardPaths) -> None:
-    """Data, journals and index; the manifest, the fence and the lock stay."""
-    remove([paths.final, paths.partial, paths.index, *paths.journals()])
+    """Data, journals, index and places; the manifest, the fence and the lock stay."""
+    remove([paths.final, paths.partial, paths.index, paths.places, *paths.journals()])
 
 
 def tidy(paths: ShardPaths) -> None:

@@ -11,10 +11,12 @@ import contextlib
 import errno
 import fcntl
 import os
+import time
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
-from raypipe.errors import StoreError
+from raypipe.errors import StoreError, StoreLocked
 
 _open_locks: weakref.WeakSet[Flock] = weakref.WeakSet()
 _fork_hook: list[bool] = []
@@ -86,6 +88,30 @@ class Flock:
             entries = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
             return [int(e[4]) for e in entries if e[1] == "FLOCK" and e[5] == wanted]
         return []
+
+
+@contextlib.contextmanager
+def held(path: Path, refusal: str, patience_s: float = 0.0) -> Iterator[None]:
+    """Hold the lock file ``path`` inside, and remove it at the end; StoreLocked(``refusal``) when
+    another still has it after ``patience_s`` seconds.
+    """
+    deadline = time.monotonic() + patience_s
+    while True:
+        lock = Flock(path)
+        if not lock.try_exclusive():
+            lock.close()
+            if time.monotonic() >= deadline:
+                raise StoreLocked(refusal)
+            time.sleep(0.02)
+        elif lock.is_current():
+            break
+        else:  # its last holder removed it since we opened it
+            lock.close()
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        lock.close()
 
 
 def _close_all() -> None:

@@ -7,7 +7,8 @@ rows give the same bytes. pyarrow is imported when it is used: writers do withou
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,9 +16,12 @@ import numpy as np
 
 from raypipe.errors import StoreCorrupt
 from raypipe.store.commits import RowTable
+from raypipe.store.schema import NamesDigest
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+_STREAMED_ROWS = 1 << 16
 
 
 def index_bytes(names: Sequence[str], table: RowTable) -> bytes:
@@ -39,6 +43,38 @@ def index_bytes(names: Sequence[str], table: RowTable) -> bytes:
     buffer = io.BytesIO()
     pq.write_table(pa.table(columns), buffer, compression="zstd")
     return buffer.getvalue()
+
+
+def stream_index(path: Path, names: Iterable[str], reasons: Mapping[int, str]) -> str:
+    """Write the index of rows that came from no image file to ``path``; the digest of the names.
+
+    reasons: row -> why it is invalid. Holds some thousand rows at a time. Digest is "" and size 0:
+    there is no source file.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    schema = pa.schema(
+        [
+            ("row", pa.int64()),
+            ("name", pa.string()),
+            ("digest", pa.string()),
+            ("size_bytes", pa.int64()),
+            ("valid", pa.bool_()),
+            ("reason", pa.string()),
+        ]
+    )
+    digest, left, start = NamesDigest(), iter(names), 0
+    with pq.ParquetWriter(path, schema, compression="zstd") as writer:
+        while some := list(islice(left, _STREAMED_ROWS)):
+            digest.update(some)
+            rows = range(start, start + len(some))
+            why = [reasons.get(row) for row in rows]
+            valid = [reason is None for reason in why]
+            columns = (list(rows), some, [""] * len(some), [0] * len(some), valid, why)
+            writer.write_table(pa.table(dict(zip(schema.names, columns, strict=True)), schema))
+            start += len(some)
+    return digest.hexdigest()
 
 
 def read_index(path: Path, columns: Sequence[str] | None = None) -> pa.Table:

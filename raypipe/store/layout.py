@@ -8,8 +8,9 @@ For a shard ``train.npy`` the folder holds::
     train.index.parquet   row -> source file, digest, valid flag (`index`)
     train.journal/        commit records, one file a writer, and the fence (`journal`, `fence`)
     train.lock            held by the run that writes it; train.owner.json says who (`lock`)
+    train.places.json     where its copies lie, once there are any (`catalog`)
 
-A sealed shard keeps the .npy, the manifest and the index only.
+A sealed shard keeps the .npy, the manifest, the index and the places only.
 """
 
 from __future__ import annotations
@@ -25,12 +26,17 @@ import numpy as np
 from raypipe.errors import ConfigError, StoreCorrupt
 
 #: Name -> dtype in the file. NumPy has no bfloat16: its bits are kept as uint16, and the manifest
-#: says so.
+#: says so. raypipe writes the first three; the others are met in files that were adopted.
 FILE_DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype("<f4"),
     "float16": np.dtype("<f2"),
     "bfloat16": np.dtype("<u2"),
+    "float64": np.dtype("<f8"),
+    "bool": np.dtype("?"),
+    **{name: np.dtype(name).newbyteorder("<") for name in ("uint8", "int8", "int16", "uint16")},
+    **{name: np.dtype(name).newbyteorder("<") for name in ("int32", "int64")},
 }
+WRITTEN_DTYPES = ("float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +50,7 @@ class ShardPaths:
     journal: Path
     lock: Path
     owner: Path
+    places: Path
 
     @classmethod
     def of(cls, path: Path) -> ShardPaths:
@@ -59,6 +66,7 @@ class ShardPaths:
             journal=folder / f"{stem}.journal",
             lock=folder / f"{stem}.lock",
             owner=folder / f"{stem}.owner.json",
+            places=folder / f"{stem}.places.json",
         )
 
     @property
@@ -116,20 +124,43 @@ def npy_header(dtype: str, shape: tuple[int, ...]) -> bytes:
     return buffer.getvalue()
 
 
+@dataclass(frozen=True, kw_only=True)
+class NpyHeader:
+    """What a ``.npy`` header says; data_offset: bytes before the data."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    fortran: bool
+    data_offset: int
+
+    @classmethod
+    def read(cls, file: BinaryIO, name: str) -> NpyHeader:
+        """The header of an open ``.npy``; StoreCorrupt names the file when it has none."""
+        try:
+            version = np.lib.format.read_magic(file)
+            read = {
+                (1, 0): np.lib.format.read_array_header_1_0,
+                (2, 0): np.lib.format.read_array_header_2_0,
+            }[version]
+            shape, fortran, dtype = read(file)
+        except Exception as error:  # numpy parses it as Python: a damaged one raises nearly all
+            raise StoreCorrupt(
+                f"{name} has no readable .npy header ({error}); extract or save it again"
+            ) from None
+        return cls(
+            dtype=dtype,
+            shape=tuple(int(n) for n in shape),
+            fortran=fortran,
+            data_offset=file.tell(),
+        )
+
+
 def read_npy_header(file: BinaryIO, name: str) -> tuple[np.dtype, tuple[int, ...], int]:
-    """(dtype, shape, data offset) of an open ``.npy``; StoreCorrupt names the file otherwise."""
-    try:
-        version = np.lib.format.read_magic(file)
-        read = {
-            (1, 0): np.lib.format.read_array_header_1_0,
-            (2, 0): np.lib.format.read_array_header_2_0,
-        }[version]
-        shape, fortran, dtype = read(file)
-    except Exception as error:  # numpy parses it as Python: a damaged one raises nearly anything
-        raise StoreCorrupt(f"{name} has no readable .npy header ({error}); extract again") from None
-    if fortran or dtype.hasobject:
+    """(dtype, shape, data offset) of a shard's open ``.npy``; StoreCorrupt for what is no shard."""
+    header = NpyHeader.read(file, name)
+    if header.fortran or header.dtype.hasobject:
         raise StoreCorrupt(f"{name} is Fortran-ordered or holds objects; a shard is plain C order")
-    return dtype, tuple(int(n) for n in shape), file.tell()
+    return header.dtype, header.shape, header.data_offset
 
 
 def array_bytes(dtype: np.dtype, shape: tuple[int, ...]) -> int:

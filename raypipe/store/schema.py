@@ -16,7 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from raypipe.errors import ConfigError
-from raypipe.store.layout import FILE_DTYPES, CellGrid, ShardPaths, array_bytes, npy_header
+from raypipe.store.layout import (
+    FILE_DTYPES,
+    WRITTEN_DTYPES,
+    CellGrid,
+    ShardPaths,
+    array_bytes,
+    npy_header,
+)
 
 FORMAT = "raypipe-store"
 FORMAT_VERSION = 1
@@ -55,8 +62,8 @@ class ShardSpec:
                 f"rows {self.rows}, grid {self.grid}, row_shape {self.row_shape}: all must be at "
                 "least 1; an empty split has no shard"
             )
-        if self.dtype not in FILE_DTYPES:
-            raise ConfigError(f"dtype {self.dtype!r} is not one of {', '.join(FILE_DTYPES)}")
+        if self.dtype not in WRITTEN_DTYPES:
+            raise ConfigError(f"dtype {self.dtype!r} is not one of {', '.join(WRITTEN_DTYPES)}")
         if len(self.names) != self.rows:
             raise ConfigError(f"{len(self.names)} names for {self.rows} rows; give one name a row")
         self._check_names()
@@ -135,11 +142,26 @@ def canonical_json(value: Any) -> bytes:
     return text.encode()
 
 
+class NamesDigest:
+    """sha256 of names in order; a JSON string a line, so no two lists spell alike."""
+
+    def __init__(self) -> None:
+        self._sha256 = hashlib.sha256()
+
+    def update(self, names: Iterable[str]) -> None:
+        """Take in the next names."""
+        for name in names:
+            self._sha256.update(json.dumps(name).encode() + b"\n")
+
+    def hexdigest(self) -> str:
+        """The digest of all so far."""
+        return self._sha256.hexdigest()
+
+
 def names_digest(names: Iterable[str]) -> str:
-    """sha256 of the names in order; a JSON string a line, so no two lists spell alike."""
-    digest = hashlib.sha256()
-    for name in names:
-        digest.update(json.dumps(name).encode() + b"\n")
+    """`NamesDigest` of ``names``, hex."""
+    digest = NamesDigest()
+    digest.update(names)
     return digest.hexdigest()
 
 
