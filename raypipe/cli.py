@@ -65,6 +65,19 @@ COMMANDS = {
         "raypipe.store.commands:VerifyConfig", "raypipe.store.commands:verify_stores", False,
         "check every byte against the manifest",
     ),
+    "store adopt": Command(
+        "raypipe.store.commands:AdoptConfig", "raypipe.store.commands:adopt_file", False,
+        "make a store of a plain .npy where it lies",
+    ),
+    "store export": Command(
+        "raypipe.store.copy_commands:ExportConfig", "raypipe.store.copy_commands:export", False,
+        "write npy, Parquet, Zarr v3 or WebDataset",
+    ),
+    "store replicate": Command(
+        "raypipe.store.copy_commands:ReplicateConfig",
+        "raypipe.store.copy_commands:replicate", False,
+        "copy stores to a local disk",
+    ),
     "report": Command(
         "raypipe.report.commands:ReportConfig", "raypipe.report.commands:report", False,
         "rebuild report.html from a run folder",
