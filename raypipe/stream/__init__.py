@@ -12,7 +12,9 @@ from __future__ import annotations
 from raypipe.stream.gather import Gatherer
 from raypipe.stream.permutation import KeyedPermutation
 from raypipe.stream.plan import Cursor, StepSlice, StreamPlan, deal, split_micro
+from raypipe.stream.rows import RowRange
 from raypipe.stream.source import ArraySource, MappedRows
+from raypipe.stream.window import ShuffleQuality, WindowShuffle, shuffle_quality
 
 __all__ = [
     "ArraySource",
@@ -20,8 +22,12 @@ __all__ = [
     "Gatherer",
     "KeyedPermutation",
     "MappedRows",
+    "RowRange",
+    "ShuffleQuality",
     "StepSlice",
     "StreamPlan",
+    "WindowShuffle",
     "deal",
+    "shuffle_quality",
     "split_micro",
 ]
