@@ -118,7 +118,7 @@ class FeatureLoader:
         """Let the next iteration be ``epoch``, from its start, unless it is the one resumed."""
         if not 0 <= epoch < self.plan.epochs:
             raise ConfigError(f"epoch {epoch}: this loader has epochs 0 to {self.plan.epochs - 1}")
-        if epoch != self._epoch:
+        if epoch != self._epoch or not self._first:
             self._epoch = epoch
             self._first = self._begun = self._seen = 0
 
@@ -132,6 +132,8 @@ class FeatureLoader:
 
     def share(self, part: int, parts: int) -> Generator[dict[str, Tensor]]:
         """Every ``parts``-th batch of the epoch from batch ``part`` on, for worker processes."""
+        if not self._first and self._finished(self._seen):  # every batch was taken, not the end
+            self._epoch += 1
         if self._epoch >= self.plan.epochs:
             raise ConfigError(
                 f"all {self.plan.epochs} epochs were given; use set_epoch, or allow for more"
@@ -163,6 +165,9 @@ class FeatureLoader:
             first, first + self._whole(end - first) * step if self.drop_last else end, step
         )
 
+    def _finished(self, position: int) -> bool:
+        return position > 0 and position >= self._steps(position).stop
+
     def _whole(self, n: int) -> int:
         return n // self.plan.rows_per_step
 
@@ -193,7 +198,7 @@ class FeatureLoader:
         The same on every rank that was given as many batches.
         """
         epoch, position = self._epoch, max(self._seen, self._first)
-        if position and position >= self._steps(position).stop:
+        if self._finished(position):
             epoch, position = epoch + 1, 0
         return {"epoch": epoch, "position": position, **self._identity()}
 
