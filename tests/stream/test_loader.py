@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import tracemalloc
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
