@@ -14,6 +14,7 @@ import os
 import weakref
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -143,14 +144,17 @@ class FeatureLoader:
             running.close()
         first, self._first = self._first, 0
         self._begun = self._seen = first
-        batches = self._batches(self._epoch, self._steps(first)[part::parts])
+        batches = self._batches(self._epoch, self._steps(first), part, parts)
         self._running = weakref.ref(batches)
         return batches
 
-    def _batches(self, epoch: int, firsts: range) -> Generator[dict[str, Tensor]]:
+    def _batches(
+        self, epoch: int, firsts: range, part: int, parts: int
+    ) -> Generator[dict[str, Tensor]]:
         """``firsts``: the position at which each step begins."""
-        with closing(self._open().batches(self._rows(epoch, first) for first in firsts)) as batches:
-            for first in firsts:
+        rows = islice(self._rows(epoch, firsts), part, None, parts)
+        with closing(self._open().batches(rows)) as batches:
+            for first in firsts[part::parts]:
                 # Not kept in a name here: the caller alone decides how long it lives.
                 held = [next(batches)]
                 self._seen = self._step_end(first)
@@ -177,11 +181,14 @@ class FeatureLoader:
     def _step_end(self, first: int) -> int:
         return min(first + self.plan.rows_per_step, self._end())
 
-    def _rows(self, epoch: int, first: int) -> np.ndarray:
-        """This rank's rows of the step that begins at position ``first``."""
-        piece = deal(self._step_end(first) - first, self.rank, self.world)
-        lo, hi = first + piece.start, first + piece.stop
-        return self.plan.span(epoch, lo, hi) if self.shuffle else self.plan.rows[lo:hi]
+    def _rows(self, epoch: int, firsts: range) -> Iterator[np.ndarray]:
+        """This rank's rows of each step."""
+        if self.shuffle:
+            end = self._step_end(firsts[-1]) if firsts else firsts.start
+            steps = self.plan.in_steps(epoch, firsts.start, end)
+        else:
+            steps = (self.plan.rows[first : self._step_end(first)] for first in firsts)
+        return (rows[deal(rows.size, self.rank, self.world)] for rows in steps)
 
     def _open(self) -> Gatherer:
         """This process's gatherer: one that came along in a fork has no threads any more."""
