@@ -36,16 +36,19 @@ class Slot:
 
         self.tensors: dict[str, torch.Tensor] = {}
         self.targets: dict[str, Target] = {}
-        self._memory: dict[str, np.ndarray] = {}  # (max_rows * row_bytes,) uint8 each
+        # The tensors' memory, and the dtype to see it as where numpy has none (bfloat16).
+        self._arrays: dict[str, tuple[np.ndarray, torch.dtype | None]] = {}
         self.copied: torch.cuda.Event | None = None  # when the device copy out of it has finished
         self.lent = 0  # views of it that are somewhere out there
         for output in outputs:
             size = itemsize(output.host)
             memory = torch.empty(max_rows * output.row_bytes, dtype=torch.uint8, pin_memory=pinned)
             flat = memory.view(getattr(torch, output.host))
-            self.tensors[output.name] = flat.view(max_rows, *output.row_shape)
-            self._memory[output.name] = memory.numpy()
-            raw = self._memory[output.name].reshape(max_rows, output.lines, -1)
+            tensor = self.tensors[output.name] = flat.view(max_rows, *output.row_shape)
+            unknown = output.host == "bfloat16"
+            known = tensor.view(torch.uint16) if unknown else tensor
+            self._arrays[output.name] = known.numpy(), torch.bfloat16 if unknown else None
+            raw = memory.numpy().reshape(max_rows, output.lines, -1)
             wide = flat.view(max_rows, output.lines, output.columns)
             for part in output.parts:
                 end = part.first + part.columns
@@ -55,14 +58,16 @@ class Slot:
                     sources[part.source].dtype != output.host,
                 )
 
-    def views(self) -> dict[str, tuple[np.ndarray, torch.Tensor]]:
-        """The tensors once more, each on a numpy view that its storage keeps alive, and no other's."""
+    def views(self, n: int) -> dict[str, tuple[np.ndarray, torch.Tensor]]:
+        """The first ``n`` rows once more, each on a numpy view of its own that it keeps alive."""
         import torch
 
         fresh = {}
-        for name, tensor in self.tensors.items():
-            view = self._memory[name].view()
-            fresh[name] = view, torch.from_numpy(view).view(tensor.dtype).view(tensor.shape)
+        for name, (array, dtype) in self._arrays.items():
+            # Cut in numpy: every call of torch lets go of the GIL and waits for it again.
+            view = array[:n]
+            tensor = torch.from_numpy(view)
+            fresh[name] = view, tensor if dtype is None else tensor.view(dtype)
         return fresh
 
 
@@ -105,10 +110,10 @@ class Pool:
                 self.give(slot)
         return self._free.pop() if self._free else self._make()
 
-    def lend(self, slot: Slot) -> dict[str, torch.Tensor]:
-        """The slot's tensors; it comes back when nothing refers to any of them any more."""
+    def lend(self, slot: Slot, n: int) -> dict[str, torch.Tensor]:
+        """The slot's first ``n`` rows; it comes back when nothing refers to any of them any more."""
         lent = {}
-        for name, (view, tensor) in slot.views().items():
+        for name, (view, tensor) in slot.views(n).items():
             weakref.finalize(view, self._returned.append, slot).atexit = False
             lent[name] = tensor
         slot.lent = len(lent)

@@ -212,7 +212,7 @@ class Gatherer:
         job.raise_error()
         n = job.rows.size
         if isinstance(self._turns, Pool):
-            return {name: whole[:n] for name, whole in self._turns.lend(job.slot).items()}
+            return self._turns.lend(job.slot, n)
         if job.slot.copied is None:
             return {name: whole[:n] for name, whole in job.slot.tensors.items()}
         compute = torch.cuda.current_stream(self.device)

@@ -33,7 +33,8 @@ from raypipe.stream.rows import RowRange
 from raypipe.stream.source import ArraySource, as_source, store_of
 
 _ENDLESS = 2**62
-_DEPTH = 3  # one batch with the user, two being read
+# One batch with the user, two being read; more where a batch is copied sooner than a thread wakes.
+_DEPTH, _DEPTH_OF_SMALL, _SMALL_BYTES = 3, 8, 4 << 20
 
 
 class FeatureLoader:
@@ -193,8 +194,10 @@ class FeatureLoader:
     def _open(self) -> Gatherer:
         """This process's gatherer: one that came along in a fork has no threads any more."""
         if self._gatherer is None or self._gatherer[0] != os.getpid():
+            batch_bytes = self.batch_size * sum(s.row_bytes for s in self.sources.values())
+            depth = _DEPTH_OF_SMALL if batch_bytes < _SMALL_BYTES else _DEPTH
             opened = Gatherer(
-                self.sources, self.batch_size, self.device, _DEPTH, lend=True, **self._options
+                self.sources, self.batch_size, self.device, depth, lend=True, **self._options
             )
             self._gatherer = os.getpid(), opened
         return self._gatherer[1]

@@ -129,7 +129,7 @@ def test_a_batch_that_is_held_is_never_overwritten(sources: dict[str, Path]) -> 
 def test_batches_that_are_let_go_are_reused(sources: dict[str, Path]) -> None:
     loader = FeatureLoader(sources, 4)
     places = {batch["x"].data_ptr() for _ in range(3) for batch in loader}
-    assert len(places) <= 3
+    assert len(places) <= 8  # small batches: a deeper ring
 
 
 def test_epochs_count_up_and_breaking_off_starts_the_epoch_anew(sources: dict[str, Path]) -> None:
