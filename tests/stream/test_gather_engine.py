@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -158,12 +159,18 @@ def test_a_file_truncated_under_several_threads_is_an_error(tmp_path: Path) -> N
     for name in "ab":
         np.save(tmp_path / f"{name}.npy", array)
     sources = {name: tmp_path / f"{name}.npy" for name in "ab"}
-    with Gatherer(sources, 8, threads=4, join={"x": Join(("a", "b"))}) as gatherer:
-        batches = gatherer.batches(np.arange(i, i + 8) for i in range(0, 56, 8))
-        next(batches)
+
+    def rows() -> Iterator[np.ndarray]:
+        # Before any piece is under way: what is cut off in the middle of a copy is SIGBUS still.
         os.truncate(tmp_path / "b.npy", 4096)
+        yield from (np.arange(i, i + 8) for i in range(0, 56, 8))
+
+    with Gatherer(sources, 8, threads=4, join={"x": Join(("a", "b"))}) as gatherer:
         with pytest.raises(StoreCorrupt, match="4096 bytes"):
-            list(batches)
+            list(gatherer.batches(rows()))
+        os.truncate(tmp_path / "b.npy", 128 + array.nbytes)  # whole again, with holes
+        (batch,) = gatherer.batches([np.array([63, 5])])
+        assert np.array_equal(batch["x"][:, :500_000].numpy(), array[[63, 5]])
 
 
 @pytest.mark.parametrize("hold", ["tensor", "slice", "numpy", "graph"])
