@@ -4,24 +4,51 @@
 (epoch, step, rank); ``gather`` reads those rows from ``.npy`` maps into reused buffers, one batch
 ahead. What the batches are for is `raypipe.train`'s; how the files came to be is `raypipe.store`'s.
 
-Importing this package imports neither torch nor ray: torch is loaded when a `Gatherer` is made.
+``loader`` is all of it for a plain PyTorch loop, without Ray.
+
+Importing this package imports neither torch nor ray: torch is loaded when a `Gatherer` is made, or
+`FeatureLoader` or `FeatureDataset` first named.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from raypipe.stream.gather import Gatherer
+from raypipe.stream.layout import Join
+from raypipe.stream.mapped import MappedRows
 from raypipe.stream.permutation import KeyedPermutation
 from raypipe.stream.plan import Cursor, StepSlice, StreamPlan, deal, split_micro
-from raypipe.stream.source import ArraySource, MappedRows
+from raypipe.stream.rows import RowRange
+from raypipe.stream.source import ArraySource
+from raypipe.stream.window import ShuffleQuality, WindowShuffle, shuffle_quality
+
+if TYPE_CHECKING:
+    from raypipe.stream.loader import FeatureDataset, FeatureLoader
 
 __all__ = [
     "ArraySource",
     "Cursor",
+    "FeatureDataset",
+    "FeatureLoader",
     "Gatherer",
+    "Join",
     "KeyedPermutation",
     "MappedRows",
+    "RowRange",
+    "ShuffleQuality",
     "StepSlice",
     "StreamPlan",
+    "WindowShuffle",
     "deal",
+    "shuffle_quality",
     "split_micro",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("FeatureDataset", "FeatureLoader"):
+        from raypipe.stream import loader
+
+        return getattr(loader, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,58 +1,101 @@
-"""Batches of rows, read one ahead: file maps -> reused host buffers -> (on CUDA) device tensors.
+"""Batches of rows, read ahead: file maps -> reused host buffers -> (on CUDA) device tensors.
 
-A background thread copies the next batch's rows while the caller computes on the present one. Row
-arrays are pulled from the caller's iterator in the caller's own thread, at most ``depth - 1``
-batches ahead, so the iterator needs no lock and its errors surface where they belong.
+A few background threads copy the next batches' rows, each batch in pieces, while the caller
+computes on the present one. Row arrays are pulled from the caller's iterator in the caller's own
+thread, at most ``depth - 1`` batches ahead (and ``read_ahead``), so the iterator needs no lock and
+its errors surface where they belong.
 
-Which rows: `raypipe.stream.plan`. What a source is: `raypipe.stream.source`.
+Which rows: `raypipe.stream.plan`. What a source is: `raypipe.stream.source`. What a batch is made
+of: `raypipe.stream.layout`. Reading that is ahead of the pages: `raypipe.stream.ahead`.
 """
 
 from __future__ import annotations
 
+import os
+import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from raypipe.errors import ConfigError
-from raypipe.stream.source import ArraySource
+from raypipe.stream.ahead import Ahead
+from raypipe.stream.buffers import Pool, Ring, Slot
+from raypipe.stream.copy import STAGE_BYTES, copy_rows
+from raypipe.stream.layout import Join, lay_out
+from raypipe.stream.source import ArraySource, as_source
 
 if TYPE_CHECKING:
     import torch
 
+    from raypipe.store import FeatureStore
 
-@dataclass
-class _Slot:
-    """One batch's host buffers: the same memory as tensors and as bytes (max_rows, row_bytes)."""
-
-    tensors: dict[str, torch.Tensor]
-    raw: dict[str, np.ndarray]
-    copied: torch.cuda.Event | None  # set when the device copy out of this slot has finished
+# Less than this is copied sooner than a second thread wakes up.
+_PIECE_BYTES = 1 << 20
+# One thread does not fill the memory bus, more than a few do not fill it better: 2 of 2 cores took
+# 1.3 times one's rate for 16x962x768 float16 (page cache hot).
+_MOST_THREADS = 4
 
 
-def ring_bytes(sources: Mapping[str, ArraySource], max_rows: int, depth: int) -> int:
-    """Host bytes of a `Gatherer` of these, before there is one."""
-    return sum(source.row_bytes for source in sources.values()) * max_rows * depth
+def default_threads() -> int:
+    """Threads that gather: the cores that this process may use, at most 4."""
+    return min(_MOST_THREADS, len(os.sched_getaffinity(0)) if _LINUX else os.cpu_count() or 1)
+
+
+def ring_bytes(
+    sources: Mapping[str, ArraySource],
+    max_rows: int,
+    depth: int,
+    *,
+    dtype: str | torch.dtype | Mapping[str, str | torch.dtype] | None = None,
+    join: Mapping[str, Join | tuple[tuple[str, ...], int]] | None = None,
+    cast_on_device: bool = False,
+) -> int:
+    """Host bytes of a `Gatherer` of these, before there is one (stages of 512 KiB a thread apart).
+
+    cast_on_device: on CUDA, where buffers hold the store's dtype.
+    """
+    outputs = lay_out(sources, dtype=dtype, join=join, cast_on_device=cast_on_device)
+    return sum(output.row_bytes for output in outputs) * max_rows * depth
 
 
 class Gatherer:
     """Reads batches from ``sources`` that share their row numbers (tokens, lh, rh, ...).
 
-    ``max_rows``: rows of the largest batch. ``depth``: batches in the ring, >= 2: one in the
-    caller's hands, the others being read. Host memory: `buffer_bytes`, pinned when ``device`` is
-    CUDA. Close it, or use it in a ``with`` block. Raises as `ArraySource.open`, and ConfigError.
+    ``sources``: name -> `ArraySource`, an open store, or the path of a ``.npy``. ``max_rows``: rows
+    of the largest batch. ``depth``: batches in the ring, >= 2: one in the caller's hands, the
+    others being read. Host memory: `buffer_bytes`, pinned when ``device`` is CUDA.
+
+    ``threads``: that gather; None: `default_threads`. ``dtype``: what floating sources are cast to,
+    or a mapping of names; on CUDA the device casts. ``join``: name -> (sources, axis) to be one
+    tensor of that name, e.g. the features of two backbones. ``sort_reads``: read a batch in the
+    order of the file (values stay in their places); None: when it is not in the page cache.
+    ``read_ahead``: batches whose pages the kernel is asked for together, beyond those in the ring;
+    None: 0. Batches in the ring that are seen to be cold are asked for unless it is 0.
+    ``lend``: batches stay valid as long as anything refers to them (CPU; on CUDA they always do).
+
+    Close it, or use it in a ``with`` block. Raises as `as_source`, `ArraySource.open` and
+    `lay_out`, and ConfigError.
     """
 
     def __init__(
         self,
-        sources: Mapping[str, ArraySource],
+        sources: Mapping[str, ArraySource | FeatureStore | Path | str],
         max_rows: int,
         device: str | torch.device = "cpu",
         depth: int = 3,
+        *,
+        threads: int | None = None,
+        dtype: str | torch.dtype | Mapping[str, str | torch.dtype] | None = None,
+        sort_reads: bool | None = None,
+        read_ahead: int | None = None,
+        join: Mapping[str, Join | tuple[tuple[str, ...], int]] | None = None,
+        lend: bool = False,
     ) -> None:
         import torch
 
@@ -61,105 +104,134 @@ class Gatherer:
                 f"gatherer of {len(sources)} sources, max_rows={max_rows}, depth={depth}: give at "
                 "least one source, one row and a depth of 2"
             )
-        self.sources = dict(sources)
+        self.threads = default_threads() if threads is None else threads
+        if self.threads < 1 or (read_ahead or 0) < 0:
+            raise ConfigError(
+                f"gatherer threads={threads}, read_ahead={read_ahead}: give at least one thread "
+                "and no negative read-ahead"
+            )
+        self.sources = {name: as_source(source) for name, source in sources.items()}
         self.max_rows = max_rows
         self.device = torch.device(device)
+        self.outputs = lay_out(self.sources, dtype=dtype, join=join, cast_on_device=self._on_cuda)
         self._maps = {name: source.open() for name, source in self.sources.items()}
+        self._ahead = Ahead(self._maps.values(), sort_reads, read_ahead)
         self._slots = [self._new_slot() for _ in range(depth)]
+        self._turns: Ring | Pool = Ring(self._slots)
+        if lend and not self._on_cuda:
+            self._turns = Pool(self._slots, self._new_slot)
         self._stream = torch.cuda.Stream(self.device) if self._on_cuda else None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="raypipe-gather")
+        self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="raypipe-gather")
         self._busy = False
 
     @property
     def buffer_bytes(self) -> int:
-        """Host bytes that the ring holds."""
-        return ring_bytes(self.sources, self.max_rows, len(self._slots))
+        """Host bytes that the ring holds, and the threads' stages where batches are cast."""
+        row_bytes = sum(output.row_bytes for output in self.outputs)
+        staged = any(target.cast for target in self._slots[0].targets.values())
+        return row_bytes * self.max_rows * len(self._slots) + staged * self.threads * STAGE_BYTES
 
     def batches(
         self, row_arrays: Iterable[np.ndarray]
     ) -> Generator[dict[str, torch.Tensor], None, None]:
         """One dict of tensors (n, *row_shape) for each array of rows (n,), in order.
 
-        On the CPU the tensors are views of the ring: valid until the next one is asked for. An
-        error of reading is raised in place of the batch that it befell.
+        On the CPU the tensors are views of the ring: valid until the next one is asked for, unless
+        they are lent. An error of reading is raised in place of the batch that it befell.
         """
         if self._busy:
             raise ConfigError("this Gatherer is already giving batches; open a second one")
-        incoming = iter(row_arrays)
-        pending: deque[tuple[_Slot, Future[dict[str, torch.Tensor]]]] = deque()
-        turn = 0
+        incoming = self._ahead.through(iter(row_arrays))
+        # A caller that is lent batches holds one while it asks for the next: one fewer in flight.
+        most = len(self._slots) - isinstance(self._turns, Pool)
+        pending: deque[_Job] = deque()
         self._busy = True
         try:
             while True:
-                # The caller is back: the slot it held is free, so all `depth` slots may be pending.
-                while len(pending) < len(self._slots):
+                # In a ring the slot that the caller held is free now: all of them may be pending.
+                while len(pending) < most:
                     rows = next(incoming, None)
                     if rows is None:
                         break
-                    slot = self._slots[turn % len(self._slots)]
-                    pending.append((slot, self._thread.submit(self._fill, slot, rows)))
-                    turn += 1
+                    pending.append(
+                        self._start(self._turns.next(), np.asarray(rows, dtype=np.int64))
+                    )
                 if not pending:
                     return
-                slot, future = pending.popleft()
-                yield self._hand_out(slot, future.result())
+                pending[0].wait()
+                yield self._hand_out(pending.popleft())
         finally:
-            wait([future for _, future in pending if not future.cancel()])
+            for job in pending:
+                job.abandon()
+                self._turns.give(job.slot)
             self._busy = False
 
-    def _fill(self, slot: _Slot, rows: np.ndarray) -> dict[str, torch.Tensor]:
-        """In the thread: rows -> the slot's buffers -> the device."""
-        n = len(rows)
-        if n > self.max_rows:
-            raise ConfigError(f"a batch of {n} rows; this Gatherer was made for {self.max_rows}")
-        if slot.copied is not None:
-            slot.copied.synchronize()
-        for name, mapped in self._maps.items():
-            mapped.take(rows, slot.raw[name][:n])
-        batch = {name: tensor[:n] for name, tensor in slot.tensors.items()}
-        return self._upload(slot, batch) if self._on_cuda else batch
+    def _start(self, slot: Slot, rows: np.ndarray) -> _Job:
+        """In the caller's thread: put a batch's pieces into the threads' queue."""
+        n = rows.size
+        total = n * sum(source.row_bytes for source in self.sources.values())
+        count = max(1, min(self.threads, n, total // _PIECE_BYTES))
+        order = self._ahead.order(rows) if n <= self.max_rows else np.arange(0)
+        job = _Job(slot, rows, order, count)
+        cuts = [n * index // count for index in range(count + 1)]
+        for lo, hi in pairwise(cuts):
+            job.pieces.append(self._pool.submit(self._fill, job, lo, hi))
+        return job
 
-    def _upload(self, slot: _Slot, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _fill(self, job: _Job, lo: int, hi: int) -> None:
+        """In a thread: one piece of a batch; the last one to finish sends it to the device."""
+        if job.rows.size > self.max_rows:
+            raise ConfigError(
+                f"a batch of {job.rows.size} rows; this Gatherer was made for {self.max_rows}"
+            )
+        if job.slot.copied is not None:
+            job.slot.copied.synchronize()
+        places = job.order[lo:hi]
+        rows = job.rows[places]
+        for name, mapped in self._maps.items():
+            copy_rows(mapped, rows, places, job.slot.targets[name])
+        if job.last() and self._on_cuda:
+            job.uploaded = self._upload(job.slot, job.rows.size)
+
+    def _upload(self, slot: Slot, n: int) -> dict[str, torch.Tensor]:
         """Start the copies on a stream of their own, so that they overlap the caller's kernels."""
         import torch
 
+        moved = {}
         with torch.cuda.device(self.device), torch.cuda.stream(self._stream):
-            moved = {name: host.to(self.device, non_blocking=True) for name, host in batch.items()}
+            for output in self.outputs:
+                there = slot.tensors[output.name][:n].to(self.device, non_blocking=True)
+                moved[output.name] = there.to(getattr(torch, output.final))
             slot.copied = torch.cuda.Event()
             slot.copied.record(self._stream)
         return moved
 
-    def _hand_out(self, slot: _Slot, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def _hand_out(self, job: _Job) -> dict[str, torch.Tensor]:
         import torch
 
-        if slot.copied is not None:
-            compute = torch.cuda.current_stream(self.device)
-            compute.wait_event(slot.copied)
-            for tensor in batch.values():
-                tensor.record_stream(compute)  # else the allocator could reuse it too early
-        return batch
+        job.raise_error()
+        n = job.rows.size
+        if isinstance(self._turns, Pool):
+            return self._turns.lend(job.slot, n)
+        if job.slot.copied is None:
+            return {name: whole[:n] for name, whole in job.slot.tensors.items()}
+        compute = torch.cuda.current_stream(self.device)
+        compute.wait_event(job.slot.copied)
+        for tensor in job.uploaded.values():
+            tensor.record_stream(compute)  # else the allocator could reuse it too early
+        return job.uploaded
 
-    def _new_slot(self) -> _Slot:
-        import torch
-
-        tensors, raw = {}, {}
-        for name, source in self.sources.items():
-            tensor = torch.empty(
-                (self.max_rows, *source.row_shape),
-                dtype=getattr(torch, source.dtype),
-                pin_memory=self._on_cuda,
-            )
-            tensors[name] = tensor
-            raw[name] = tensor.reshape(self.max_rows, -1).view(torch.uint8).numpy()
-        return _Slot(tensors, raw, None)
+    def _new_slot(self) -> Slot:
+        return Slot(self.outputs, self.sources, self.max_rows, self._on_cuda)
 
     @property
     def _on_cuda(self) -> bool:
         return self.device.type == "cuda"
 
     def close(self) -> None:
-        """Stop the thread. Batches handed out stay readable; no new ones can be asked for."""
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        """Stop the threads. Batches handed out stay readable; no new ones can be asked for."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._ahead.close()
 
     def __enter__(self) -> Gatherer:
         return self
@@ -171,3 +243,37 @@ class Gatherer:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+class _Job:
+    """One batch on its way: ``order``, in which the places of ``rows`` are read."""
+
+    def __init__(self, slot: Slot, rows: np.ndarray, order: np.ndarray, count: int) -> None:
+        self.slot, self.rows, self.order = slot, rows, order
+        self.pieces: list[Future[None]] = []
+        self.uploaded: dict[str, torch.Tensor] = {}
+        self._left = count
+        self._lock = threading.Lock()
+
+    def last(self) -> bool:
+        """One more piece is whole: whether all are now."""
+        with self._lock:
+            self._left -= 1
+            return self._left == 0
+
+    def wait(self) -> None:
+        """Until no thread writes to the slot any more."""
+        if not all(piece.done() for piece in self.pieces):  # to look is cheap, to wait is not
+            wait(self.pieces)
+
+    def raise_error(self) -> None:
+        """Raise what befell a piece."""
+        for piece in self.pieces:
+            piece.result()
+
+    def abandon(self) -> None:
+        """Drop the pieces that no thread has begun and wait for the others."""
+        wait([piece for piece in self.pieces if not piece.cancel()])
+
+
+_LINUX = hasattr(os, "sched_getaffinity")

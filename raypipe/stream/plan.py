@@ -1,9 +1,10 @@
 """Which rows every training step sees, as a pure function of (seed, epoch, step).
 
-The order is a global shuffle of all rows, cut into steps of ``rows_per_step`` rows; the last step
-of an epoch holds what remains, so that each row comes exactly once an epoch. A step's rows are
-dealt to ranks in one contiguous piece each: the number of workers changes who computes a row, never
-when. So a cursor (epoch, step) resumes in the middle of an epoch, with other workers too.
+The order is a global shuffle of all rows (or one by windows, for cold disks), cut into steps of
+``rows_per_step`` rows; the last step of an epoch holds what remains, so that each row comes exactly
+once an epoch. A step's rows are dealt to ranks in one contiguous piece each: the number of workers
+changes who computes a row, never when. So a cursor (epoch, step) resumes in the middle of an epoch,
+with other workers too.
 
 Reading the rows is `raypipe.stream.gather`'s; carrying slices through Ray Data is
 `raypipe.cluster`'s.
@@ -11,15 +12,20 @@ Reading the rows is `raypipe.stream.gather`'s; carrying slices through Ray Data 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from raypipe.errors import ConfigError
 from raypipe.stream.permutation import KeyedPermutation
+from raypipe.stream.rows import RowRange, rows_digest, sorted_rows
+from raypipe.stream.window import WindowShuffle
+
+# Rows whose places are computed together: for 16 it costs nearly what it does for these.
+_AT_ONCE = 4096
 
 
 @dataclass(frozen=True, order=True)
@@ -59,40 +65,43 @@ class StepSlice:
         return Cursor(self.epoch, self.step)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, init=False)
 class StreamPlan:
     """All steps of a training run.
 
-    ``rows`` : (n,) int64, distinct, non-negative: the rows to train on, in any order (the plan
-    follows their sorted order, so that two ways to list the same rows make the same run);
+    ``rows`` : distinct, non-negative rows to train on, in any order, (n,) ints or a ``range``,
+    which takes no memory. The plan follows their sorted order, so that two ways to list the same
+    rows make the same run; it keeps them as (n,) int64 or `RowRange`.
     ``rows_per_step``: rows of one optimiser step over all workers and micro batches.
+    ``window``: 0 for a global shuffle, else rows of `raypipe.stream.window`'s, for cold disks.
     Raises ConfigError when an argument breaks its rule.
     """
 
-    rows: np.ndarray
+    rows: np.ndarray | RowRange
     seed: int
     rows_per_step: int
     epochs: int
+    window: int = 0
 
-    def __post_init__(self) -> None:
-        rows = np.asarray(self.rows)
-        if rows.size == 0:
-            raise ConfigError("plan rows: none; training needs at least one valid row")
-        if rows.ndim != 1 or not np.issubdtype(rows.dtype, np.integer):
-            raise ConfigError(f"plan rows: {rows.dtype} {rows.shape}; give a 1-D integer array")
-        unique = np.unique(rows).astype(np.int64)
-        if unique.size != rows.size or unique[0] < 0:
-            raise ConfigError(
-                f"plan rows: {rows.size - unique.size} repeated, smallest {unique[0]}; "
-                "each row may be listed once, and counts from 0"
-            )
-        for name in ("rows_per_step", "epochs"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"plan {name}={getattr(self, name)}: give at least 1")
-        if self.seed < 0:
-            raise ConfigError(f"plan seed={self.seed}: give a non-negative whole number")
-        unique.setflags(write=False)
-        object.__setattr__(self, "rows", unique)
+    def __init__(
+        self,
+        rows: ArrayLike | range | RowRange,
+        seed: int,
+        rows_per_step: int,
+        epochs: int,
+        window: int = 0,
+    ) -> None:
+        for name, value in (("rows_per_step", rows_per_step), ("epochs", epochs)):
+            if value < 1:
+                raise ConfigError(f"plan {name}={value}: give at least 1")
+        for name, value in (("seed", seed), ("window", window)):
+            if value < 0:
+                raise ConfigError(f"plan {name}={value}: give a non-negative whole number")
+        object.__setattr__(self, "rows", sorted_rows(rows))
+        object.__setattr__(self, "seed", seed)
+        object.__setattr__(self, "rows_per_step", rows_per_step)
+        object.__setattr__(self, "epochs", epochs)
+        object.__setattr__(self, "window", window)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -107,7 +116,7 @@ class StreamPlan:
     @cached_property
     def rows_digest(self) -> str:
         """sha256 of the sorted rows: tells whether a checkpoint saw the same training set."""
-        return hashlib.sha256(self.rows.astype("<i8").tobytes()).hexdigest()
+        return rows_digest(self.rows)
 
     def step_size(self, step: int) -> int:
         """Rows of step ``step`` over all ranks."""
@@ -118,8 +127,30 @@ class StreamPlan:
         """All rows of one step, (step_size,) int64, in stream order."""
         self._check(Cursor(epoch, step))
         first = step * self.rows_per_step
-        positions = np.arange(first, first + self.step_size(step), dtype=np.int64)
-        return self.rows[KeyedPermutation(self.rows.size, (self.seed, epoch))(positions)]
+        return self.span(epoch, first, first + self.step_size(step))
+
+    def span(self, epoch: int, lo: int, hi: int) -> np.ndarray:
+        """Rows at positions [lo, hi) of an epoch's order, (hi - lo,) int64."""
+        if not 0 <= lo <= hi <= self.rows.size or not 0 <= epoch < self.epochs:
+            raise ConfigError(
+                f"positions [{lo}, {hi}) of epoch {epoch} are outside the plan of {self.epochs} "
+                f"epochs of {self.rows.size} rows"
+            )
+        return self.rows[self._order(epoch)(np.arange(lo, hi, dtype=np.int64))]
+
+    def in_steps(self, epoch: int, lo: int, hi: int) -> Iterator[np.ndarray]:
+        """`span` in pieces of ``rows_per_step``, from position ``lo`` on, the last maybe smaller."""
+        step = self.rows_per_step
+        each = step * max(1, _AT_ONCE // step)
+        for first in range(lo, hi, each):
+            rows = self.span(epoch, first, min(first + each, hi))
+            yield from (rows[at : at + step] for at in range(0, rows.size, step))
+
+    def _order(self, epoch: int) -> KeyedPermutation | WindowShuffle:
+        key = (self.seed, epoch)
+        if self.window:
+            return WindowShuffle(self.rows.size, self.window, key)
+        return KeyedPermutation(self.rows.size, key)
 
     def slices(self, rank: int, world: int, start: Cursor | None = None) -> Iterator[StepSlice]:
         """Rank's slices from ``start`` (default: the beginning) to the end of the last epoch."""
@@ -131,10 +162,11 @@ class StreamPlan:
 
     def _slices(self, rank: int, world: int, cursor: Cursor) -> Iterator[StepSlice]:
         while cursor < self.end:
-            rows = self.step_rows(cursor.epoch, cursor.step)
-            part = rows[deal(rows.size, rank, world)]
-            yield StepSlice(cursor.epoch, cursor.step, int(rows.size), part)
-            cursor = cursor.advance(self.steps_per_epoch)
+            first = cursor.step * self.rows_per_step
+            for rows in self.in_steps(cursor.epoch, first, self.rows.size):
+                part = rows[deal(rows.size, rank, world)]
+                yield StepSlice(cursor.epoch, cursor.step, int(rows.size), part)
+                cursor = cursor.advance(self.steps_per_epoch)
 
     def _check(self, cursor: Cursor) -> None:
         if cursor.epoch >= self.epochs or cursor.step >= self.steps_per_epoch:

@@ -1,29 +1,28 @@
-"""Where an array of rows lies on disk, and the read-only map of it in one process.
+"""Where an array of rows lies on disk: a small picklable handle (path, dtype, shape, offset).
 
-An `ArraySource` is a small picklable handle (path, dtype, shape, offset): it travels to workers
-instead of bytes and is mapped where it lands. Touching a map beyond the end of a file that was cut
-short is SIGBUS; so the size is checked when the file is mapped and again before every gather (what
-is cut off during a gather, or fails on the disk itself, still is one).
-
-Batches of rows are `raypipe.stream.gather`'s; a store's manifest is `raypipe.store`'s.
+It travels to workers instead of bytes and is mapped where it lands, by `raypipe.stream.mapped`.
+`as_source` makes one of whatever a user names rows by. Batches of rows are
+`raypipe.stream.gather`'s; a store's manifest is `raypipe.store`'s.
 """
 
 from __future__ import annotations
 
 import math
-import mmap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from raypipe.errors import ConfigError, MissingInput, StoreCorrupt, StoreError
-from raypipe.memory.guard import on_relief
+
+if TYPE_CHECKING:
+    from raypipe.store import FeatureStore
+    from raypipe.stream.mapped import MappedRows
 
 # bfloat16 has no numpy dtype: stores hold its bits as uint16 and say so.
 _STORED_AS = {"bfloat16": "uint16"}
-_LOGICAL = (
+LOGICAL_DTYPES = (
     *("float16", "bfloat16", "float32", "float64"),
     *("bool", "uint8", "int8", "int16", "uint16", "int32", "int64"),
 )
@@ -63,9 +62,9 @@ class ArraySource:
     fingerprint: str = ""
 
     def __post_init__(self) -> None:
-        if self.dtype not in _LOGICAL:
+        if self.dtype not in LOGICAL_DTYPES:
             raise ConfigError(
-                f"{self.path} holds {self.dtype}; a training source is one of {', '.join(_LOGICAL)}"
+                f"{self.path} holds {self.dtype}; a training source is one of {', '.join(LOGICAL_DTYPES)}"
                 ", little-endian"
             )
         if not self.shape or min(self.shape) < 1 or self.offset < 0:
@@ -131,59 +130,37 @@ class ArraySource:
 
     def open(self) -> MappedRows:
         """Map the file for reading. Raises MissingInput, StoreCorrupt (truncated)."""
+        from raypipe.stream.mapped import MappedRows
+
         return MappedRows(self)
 
 
-class MappedRows:
-    """A read-only map of one source; `take` copies rows out of it, without holding the GIL."""
+def as_source(given: ArraySource | FeatureStore | Path | str) -> ArraySource:
+    """The source that ``given`` names: itself, a sealed store, or a ``.npy``.
 
-    def __init__(self, source: ArraySource) -> None:
-        self.source = source
-        try:
-            with source.path.open("rb") as file:
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except FileNotFoundError as error:
-            raise MissingInput(f"{source.path} is not there; extract or copy it first") from error
-        except ValueError as error:  # an empty file cannot be mapped
-            raise StoreCorrupt(_truncated(source, 0)) from error
-        self._check_size()
-        count = source.n_rows * source.row_bytes
-        flat = np.frombuffer(self._map, np.uint8, count, source.offset)
-        # As bytes: one path for all dtypes, and np.take copies a misaligned array whole.
-        self._bytes = flat.reshape(source.n_rows, source.row_bytes)
-        on_relief(self)
+    A ``.npy`` with a manifest beside it is read as that store (so that bfloat16 is seen as such).
+    Raises as `ArraySource.npy` and `FeatureStore.open`.
+    """
+    if isinstance(given, ArraySource):
+        return given
+    store = store_of(given)
+    if store is None:
+        assert isinstance(given, (str, Path))
+        return ArraySource.npy(given)
+    return ArraySource.of_locator(store.locator())
 
-    @property
-    def array(self) -> np.ndarray:
-        """The rows, (n_rows, *row_shape) of the stored dtype, read-only, not copied."""
-        return self._bytes.view(self.source.stored_dtype).reshape(self.source.shape)
 
-    def take(self, rows: np.ndarray, out: np.ndarray) -> None:
-        """Copy ``rows`` (n,) into ``out`` (n, row_bytes) uint8.
+def store_of(given: ArraySource | FeatureStore | Path | str) -> FeatureStore | None:
+    """The sealed store that ``given`` is or names; None for a file or source without a manifest."""
+    from raypipe.store import FeatureStore
 
-        Raises ConfigError for a row that the file does not have, StoreCorrupt when the file was cut
-        short since it was mapped.
-        """
-        rows = np.asarray(rows, dtype=np.intp)
-        if rows.size == 0:
-            return
-        if rows.min() < 0 or rows.max() >= self.source.n_rows:
-            raise ConfigError(
-                f"rows {rows.min()}..{rows.max()} asked of {self.source.path}, which has "
-                f"{self.source.n_rows}; was the split made for another store?"
-            )
-        self._check_size()
-        # The range is checked above: mode "raise" would copy through a second buffer.
-        np.take(self._bytes, rows, axis=0, out=out, mode="clip")
-
-    def give_back(self) -> None:
-        """Let go of the pages that this process has touched; they are read again when needed."""
-        if hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED)
-
-    def _check_size(self) -> None:
-        if self._map.size() < self.source.end_byte:
-            raise StoreCorrupt(_truncated(self.source, self._map.size()))
+    if isinstance(given, ArraySource):
+        return None
+    if isinstance(given, FeatureStore):
+        return given
+    path = Path(given)
+    has_manifest = path.with_name(f"{path.stem}.manifest.json").exists()
+    return FeatureStore.open(path) if has_manifest else None
 
 
 def _open_npy(path: Path) -> np.memmap:
@@ -198,10 +175,3 @@ def _open_npy(path: Path) -> np.memmap:
     if not isinstance(array, np.memmap) or array.ndim < 1:
         raise StoreError(f"{path} is not a .npy array of rows; give one array with a row axis")
     return array
-
-
-def _truncated(source: ArraySource, size: int) -> str:
-    return (
-        f"{source.path} holds {size} bytes, its {source.n_rows} rows need {source.end_byte}; "
-        "it was cut short: extract or copy it again"
-    )

@@ -122,10 +122,10 @@ def test_the_next_batch_is_read_while_the_caller_works(
     with Gatherer({"a": numbers}, 1, depth=2) as gatherer:
         fill, threads = gatherer._fill, []
 
-        def slow_fill(slot, rows):  # type: ignore[no-untyped-def]
+        def slow_fill(job, lo, hi):  # type: ignore[no-untyped-def]
             threads.append(threading.current_thread())
             time.sleep(0.05)
-            return fill(slot, rows)
+            return fill(job, lo, hi)
 
         monkeypatch.setattr(gatherer, "_fill", slow_fill)
         started = time.monotonic()

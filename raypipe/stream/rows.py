@@ -1,0 +1,108 @@
+"""The rows of a plan in ascending order, with no list of them where a range says it all.
+
+An int array is kept, sorted; a Python ``range`` becomes a `RowRange`, which gives the parts of that
+array that are asked for. Both have one digest, taken in chunks. The order in which rows are seen
+is `raypipe.stream.plan`'s.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import overload
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from raypipe.errors import ConfigError
+
+# Rows hashed at once: 512 KiB, in the cache.
+_CHUNK = 1 << 16
+
+
+@dataclass(frozen=True)
+class RowRange:
+    """The rows ``start, start + step, ...``, ``size`` of them; read like a sorted int64 array."""
+
+    start: int
+    step: int
+    size: int
+
+    @classmethod
+    def of(cls, rows: range) -> RowRange:
+        """The rows of ``rows`` in ascending order. Raises ConfigError for none or below 0."""
+        if len(rows) == 0:
+            raise ConfigError(_NONE)
+        first, last = sorted((rows[0], rows[-1]))
+        if first < 0 or last >= 2**62:
+            raise ConfigError(f"plan rows: {rows}; rows count from 0 to below 2**62")
+        return cls(first, abs(rows.step), len(rows))
+
+    def __len__(self) -> int:
+        return self.size
+
+    @overload
+    def __getitem__(self, places: int | np.integer) -> int: ...
+    @overload
+    def __getitem__(self, places: slice | np.ndarray) -> np.ndarray: ...
+    def __getitem__(self, places: int | np.integer | slice | np.ndarray) -> int | np.ndarray:
+        """Rows at ``places`` in ``range(size)``: an int, or int64 for a slice or an int array."""
+        if isinstance(places, slice):
+            found = range(self.size)[places]
+            places = np.arange(found.start, found.stop, found.step, dtype=np.int64)
+        if isinstance(places, np.ndarray):
+            if places.size and not 0 <= places.min() <= places.max() < self.size:
+                raise IndexError(f"place {places.min()}..{places.max()} of {self.size} rows")
+            return self.start + places.astype(np.int64) * self.step
+        return range(self.start, self.start + self.size * self.step, self.step)[int(places)]
+
+    def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
+        whole = self[:]
+        return whole if dtype is None else whole.astype(dtype)
+
+
+def sorted_rows(rows: ArrayLike | range | RowRange) -> np.ndarray | RowRange:
+    """``rows`` in ascending order, read-only int64; a range stays one.
+
+    Raises ConfigError unless they are distinct whole numbers from 0 on, in one dimension.
+    """
+    if isinstance(rows, RowRange):
+        return rows
+    if isinstance(rows, range):
+        return RowRange.of(rows)
+    listed = np.asarray(rows)
+    if listed.size == 0:
+        raise ConfigError(_NONE)
+    if listed.ndim != 1 or not np.issubdtype(listed.dtype, np.integer):
+        raise ConfigError(f"plan rows: {listed.dtype} {listed.shape}; give a 1-D integer array")
+    unique = np.unique(listed).astype(np.int64)
+    if unique.size != listed.size or unique[0] < 0:
+        raise ConfigError(
+            f"plan rows: {listed.size - unique.size} repeated, smallest {unique[0]}; "
+            "each row may be listed once, and counts from 0"
+        )
+    unique.setflags(write=False)
+    return unique
+
+
+def rows_digest(rows: np.ndarray | RowRange) -> str:
+    """sha256 of the rows as little-endian int64: 8 bytes a row are hashed, few held at once."""
+    digest = hashlib.sha256()
+    for lo in range(0, rows.size, _CHUNK):
+        digest.update(rows[lo : lo + _CHUNK].astype("<i8").data)
+    return digest.hexdigest()
+
+
+def runs_of(rows: np.ndarray | Sequence[int]) -> list[tuple[int, int]]:
+    """Ascending ``rows`` as ranges [lo, hi) of neighbours; a repeated row counts once."""
+    ascending = np.asarray(rows, dtype=np.int64)
+    if ascending.size == 0:
+        return []
+    cuts = np.flatnonzero(np.diff(ascending) > 1) + 1
+    firsts = ascending[np.concatenate([[0], cuts])]
+    lasts = ascending[np.concatenate([cuts - 1, [ascending.size - 1]])]
+    return [(int(lo), int(hi) + 1) for lo, hi in zip(firsts, lasts, strict=True)]
+
+
+_NONE = "plan rows: none; training needs at least one valid row"
