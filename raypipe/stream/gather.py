@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
 # Less than this is copied sooner than a second thread wakes up.
 _PIECE_BYTES = 1 << 20
-# One thread does not fill the memory bus, more than a few do not fill it better: 2 of 2 cores took
-# 1.3 times one's rate for 16x962x768 float16 (page cache hot).
+# One thread may not fill the memory bus, more than a few do not fill it better. What two gain over
+# one differs from run to run on a shared machine: benchmarks/stream.py.
 _MOST_THREADS = 4
 
 
