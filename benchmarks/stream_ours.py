@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from typing import Any
@@ -22,6 +22,7 @@ import raypipe.stream as stream
 from raypipe.stream import ArraySource, Cursor, Gatherer, StepSlice, StreamPlan
 
 FASTEST = 40e9  # bytes/s: the plan through Ray Data is made long enough for this
+SOURCE_BYTES = 512_000_000  # beyond any cache; a smaller file is matched, as it may be cached too
 GATHER_THREADS = "raypipe-gather"
 
 
@@ -43,7 +44,7 @@ class Plain:
 
     def _loader(self) -> Iterator[Any]:
         sources = {"x": ArraySource.npy(self._turn.npy)}
-        loader = stream.FeatureLoader(sources, self._turn.rows.batch, seed=0)  # type: ignore[attr-defined]
+        loader = stream.FeatureLoader(sources, self._turn.rows.batch, seed=0)
         epoch = 0
         while True:
             loader.set_epoch(epoch)
@@ -61,11 +62,12 @@ class Plain:
 
 
 def _plan(turn: Turn, epochs: int) -> StreamPlan:
-    try:
-        rows: Any = range(turn.n)
-        return StreamPlan(rows, seed=0, rows_per_step=turn.rows.batch, epochs=epochs)
-    except AttributeError:  # a plan that takes arrays only
-        return StreamPlan(np.arange(turn.n), seed=0, rows_per_step=turn.rows.batch, epochs=epochs)
+    return StreamPlan(
+        range(turn.n),
+        seed=0,
+        rows_per_step=turn.rows.batch,
+        epochs=epochs,
+    )
 
 
 class ThroughRay:
@@ -86,15 +88,19 @@ class ThroughRay:
         plan = _plan(turn, epochs=2 + int(FASTEST * turn.seconds / file_bytes))
         with open_session():
             shard = plan_dataset(plan, 0, 1, Cursor()).iterator()
-            with Gatherer({"x": ArraySource.npy(turn.npy)}, turn.rows.batch) as gatherer:
-                rows = self._rows(read_slices(shard))
-                with closing(gatherer.batches(rows)) as batches:
-                    for batch in batches:
-                        self._times.append(time.perf_counter())
-                        yield batch["x"]
+            # Closed inside the session: what Ray Data does at its end would start a second one.
+            with (
+                closing(read_slices(shard)) as slices,
+                Gatherer({"x": ArraySource.npy(turn.npy)}, turn.rows.batch) as gatherer,
+                closing(self._rows(slices)) as rows,
+                closing(gatherer.batches(rows)) as batches,
+            ):
+                for batch in batches:
+                    self._times.append(time.perf_counter())
+                    yield batch["x"]
         raise SystemExit(f"the plan of {plan.epochs} epochs came to its end before the turn did")
 
-    def _rows(self, slices: Iterator[StepSlice]) -> Iterator[np.ndarray]:
+    def _rows(self, slices: Iterator[StepSlice]) -> Generator[np.ndarray, None, None]:
         for part in slices:
             self._epochs.append(part.epoch)
             yield part.rows
@@ -119,8 +125,8 @@ class Memcpy:
     would come from the processor's cache (``cached_gbps``, shown beside the limit).
     """
 
-    def __init__(self, batch_bytes: int, threads: int, pool_bytes: int = 512_000_000) -> None:
-        count = max(2, pool_bytes // batch_bytes)
+    def __init__(self, batch_bytes: int, threads: int, file_bytes: int) -> None:
+        count = max(2, min(file_bytes, SOURCE_BYTES) // batch_bytes)
         self._source = np.ones((count, batch_bytes), np.uint8)
         self._target = np.ones(batch_bytes, np.uint8)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="memcpy")

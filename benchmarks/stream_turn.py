@@ -25,7 +25,7 @@ from stream_data import Rows
 from raypipe.memory import ProcessProbe
 
 HERE = Path(__file__).resolve().parent
-LIMIT_S = 180.0
+LIMIT_S = 300.0
 
 
 class TurnFailed(Exception):
@@ -84,7 +84,8 @@ def take_turn(
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
-            env={**os.environ, "PYTHONPATH": path},
+            # A contender that forgets to close Ray must not start it a second time.
+            env={**os.environ, "PYTHONPATH": path, "RAY_ENABLE_AUTO_CONNECT": "0"},
             start_new_session=True,
         )
         seen = Seen()
