@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -247,6 +248,8 @@ def main() -> None:
     asked_rows = options.rows.split(",")
     if wrong := set(asked_rows) - set(kinds) - {"10m"}:
         sys.exit(f"--rows {','.join(sorted(wrong))}: there are {', '.join(kinds)} and 10m")
+    # Contenders live in sessions of their own: told to end, we end the one that runs as well.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     versions, missing = find_peers(asked)
     metrics: Metrics = {"peer_versions": versions, "missing_peers": missing}
     with tempfile.TemporaryDirectory() as tmp:
