@@ -1,0 +1,282 @@
+"""Batches of random rows: our loaders, the memory copy that bounds them, and six others.
+
+Every contender reads the same rows in the same run, each turn in a process of its own, rounds
+taking turns; figures are medians of the rounds, ratios are formed within one round. Pages are in
+the cache but for the cold pass. Batch 16 of 962x768 float16, 16 of 257x768 float32 (keys end in
+_257x768), 256 of 768 float32 (_768).
+limit_gbps: the best copy of one batch into a reused buffer, by up to as many threads as ours
+gathers with, in the same process and in turn with ours. plain: without Ray. ray: row numbers
+through Ray Data. anon_mib_NAME: largest RssAnon of the consumer, above what its imports take;
+cpu_s_per_gb_NAME: of its whole process tree; start_s_NAME: from its imports to its first batch.
+A peer that needs an environment of its own (mosaicml-streaming pins numpy < 2.2) is run by the
+interpreter that BENCH_PYTHON_NAME names, e.g. BENCH_PYTHON_MOSAICML.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from common import emit, median, parser, say
+from stream_data import (
+    LARGE,
+    TOKENS,
+    VECTORS,
+    Rows,
+    chill,
+    heat,
+    make,
+    make_sparse,
+    resident_fraction,
+)
+from stream_peers import PEERS
+from stream_turn import Seen, TurnFailed, interpreter, take_turn
+
+OURS = ("plain", "ray")
+BIG_ROWS = 10_000_000
+MIB = 2**20
+Metrics = dict[str, Any]
+
+
+def find_peers(asked: list[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Versions of the peers that import, and the reason of each that does not."""
+    versions, missing = {}, {}
+    for name in asked:
+        peer = PEERS[name]
+        code = f"import {peer.module}; from importlib.metadata import version; "
+        code += f"print('@@' + version({peer.package!r}))"
+        done = subprocess.run([interpreter(name), "-c", code], capture_output=True, text=True)
+        if done.returncode == 0:
+            versions[name] = f"{peer.package} {done.stdout.rpartition('@@')[2].strip()}"
+        else:
+            missing[name] = (done.stderr.strip().splitlines() or ["does not import"])[-1]
+            say(f"MISSING peer {name}: {missing[name]}")
+    return versions, missing
+
+
+class Table:
+    """All contenders on one kind of rows."""
+
+    def __init__(self, rows: Rows, n: int, root: Path, options: argparse.Namespace) -> None:
+        self.rows, self.n, self.options = rows, n, options
+        self.folder = root / f"rows{rows.suffix}"
+        self.folder.mkdir()
+        self.npy = make(self.folder / "rows.npy", rows, n)
+        self.workers: dict[str, int] = {}
+        self.failed: dict[str, str] = {}
+        self.rounds: list[dict[str, Seen]] = []
+
+    def take(self, name: str, **how: Any) -> Seen | None:
+        """One turn; a failure is said, kept, and ends this contender's part."""
+        how = {"seconds": self.options.seconds, "warm": self.options.warm, **how}
+        if name not in OURS:
+            how.setdefault("workers", self.workers.get(name, 0))
+        try:
+            return take_turn(name, self.rows, self.n, self.npy, self.folder / name, **how)
+        except TurnFailed as error:
+            self.failed[name] = str(error)
+            say(f"FAILED {name} on {self.rows.name}: {error}")
+            return None
+
+    def prepare(self, peers: list[str]) -> None:
+        """Make each peer's format, and find the number of workers that suits it."""
+        for name in peers:
+            if PEERS[name].prepare is not None and self.take(name, do="prepare") is None:
+                continue
+            rates = {}
+            for workers in PEERS[name].workers:
+                if len(PEERS[name].workers) == 1:
+                    rates[workers] = 0.0
+                elif seen := self.take(name, workers=workers, seconds=1.0, warm=1.0):
+                    rates[workers] = seen.gbps
+            if rates:
+                self.failed.pop(name, None)
+                self.workers[name] = max(rates, key=lambda count: rates[count])
+                say(f"  {name}: {_shown(rates)} GB/s by workers")
+
+    def contend(self) -> None:
+        """The rounds: every contender once, forwards and backwards by turns."""
+        names = [*OURS, *self.workers]
+        for turn in range(self.options.rounds):
+            found = {}
+            for name in names if turn % 2 == 0 else reversed(names):
+                if name in self.failed:
+                    continue
+                heat(self.npy)
+                heat(self.folder / name)
+                if seen := self.take(name):
+                    found[name] = seen
+            self.rounds.append(found)
+            say(f"  round {turn + 1}: " + _shown({k: found[k].gbps for k in names if k in found}))
+
+    def metrics(self) -> Metrics:
+        """The keys of this table."""
+        gbps = {name: self._median(name, lambda s: s.gbps) for name in (*OURS, *self.workers)}
+        gbps = {name: rate for name, rate in gbps.items() if rate is not None}
+        made: Metrics = {f"peer_{k}_gbps": gbps[k] for k in self.workers if k in gbps}
+        for name in OURS:
+            made[f"{name}_gbps"] = gbps.get(name)
+            made[f"{name}_to_limit"] = self._median(name, lambda s: s.marks["paired"]["to_limit"])
+        for key in ("limit_gbps", "limit_cached_gbps", "limit_threads"):
+            made[key] = self._median("plain", lambda s, k=key: s.marks["paired"][k])
+        peers = {name: gbps[name] for name in self.workers if name in gbps}
+        if peers:
+            best = max(peers, key=lambda name: peers[name])
+            made["best_peer"], made["best_peer_gbps"] = best, peers[best]
+            for name in OURS:
+                made[f"{name}_to_best_peer"] = self._ratio(name, best)
+        for name in gbps:
+            made[f"start_s_{name}"] = self._median(name, lambda s: s.marks["first"]["start_s"])
+            made[f"anon_mib_{name}"] = self._median(name, _anon_mib)
+            made[f"cpu_s_per_gb_{name}"] = self._median(
+                name, lambda s: s.cpu_s / (s.marks["measured"]["bytes"] / 1e9)
+            )
+        made |= {"rows": self.n, "gb": self.n * self.rows.row_bytes / 1e9}
+        made |= {"batch": self.rows.batch, "peer_workers": self.workers}
+        if self.failed:
+            made["failed"] = self.failed
+        return {f"{key}{self.rows.suffix}": value for key, value in made.items()}
+
+    def _median(self, name: str, of: Any) -> float | None:
+        found = [of(turn[name]) for turn in self.rounds if name in turn]
+        return median(found) if found else None
+
+    def _ratio(self, ours: str, peer: str) -> float | None:
+        both = [turn for turn in self.rounds if ours in turn and peer in turn]
+        return median([turn[ours].gbps / turn[peer].gbps for turn in both]) if both else None
+
+    def epoch_gaps(self) -> Metrics:
+        """The pause between two epochs through Ray Data, each epoch's last batch to the next."""
+        turns = [turn["ray"].marks["measured"]["gaps_ms"] for turn in self.rounds if "ray" in turn]
+        gaps = [gap for turn in turns for gap in turn]
+        if not gaps:
+            say("no epoch ended while ray was measured: give more --seconds or less --gb")
+            return {"epoch_gap_ms": None}
+        return {
+            "epoch_gap_ms": median(gaps),
+            "epoch_gap_max_ms": max(gaps),
+            "epoch_gaps": len(gaps),
+        }
+
+    def cold_pass(self) -> Metrics:
+        """Every contender once, its files dropped from the page cache before."""
+        made: Metrics = {}
+        left = []
+        for name in [*OURS, *self.workers]:
+            own = self.folder / name if name not in OURS and PEERS[name].prepare else self.npy
+            chill(own)
+            left.append(resident_fraction(own))
+            if name not in self.failed and (seen := self.take(name, do="cold", seconds=20.0)):
+                key = f"cold_{name}_gbps" if name in OURS else f"cold_peer_{name}_gbps"
+                made[key] = seen.gbps
+        made["cold_pages_left"] = max(left)
+        if max(left) > 0.01:
+            say(f"cold pass: the file system kept {max(left):.0%} of a contender's pages")
+        return made
+
+    def memory_of_a_quarter(self) -> Metrics:
+        """Our consumers' memory on a quarter of the rows: it does not follow their number."""
+        made: Metrics = {}
+        n = self.n // 4
+        npy = make(self.folder / "quarter.npy", self.rows, n)
+        for name in OURS:
+            how = {"seconds": self.options.seconds, "warm": self.options.warm}
+            seen = take_turn(name, self.rows, n, npy, self.folder / name, **how)
+            made[f"anon_mib_{name}_quarter"] = _anon_mib(seen)
+        return made
+
+
+def _anon_mib(seen: Seen) -> float:
+    return (seen.peak_bytes - seen.base_bytes) / MIB
+
+
+def _shown(rates: dict[Any, float]) -> str:
+    return ", ".join(f"{name} {rate:.3g}" for name, rate in rates.items())
+
+
+def first_batch(root: Path, rounds: int) -> Metrics:
+    """Time to the first batch of ten million rows, and the memory it took; a sparse file."""
+    made: Metrics = {}
+    # The keys without a suffix are of CLIP's rows; a batch of the largest rows alone is 22.5 MiB.
+    for rows, suffix in ((TOKENS, ""), (LARGE, "_962x768"), (VECTORS, "_768")):
+        npy = root / f"sparse{rows.suffix}.npy"
+        try:
+            make_sparse(npy, rows, BIG_ROWS)
+        except OSError as error:
+            say(f"no sparse file of {BIG_ROWS} rows of {rows.name} here: {error}")
+            made[f"first_batch_s_10m{suffix}"] = made[f"first_batch_mib_10m{suffix}"] = None
+            continue
+        turns = [
+            take_turn("plain", rows, BIG_ROWS, npy, root / "plain", do="first")
+            for _ in range(rounds)
+        ]
+        npy.unlink()
+        made[f"first_batch_s_10m{suffix}"] = median([t.marks["first"]["start_s"] for t in turns])
+        made[f"first_batch_mib_10m{suffix}"] = median([_anon_mib(turn) for turn in turns])
+        made[f"first_batch_row_10m{suffix}"] = f"{rows.name}, batch {rows.batch}"
+        say(f"first batch of {BIG_ROWS} rows of {rows.name}: {_shown_first(made, suffix)}")
+    return made
+
+
+def _shown_first(made: Metrics, suffix: str) -> str:
+    seconds, mib = made[f"first_batch_s_10m{suffix}"], made[f"first_batch_mib_10m{suffix}"]
+    return f"{seconds:.3f} s, {mib:.1f} MiB"
+
+
+def main() -> None:
+    args = parser(__doc__)
+    args.add_argument("--gb", type=float, default=2.0, help="data of the large rows, GB")
+    args.add_argument("--small-gb", type=float, default=0.25, help="data of each small kind, GB")
+    args.add_argument("--rounds", type=int, default=3)
+    args.add_argument("--seconds", type=float, default=3.0, help="measured in each turn")
+    args.add_argument("--warm", type=float, default=2.0, help="seconds of a turn before that")
+    args.add_argument("--peers", default=",".join(PEERS), help="those to run, with commas")
+    args.add_argument("--rows", default="large,257x768,768,10m", help="tables to make, with commas")
+    args.add_argument("--no-cold", action="store_true")
+    options = args.parse_args()
+    asked = [name for name in options.peers.split(",") if name]
+    unknown = set(asked) - set(PEERS)
+    if unknown:
+        sys.exit(f"no peer is called {', '.join(sorted(unknown))}: there are {', '.join(PEERS)}")
+    kinds = {"large": LARGE, "257x768": TOKENS, "768": VECTORS}
+    asked_rows = options.rows.split(",")
+    if wrong := set(asked_rows) - set(kinds) - {"10m"}:
+        sys.exit(f"--rows {','.join(sorted(wrong))}: there are {', '.join(kinds)} and 10m")
+    # Contenders live in sessions of their own: told to end, we end the one that runs as well.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    versions, missing = find_peers(asked)
+    metrics: Metrics = {"peer_versions": versions, "missing_peers": missing}
+    with tempfile.TemporaryDirectory() as tmp:
+        root = Path(tmp)
+        for rows in (kinds[name] for name in asked_rows if name in kinds):
+            gigabytes = options.gb if rows is LARGE else options.small_gb
+            _need_room(root, gigabytes * (2 + len(versions)))
+            table = Table(rows, rows.count(gigabytes), root, options)
+            say(f"{table.n} rows of {rows.name}, batch {rows.batch}")
+            table.prepare(list(versions))
+            table.contend()
+            metrics |= table.metrics()
+            if rows is LARGE:
+                metrics |= table.epoch_gaps() | table.memory_of_a_quarter()
+                if not options.no_cold:
+                    metrics |= table.cold_pass()
+            shutil.rmtree(table.folder)
+        if "10m" in asked_rows:
+            metrics |= first_batch(root, options.rounds)
+    emit("stream", metrics, options.json)
+
+
+def _need_room(root: Path, gigabytes: float) -> None:
+    free = shutil.disk_usage(root).free / 1e9
+    if free < gigabytes:
+        sys.exit(f"{free:.1f} GB free in {root}, about {gigabytes:.1f} needed: give a smaller --gb")
+
+
+if __name__ == "__main__":
+    main()
