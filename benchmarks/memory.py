@@ -12,7 +12,8 @@ actor_cpu_share_16    : of one core, all threads of the actor, with 16 workers t
                         and 1792 MiB away, as at the soft limit and half of a budget of 4 GiB;
                         _none: nobody is watched, only Ray's own threads, on idle cores
 false_kills           : of processes that map and read a file of 4 times their budget
-throughput_ratio_on_off : batches with budgets on against off
+throughput_ratio_on_off : batches with budgets on against off, 100 turns of 0.4 s each; _spread:
+                        half of its 95 % interval
 
 The hogs are processes of this script, put under the node's real memory actor by their ids.
 """
@@ -246,7 +247,8 @@ def main() -> None:
         metrics |= kills(node, options.kills)
         metrics["false_kills"] = false_kills(node, options.maps, Path(folder))
         common.say(str(metrics))
-        metrics["throughput_ratio_on_off"] = throughput_ratio(Path(folder))
+        ratio, spread = throughput_ratio(Path(folder))
+        metrics |= {"throughput_ratio_on_off": ratio, "throughput_ratio_spread": spread}
     metrics["priority"] = node.state["priority"]
     common.emit("memory", metrics, options.json)
 

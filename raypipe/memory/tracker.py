@@ -1,9 +1,10 @@
 """RUN/memory/NAME.csv: what one process held over time, with true peaks; survives kill -9.
 
-A thread samples the charge every few milliseconds, so that a peak between two rows is seen; a row
-is appended every ``log_interval`` seconds, by one write, to the kernel: a killed process loses at
-most its last interval. A thread sees nothing while other code holds the GIL in one long call; the
-node's memory actor, a process of its own, does. Read back by ``history``, drawn by ``figure``.
+A thread samples the charge twenty times a second, so that a peak between two rows is seen (a
+hundred times cost a reader at memory speed some 3 % of its batches); a row is appended every
+``log_interval`` seconds, by one write, to the kernel: a killed process loses at most its last
+interval. A thread sees nothing while other code holds the GIL in one long call; the node's memory
+actor, a process of its own, does. Read back by ``history``, drawn by ``figure``.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ COLUMNS = (
 )  # fmt: skip
 # A sample reads statm alone; pinned and shared bytes, which change in few large steps and cost as
 # much again, are read every so many samples, at every update and for every row.
-WHOLE_EVERY = 10
+WHOLE_EVERY = 2
 PHASE_ROW_S = 0.05  # phases that alternate faster share rows: a log is no trace
 GPU_COLUMNS = ("allocated", "reserved", "peak")
 
@@ -58,7 +59,7 @@ class MemoryTracker:
         log_interval: float = 1.0,
         *,
         budget_bytes: int | None = None,
-        sample_interval: float = 0.01,
+        sample_interval: float = 0.05,
     ) -> None:
         for name, value in (("log_interval", log_interval), ("sample_interval", sample_interval)):
             if not value > 0:
