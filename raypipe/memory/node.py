@@ -248,9 +248,7 @@ class NodeMemory:
                 self._ledger.restore([_lease(ask)])
                 try:
                     self._take_in(ask)
-                except (
-                    OSError
-                ) as error:  # its slot was cleared away: it keeps itself, see its guard
+                except OSError as error:  # its slot is gone: it keeps its own budget
                     print(
                         f"{ask.registration.label}: {error}; unwatched", file=sys.stderr, flush=True
                     )

@@ -193,5 +193,5 @@ def _missing_text(paths: ShardPaths, manifest: Manifest | None) -> str:
     if manifest is not None:
         return f"{paths.final} is being replaced; run the extract command that does so again"
     if paths.final.exists():
-        return f"{paths.final} has no manifest {paths.manifest.name}; extract it with raypipe"
+        return f"{paths.final} has no manifest {paths.manifest.name}; raypipe store adopt makes one"
     return f"no store at {paths.final}; check the folder, or run raypipe extract to make it"

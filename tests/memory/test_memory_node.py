@@ -57,6 +57,17 @@ def sleepers() -> Iterator[Callable[[], subprocess.Popen[bytes]]]:
 
 
 Sleepers = Callable[[], "subprocess.Popen[bytes]"]
+Beside = tuple[NodeMemory, Path]
+
+
+@pytest.fixture
+def beside(folder: Path) -> Iterator[Beside]:
+    """Another ledger of the same machine, and its folder."""
+    neighbour = folder.with_name("raypipe-memory-0-neighbour")
+    neighbour.mkdir()
+    memory = NodeMemory(neighbour)
+    yield memory, neighbour
+    memory.close()
 
 
 def ask_of(
@@ -129,43 +140,35 @@ def test_what_can_never_be_granted_is_refused(
 
 
 def test_two_ledgers_of_one_machine_do_not_give_out_the_same_bytes(
-    make: Callable[[], NodeMemory], folder: Path, sleepers: Sleepers
+    make: Callable[[], NodeMemory], beside: Beside, folder: Path, sleepers: Sleepers
 ) -> None:
     """As two clusters on one machine have them."""
-    neighbour = folder.with_name("raypipe-memory-0-neighbour")
-    neighbour.mkdir()
-    here, there, first, second = make(), NodeMemory(neighbour), sleepers(), sleepers()
-    try:
-        assert state(there.admit(ask_of(first, neighbour, 7))) == "granted"
-        waiting = ask_of(second, folder, 7)
-        answer = here.admit(waiting)
-        assert answer.state == "queued"
-        assert "7.00 GiB by other nodes or clusters on this machine" in answer.text
-        first.kill()
-        until(lambda: here.admit(waiting).state == "granted")
-        third = sleepers()
-        assert state(there.admit(ask_of(third, neighbour, 4))) == "queued"
-        more = ask_of(third, neighbour, 4, capacity_gib=11)
-        until(lambda: there.admit(more).state == "granted")
-    finally:
-        there.close()
+    here, first, second = make(), sleepers(), sleepers()
+    there, neighbour = beside
+    assert state(there.admit(ask_of(first, neighbour, 7))) == "granted"
+    waiting = ask_of(second, folder, 7)
+    answer = here.admit(waiting)
+    assert answer.state == "queued"
+    assert "7.00 GiB by other nodes or clusters on this machine" in answer.text
+    first.kill()
+    until(lambda: here.admit(waiting).state == "granted")
+    third = sleepers()
+    assert state(there.admit(ask_of(third, neighbour, 4))) == "queued"
+    more = ask_of(third, neighbour, 4, capacity_gib=11)
+    until(lambda: there.admit(more).state == "granted")
 
 
 def test_jobs_with_limits_of_their_own_do_not_take_from_each_other(
-    make: Callable[[], NodeMemory], folder: Path, sleepers: Sleepers
+    make: Callable[[], NodeMemory], beside: Beside, folder: Path, sleepers: Sleepers
 ) -> None:
-    neighbour = folder.with_name("raypipe-memory-0-neighbour")
-    neighbour.mkdir()
-    here, there, first, second = make(), NodeMemory(neighbour), sleepers(), sleepers()
-    try:
-        theirs = replace(ask_of(first, neighbour, 7), shared_by="Slurm job 1")
-        assert state(there.admit(theirs)) == "granted"
-        ours = ask_of(second, folder, 7)
-        assert state(here.admit(replace(ours, shared_by="Slurm job 1"))) == "queued"
-        assert state(here.admit(replace(ours, shared_by=""))) == "queued", "all share the machine's"
-        assert state(here.admit(replace(ours, shared_by="Slurm job 2"))) == "granted"
-    finally:
-        there.close()
+    here, first, second = make(), sleepers(), sleepers()
+    there, neighbour = beside
+    theirs = replace(ask_of(first, neighbour, 7), shared_by="Slurm job 1")
+    assert state(there.admit(theirs)) == "granted"
+    ours = ask_of(second, folder, 7)
+    assert state(here.admit(replace(ours, shared_by="Slurm job 1"))) == "queued"
+    assert state(here.admit(replace(ours, shared_by=""))) == "queued", "all share the machine's"
+    assert state(here.admit(replace(ours, shared_by="Slurm job 2"))) == "granted"
 
 
 def test_the_watch_goes_on_while_another_ledger_holds_the_machine(
