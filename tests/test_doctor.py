@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import psutil
@@ -40,6 +41,12 @@ def test_a_small_shared_memory_is_a_problem_with_a_remedy() -> None:
     small = replace(node_limits(), shm_bytes=64 * 1024**2)
     assert any("--shm-size" in problem for problem in problems(small))
     assert not any("--shm-size" in p for p in problems(replace(small, shm_bytes=2**31)))
+
+
+def test_a_watch_that_cannot_be_compiled_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not any("compiled" in problem for problem in problems(node_limits()))
+    monkeypatch.setitem(sys.modules, "raypipe.memory.stare", None)
+    assert any("install numba again" in problem for problem in problems(node_limits()))
 
 
 @pytest.mark.ray

@@ -42,6 +42,7 @@ from raypipe.units import format_bytes
 
 # The dead among those who still wait for their lease are looked for this often.
 SWEEP_S = 0.25
+IDLE_SWEEP_S = 2.0
 # Who waits asks four times a second.
 SILENT_S = 15.0
 MACHINE_LOCK_S = 1.0
@@ -154,6 +155,7 @@ class NodeMemory:
             return {
                 "pid": os.getpid(),
                 "priority": self._watch.priority,
+                "looks": self._watch.looks,
                 "capacity_bytes": self._ledger.capacity_bytes,
                 "free_bytes": self._ledger.free_bytes,
                 "leases": {str(self._pid(lease)): lease.n_bytes for lease in self._ledger.leases},
@@ -223,7 +225,7 @@ class NodeMemory:
         process does: it would keep all behind it waiting.
         """
         while not self._closed.is_set():
-            self._someone_ended.wait(SWEEP_S)
+            self._someone_ended.wait(SWEEP_S if self._asks else IDLE_SWEEP_S)
             self._someone_ended.clear()
             with self._lock:
                 watched = {(one.pid, one.start_ticks) for one in self._watch.registrations}

@@ -194,3 +194,13 @@ def describe(info: MemoryInfo) -> str:
         over = f"ABOVE its budget by {format_bytes(-info.headroom_bytes)}"
         parts.append(over if ENFORCES else f"{over} (measured only: this is not Linux)")
     return ", ".join(parts)
+
+
+def pids_with_torch_shm() -> set[int]:
+    """Processes that have shared tensors by name: /dev/shm/torch_PID_*."""
+    try:
+        names = os.listdir("/dev/shm")  # noqa: PTH208
+    except FileNotFoundError:
+        return set()
+    pids = (name.split("_")[1] for name in names if name.startswith("torch_"))
+    return {int(pid) for pid in pids if pid.isdigit()}

@@ -71,6 +71,10 @@ class ProcessProbe:
         fields = os.pread(self._fd, 128, 0).split(None, 3)
         return int(fields[1]) - int(fields[2])
 
+    def fileno(self) -> int:
+        """The descriptor of its statm; -1 elsewhere than on Linux."""
+        return self._fd
+
     def close(self) -> None:
         """Let go of the descriptor; ``read`` is over."""
         fd, self._fd = self._fd, -1

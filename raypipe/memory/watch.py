@@ -1,9 +1,9 @@
 """The watch over the processes of one node: reads them, tells them, ends them.
 
-How often a process is looked at follows from how far it is from its hard limit: every 5 ms once it
-could get there in that time with all cores, and down to every 80 ms further away. Sixteen looks
-every 5 ms would cost 2 to 3 % of a core wherever they are; waking up 200 times a second alone takes
-0.6 % of a busy core here and 1.4 % of an idle one, and most looks would be of processes far away.
+How often a process is looked at follows from how far it is from its hard limit (``watched``): every
+5 ms once it could get there in that time with all cores, and down to every 80 ms further away. Far
+from all limits the looks are taken here; near one the thread is in compiled code (``stare``) until
+somebody leaves the range in which nothing is to be done.
 
 At the hard limit it kills first and writes the verdict after, on another thread: an fsync takes as
 long as the disk or the network share likes, 10 MB a millisecond at 10 GB/s, while the other
@@ -20,38 +20,36 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, closing, suppress
-from dataclasses import dataclass, field
+from contextlib import closing, suppress
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from raypipe.memory.clerk import Clerk, verdict_on
-from raypipe.memory.policy import Limits, decide
-from raypipe.memory.probe import ENFORCES, ProcessProbe, Reading, torch_shm_bytes
+from raypipe.memory.policy import decide
+from raypipe.memory.probe import (
+    ENFORCES,
+    ProcessProbe,
+    Reading,
+    pids_with_torch_shm,
+    torch_shm_bytes,
+)
 from raypipe.memory.registration import Registration
-from raypipe.memory.slot import Sentence, Slot
-from raypipe.memory.statm import PAGE_BYTES
+from raypipe.memory.slot import Sentence
 from raypipe.memory.verdict import Verdict
+from raypipe.memory.watched import (
+    FASTEST_BYTES_PER_S,
+    LONGEST_TICKS,
+    NEAR_TICKS,
+    Watched,
+    open_watched,
+)
 
 POLL_S = 0.005
-# New pages are zeroed by the core that touches them: 3 GiB/s on the machine this was written on, 10
-# on the fastest. What passes the hard limit by more than that meets the margin under the budget.
-CORE_BYTES_PER_S = 12 * 1024**3
-FASTEST_BYTES_PER_S = min(64 * 1024**3, CORE_BYTES_PER_S * (os.cpu_count() or 64))
-LONGEST_TICKS = 16
 # Pinned memory and shared tensors: only the process, and a folder listing, can say them.
 EXTRA_EVERY_S = 0.1
-
-
-def open_pidfd(pid: int) -> int:
-    """A descriptor of that process, -1 where there are none: conda's Python lacks the call, kernels
-    before 5.3 and some containers refuse it. Raises ProcessLookupError when it has ended.
-    """
-    try:
-        return os.pidfd_open(pid)
-    except ProcessLookupError:
-        raise
-    except (AttributeError, OSError):
-        return -1
+INTERPRETED, COMPILED = "interpreted", "compiled"
 
 
 def kill_by_number(pid: int, start_ticks: int) -> None:
@@ -64,32 +62,6 @@ def kill_by_number(pid: int, start_ticks: int) -> None:
 def kill_by_pidfd(pidfd: int) -> None:
     """End the process that ``pidfd`` is of, whatever has become of its number."""
     signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-
-
-@dataclass(kw_only=True)
-class _Watched:
-    """One process and what is known of it.
-
-    calm_from, calm_below : usages in between call for nothing; due : the tick of its next look;
-    quiet_from, quiet_below : anonymous pages in between call for nothing but a look at the next
-    tick. Sixteen such processes are looked at 3200 times a second.
-    """
-
-    registration: Registration
-    limits: Limits
-    probe: ProcessProbe
-    pidfd: int
-    slot: Slot
-    opened: ExitStack
-    calm_from: int = 0
-    calm_below: int = 0
-    quiet_from: int = 1
-    quiet_below: int = 0
-    pressed_since: float | None = None
-    looked_at: float = field(default_factory=time.monotonic)
-    extra_bytes: int = 0
-    pinned_bytes: int = 0
-    due: int = 0
 
 
 class Watch:
@@ -111,15 +83,20 @@ class Watch:
     ) -> None:
         self.poll_s = poll_s if ENFORCES else max(poll_s, 1.0)  # psutil's USS takes milliseconds
         self.priority = "not started"
+        self.looks = INTERPRETED
         self._kill, self._on_gone, self._on_verdict = kill, on_gone, on_verdict
         self._probe = probe
-        self._watched: dict[int, _Watched] = {}
+        self._watched: dict[int, Watched] = {}
+        self._left: list[Watched] = []  # closed by the thread: it may be reading them
         self._lock = threading.Lock()
         self._reach_bytes = int(FASTEST_BYTES_PER_S * self.poll_s)
         self._tick, self._extra_due = 0, 0.0
         # A bare lock: waiting for an Event costs as much as four looks, 200 times a second.
         self._bell, self._rung = threading.Lock(), False
         self._bell.acquire()
+        self._bell_seen_compiled = np.zeros(1, np.uint8)
+        self._stare: Any = None
+        self._compiling = False
         self._stopping = False
         self._thread: threading.Thread | None = None
         self._clerk = Clerk(on_verdict)
@@ -135,20 +112,18 @@ class Watch:
 
         Raises ProcessLookupError when it has ended, also if its number is another's now.
         """
-        watched = self._open(registration)
+        watched = open_watched(registration, self._probe)
         with self._lock:
             before = self._watched.pop(registration.pid, None)
             self._watched[registration.pid] = watched
-        if before is not None:
-            before.opened.close()
+        self._let_go(before)
         self._ring()
 
     def unregister(self, pid: int) -> None:
         """Look at it no more; an unknown pid is nobody."""
         with self._lock:
             watched = self._watched.pop(pid, None)
-        if watched is not None:
-            watched.opened.close()
+        self._let_go(watched)
 
     def tick(self, ticks: int = 1) -> int:
         """Look at all that are due, ``ticks`` poll intervals after the last call.
@@ -157,6 +132,7 @@ class Watch:
         """
         gone, now = [], time.monotonic()
         with self._lock:
+            left, self._left = self._left, []
             tick = self._tick = self._tick + ticks
             if now >= self._extra_due:
                 self._read_extra(now)
@@ -164,10 +140,9 @@ class Watch:
             for one in self._watched.values():
                 if one.due <= tick:
                     try:
-                        if one.quiet_from <= one.probe.anon_pages() < one.quiet_below:
-                            one.due, one.looked_at = tick + 1, now
-                        else:
+                        if not one.quiet_from <= one.probe.anon_pages() < one.quiet_below:
                             self._look(one, now)
+                        one.seen(tick, now)
                     except ProcessLookupError:
                         gone.append(one)
                         continue
@@ -175,6 +150,8 @@ class Watch:
                     due = one.due
             for one in gone:
                 del self._watched[one.registration.pid]
+        for one in left:
+            one.opened.close()
         for one in gone:
             one.opened.close()
             self._on_gone(one.registration)
@@ -195,9 +172,28 @@ class Watch:
         self._ring()
         if self._thread is not None:
             self._thread.join()
+            self._thread = None
         self._clerk.close()
+        for one in self._left:
+            one.opened.close()
         for registration in self.registrations:
             self.unregister(registration.pid)
+
+    def compile(self) -> None:
+        """Have looks near limits taken in compiled code; ``looks`` says what came of it.
+
+        The thread has it done aside, once somebody is near: a node where nobody ever is needs
+        neither the half second nor LLVM's 100 MiB.
+        """
+        self._compiling = True
+        try:
+            from raypipe.memory.stare import stare
+
+            nobody, rung = np.empty(0, np.int64), np.ones(1, np.uint8)
+            stare(nobody.astype(np.int32), *[nobody] * 4, rung[:0], rung, 0, 1, 1)
+            self._stare, self.looks = stare, COMPILED
+        except Exception as error:  # no LLVM, an unknown processor: looks go on, and cost more
+            self.looks = f"{INTERPRETED} ({type(error).__name__}: {error})"
 
     def write(self, verdict: Verdict, folder: Path | None) -> None:
         """Have a verdict written after those before it."""
@@ -210,31 +206,19 @@ class Watch:
     def _ring(self) -> None:
         """Wake the thread: there may be somebody near a limit."""
         with self._lock:
+            self._bell_seen_compiled[0] = 1
             if not self._rung:
                 self._rung = True
                 self._bell.release()
 
-    def _open(self, registration: Registration) -> _Watched:
-        with ExitStack() as opened:
-            pidfd = open_pidfd(registration.pid) if ENFORCES else -1
-            if pidfd >= 0:
-                opened.callback(os.close, pidfd)
-            probe = opened.enter_context(closing(self._probe(registration.pid)))
-            # Read after pidfd_open: if the number changed hands before or between, this differs.
-            if probe.start_ticks != registration.start_ticks:
-                raise ProcessLookupError(
-                    f"process {registration.pid} began at {probe.start_ticks}, not at "
-                    f"{registration.start_ticks}: it is another one"
-                )
-            slot = opened.enter_context(closing(Slot(registration.slot_path)))
-            return _Watched(
-                registration=registration,
-                limits=Limits.of(registration.budget_bytes),
-                probe=probe,
-                pidfd=pidfd,
-                slot=slot,
-                opened=opened.pop_all(),
-            )
+    def _let_go(self, watched: Watched | None) -> None:
+        if watched is None:
+            return
+        if self._thread is None:
+            watched.opened.close()
+            return
+        with self._lock:
+            self._left.append(watched)
 
     # ---- the thread's side
 
@@ -244,13 +228,52 @@ class Watch:
             ready.set()
             wait = 1
             while not self._stopping:
-                if self._bell.acquire(timeout=wait * self.poll_s):
-                    self._rung = False
-                wait = self.tick(wait)
+                passed = self._stare_at_all(wait)
+                if passed == 0:
+                    if self._bell.acquire(timeout=wait * self.poll_s):
+                        self._rung = False
+                    passed = wait
+                wait = self.tick(passed)
         except BaseException:
             ready.set()
             on_failure()
             raise
+
+    def _stare_at_all(self, wait: int) -> int:
+        """Look in compiled code while the next look is near; returns the ticks that passed."""
+        if wait > NEAR_TICKS:
+            return 0
+        if self._stare is None:
+            if not self._compiling and ENFORCES and self._watched:
+                self._compiling = True
+                threading.Thread(target=self.compile, name="raypipe-compile", daemon=True).start()
+            return 0
+        self._bell_seen_compiled[0] = 0  # whoever rang before is in the list
+        with self._lock:
+            every = list(self._watched.values())
+        left = np.zeros(len(every), np.uint8)
+        seen_ns = np.array([int(one.looked_at * 1e9) for one in every], np.int64)
+        passed = int(
+            self._stare(
+                np.array([one.probe.fileno() for one in every], np.int32),
+                np.array([one.every for one in every], np.int64),
+                np.array([one.quiet_from for one in every], np.int64),
+                np.array([one.quiet_below for one in every], np.int64),
+                seen_ns,
+                left,
+                self._bell_seen_compiled,
+                self._tick,
+                int(self.poll_s * 1e9),
+                LONGEST_TICKS,
+            )
+        )
+        if passed == 0:  # rung at once, or the next look is further away than was thought
+            return 0
+        for one, has_left, at in zip(every, left.tolist(), seen_ns.tolist(), strict=True):
+            one.seen(self._tick + passed, at / 1e9)
+            if has_left:
+                one.due = self._tick + passed
+        return passed
 
     def _read_extra(self, now: float) -> None:
         """Once for all, and rarely: listing a folder costs as much as ten looks."""
@@ -258,29 +281,18 @@ class Watch:
         sharing = pids_with_torch_shm()
         for pid, one in self._watched.items():
             one.slot.beat()
-            one.pinned_bytes = one.slot.pinned_bytes
-            one.extra_bytes = one.pinned_bytes + (torch_shm_bytes(pid) if pid in sharing else 0)
-            one.quiet_below = 0  # those were pages beside the extra bytes of before
+            shm_bytes = torch_shm_bytes(pid) if pid in sharing else 0
+            one.charge_beside(one.slot.pinned_bytes, shm_bytes)
 
-    def _look(self, one: _Watched, now: float) -> None:
-        """Raises ProcessLookupError when it has ended. Its cost is what watching costs."""
+    def _look(self, one: Watched, now: float) -> None:
+        """Raises ProcessLookupError when it has ended."""
         reading = one.probe.read()
         usage = reading.anon_bytes + one.extra_bytes
         if not one.calm_from <= usage < one.calm_below:
             self._act(one, usage, reading, now)
-        one.looked_at = now
-        headroom = one.limits.hard_bytes - usage
-        near = headroom < 2 * self._reach_bytes
-        one.due = self._tick + 1 if near else self._next_look(headroom)
-        if near:
-            low = max(one.calm_from, one.limits.hard_bytes - 2 * self._reach_bytes)
-            high = min(one.calm_below, one.limits.hard_bytes)
-            one.quiet_from = max(1, (low - one.extra_bytes) // PAGE_BYTES + 1)
-            one.quiet_below = (high - one.extra_bytes) // PAGE_BYTES
-        else:
-            one.quiet_below = 0
+        one.pace(usage, self._reach_bytes)
 
-    def _act(self, one: _Watched, usage_bytes: int, reading: Reading, now: float) -> None:
+    def _act(self, one: Watched, usage_bytes: int, reading: Reading, now: float) -> None:
         limits, was_pressed = one.limits, one.pressed_since is not None
         decision = decide(usage_bytes, limits, was_pressed)
         if decision.pressed != was_pressed:
@@ -292,15 +304,7 @@ class Watch:
             one.calm_from, one.calm_below = 0, sys.maxsize  # nothing is left to be done to it
             self._end(one, reading, now)
 
-    def _next_look(self, headroom_bytes: int) -> int:
-        """The tick before which a process with that much headroom cannot use it up.
-
-        Multiples of the step: processes at one distance share their wake-ups.
-        """
-        step = max(1, min(LONGEST_TICKS, headroom_bytes // self._reach_bytes))
-        return (self._tick // step + 1) * step
-
-    def _end(self, one: _Watched, reading: Reading, now: float) -> None:
+    def _end(self, one: Watched, reading: Reading, now: float) -> None:
         shm_bytes = one.extra_bytes - one.pinned_bytes
         sentence = Sentence(
             time.time_ns(), reading.anon_bytes, one.pinned_bytes, shm_bytes, reading.file_bytes
@@ -338,13 +342,3 @@ def raise_priority() -> str:
             f"ordinary priority, nice {nice} ({error.strerror}): on a node with busy cores a "
             "process may pass its limit for longer; CAP_SYS_NICE would allow more"
         )
-
-
-def pids_with_torch_shm() -> set[int]:
-    """Processes that have shared tensors by name: /dev/shm/torch_PID_*."""
-    try:
-        names = os.listdir("/dev/shm")  # noqa: PTH208
-    except FileNotFoundError:
-        return set()
-    pids = (name.split("_")[1] for name in names if name.startswith("torch_"))
-    return {int(pid) for pid in pids if pid.isdigit()}

@@ -22,19 +22,15 @@ from raypipe.memory.registration import Registration
 from raypipe.memory.slot import Slot
 from raypipe.memory.statm import PAGE_BYTES
 from raypipe.memory.verdict import Verdict, find
-from raypipe.memory.watch import (
-    FASTEST_BYTES_PER_S,
-    LONGEST_TICKS,
-    Watch,
-    kill_by_number,
-    raise_priority,
-)
+from raypipe.memory.watch import COMPILED, INTERPRETED, Watch, kill_by_number, raise_priority
+from raypipe.memory.watched import FASTEST_BYTES_PER_S, LONGEST_TICKS
 
 GIB = 1024**3
 BUDGET = 8 * GIB
 LIMITS = Limits.of(BUDGET)
 HOG = """
 import sys, time
+before = {held}
 print("ready", flush=True)
 sys.stdin.readline()
 held = {what}
@@ -210,9 +206,9 @@ def test_a_priority_that_cannot_be_raised_is_said(monkeypatch: pytest.MonkeyPatc
 # ---- real processes
 
 
-def hog(what: str) -> subprocess.Popen[str]:
+def hog(what: str, held: str = "None") -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, "-c", HOG.format(what=what)],
+        [sys.executable, "-c", HOG.format(what=what, held=held)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -222,25 +218,48 @@ def hog(what: str) -> subprocess.Popen[str]:
     return process
 
 
-@pytest.mark.parametrize(
-    "what", ["bytearray(2 << 30)", "[bytearray(1 << 20) for _ in range(2048)]"]
-)
-def test_a_process_that_outgrows_its_budget_is_ended_below_it(what: str, tmp_path: Path) -> None:
-    gone: list[Registration] = []
-    watch = Watch(on_gone=gone.append)
+def watch_of(looks: str) -> Watch:
+    """A started watch that takes its looks as said."""
+    watch = Watch()
+    watch.compile()
     watch.start()
+    assert watch.looks.startswith(looks)
+    return watch
+
+
+def registration_of(process: subprocess.Popen[str], folder: Path) -> Registration:
+    with ProcessProbe(process.pid) as probe:
+        return Registration(
+            pid=process.pid,
+            start_ticks=probe.start_ticks,
+            budget_bytes=GIB,
+            label="hog",
+            slot_path=Slot.create(folder / "slot").path,
+            verdict_dir=folder,
+        )
+
+
+@pytest.mark.parametrize(
+    ("looks", "what"),
+    [
+        (COMPILED, "bytearray(2 << 30)"),
+        (COMPILED, "[bytearray(1 << 20) for _ in range(2048)]"),
+        (INTERPRETED, "[bytearray(1 << 20) for _ in range(2048)]"),
+    ],
+)
+def test_a_process_that_outgrows_its_budget_is_ended_below_it(
+    looks: str, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if looks != COMPILED:
+        monkeypatch.setitem(sys.modules, "raypipe.memory.stare", None)
+    watch = watch_of(looks)
     assert watch.priority
-    with hog(what) as process:
-        with ProcessProbe(process.pid) as probe:
-            registration = Registration(
-                pid=process.pid,
-                start_ticks=probe.start_ticks,
-                budget_bytes=GIB,
-                label="hog",
-                slot_path=Slot.create(tmp_path / "slot").path,
-                verdict_dir=tmp_path,
-            )
+    # It holds most of its budget beforehand: every look from now on is one near the limit.
+    with hog(what, held="bytearray(b'1') * (600 << 20)") as process:
+        registration = registration_of(process, tmp_path)
         watch.register(registration)
+        time.sleep(0.2)
+        assert watch.registrations == (registration,)
         assert process.stdin is not None
         process.stdin.write("go\n")
         process.stdin.flush()
@@ -250,13 +269,49 @@ def test_a_process_that_outgrows_its_budget_is_ended_below_it(what: str, tmp_pat
         assert process.wait(timeout=10) == -9
         assert 0 < peak < GIB + 256 * 1024**2
     deadline = time.monotonic() + 5
-    while not gone and time.monotonic() < deadline:
+    while watch.registrations and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert gone == [registration]
+    assert watch.registrations == ()
     watch.stop()
     verdict = find(tmp_path, registration.pid, registration.start_ticks)
     assert verdict is not None
     assert verdict.usage_bytes >= Limits.of(GIB).hard_bytes
+
+
+def test_once_somebody_is_near_its_limit_looks_are_compiled(tmp_path: Path) -> None:
+    watch = Watch()
+    watch.start()
+    with hog("0") as far, hog("0", held="bytearray(b'1') * (700 << 20)") as near:
+        for process, looks in ((far, INTERPRETED), (near, COMPILED)):
+            (tmp_path / looks).mkdir()
+            watch.register(registration_of(process, tmp_path / looks))
+            deadline = time.monotonic() + (60 if looks == COMPILED else 0.3)
+            while watch.looks != COMPILED and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert watch.looks == looks
+            process.kill()
+    watch.stop()
+
+
+def test_compiled_looks_hear_of_who_comes_and_goes_and_leave_nothing_open(tmp_path: Path) -> None:
+    watch = watch_of(COMPILED)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    near = "bytearray(b'1') * (700 << 20)"
+    with hog("0", held=near) as first, hog("0") as second:
+        for number, process in enumerate((first, second)):
+            (tmp_path / str(number)).mkdir()
+            watch.register(registration_of(process, tmp_path / str(number)))
+        time.sleep(0.3)
+        assert [one.pid for one in watch.registrations] == [first.pid, second.pid]
+        watch.unregister(second.pid)
+        first.kill()
+        deadline = time.monotonic() + 5
+        while watch.registrations and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert watch.registrations == ()
+        second.kill()
+    watch.stop()
+    assert len(list(Path("/proc/self/fd").iterdir())) <= before
 
 
 def _high_water_bytes(pid: int) -> int | None:
