@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from raypipe.cluster.node_memory import LeaseTimeout, RemoteGuard, join
+from raypipe.cluster.remote_guard import LeaseTimeout, RemoteGuard, join
 from raypipe.errors import MemoryBudgetExceeded
 from raypipe.memory.attend import FOLDER, attend
 from raypipe.memory.config import MemoryConfig, ResolvedMemory

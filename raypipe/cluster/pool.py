@@ -3,29 +3,26 @@
 Items are handed out as workers ask for them, so a slow worker never holds the others; the item
 that a worker will probably get next is told to it beforehand, so that it can read ahead. A dead
 actor's unfinished items go back to the queue and the actor is replaced, a bounded number of times.
-What a worker does with an item is its own affair: see ``runner.StepWorker``.
+What a worker does with an item is its own affair: see ``runner.StepWorker``. The actor's class is
+``pooled_worker``; what one actor holds, and how its calls can fail, is ``seat``.
 """
 
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnschedulableError, OutOfMemoryError, RayError, RayTaskError
 
-from raypipe.cluster.budget import WorkerMemory, budgeted, is_younger, verdicts
-from raypipe.cluster.node_memory import verdict_of
-from raypipe.errors import MemoryBudgetExceeded, RaypipeError, WorkerFailed
+from raypipe.cluster.budget import WorkerMemory
+from raypipe.cluster.pooled_worker import PooledWorker
+from raypipe.cluster.seat import Died, Seat, WorkerError, one_line
+from raypipe.errors import MemoryBudgetExceeded, WorkerFailed
 from raypipe.memory.attend import attend
-from raypipe.memory.guard import note
-from raypipe.memory.verdict import Verdict
 from raypipe.runner import Done, Needs, StepWorker
 
 # A range that killed its worker this often is at fault itself.
@@ -33,71 +30,6 @@ MAX_ATTEMPTS = 3
 # An autoscaled GPU node needs minutes to boot and to install; longer means that none will come.
 START_TIMEOUT_S = 1200.0
 SAY_WAITING_EVERY_S = 30.0
-# A verdict is flushed to the disk right after the kill; a slow disk gets this long.
-VERDICT_WAIT_S = 2.0
-
-
-class PooledWorker:
-    """The one class that becomes an actor; it holds an ordinary worker, and its budget."""
-
-    def __init__(self) -> None:
-        self._began = time.time()
-        self._held = ExitStack()  # until the actor ends
-
-    def load(
-        self,
-        make: Callable[[], StepWorker],
-        order: WorkerMemory | None,
-        name: str,
-        *,
-        gives_way: bool,
-    ) -> tuple[int, str] | None:
-        """Make the worker, under its budget; the process id, and the node's id.
-
-        gives_way : return None instead where the node's memory actor came after this one.
-        """
-        if order is not None:
-            guard = self._held.enter_context(budgeted(order, name))
-            if gives_way and is_younger(guard, self._began):
-                self._held.close()
-                return None
-            note(phase="load")
-        self._worker = make()
-        return os.getpid(), ray.get_runtime_context().get_node_id()
-
-    def describe(self) -> Any:
-        return self._worker.describe()
-
-    def open(self, shared: Any) -> Any:
-        return self._worker.open(shared)
-
-    def step(self, item: Any, upcoming: Any | None) -> list[Done]:
-        return self._worker.step(item, upcoming)
-
-    def drain(self) -> list[Done]:
-        return self._worker.drain()
-
-
-@dataclass(eq=False)
-class _Seat:
-    """One actor and what it holds.
-
-    A seat is loading, then opening, then has a call under way or is idle. name : unlike any
-    other's, for verdicts. ticket : what its worker's ``open`` gave, by which the driver can shut
-    it out.
-    """
-
-    actor: Any
-    name: str
-    loading: Any | None
-    pid: int = 0
-    node: str = ""
-    opening: Any | None = None
-    ticket: Any | None = None
-    call: Any | None = None
-    current: Any | None = None
-    reserved: Any | None = None
-    unacked: dict[Any, Any] = field(default_factory=dict)
 
 
 class RayPool:
@@ -120,7 +52,7 @@ class RayPool:
         self._memory = memory
         self._made = 0
         self._start_timeout_s = start_timeout_s
-        self._seats: list[_Seat] = []
+        self._seats: list[Seat] = []
         self._replacements_left = MAX_ATTEMPTS * needs.workers
         self._shared: Any | None = None
         self._lost: Callable[[Any], None] = lambda ticket: None
@@ -160,8 +92,8 @@ class RayPool:
             for seat in [seat for seat in self._seats if seat.loading in ready]:
                 if self._finish_loading(seat):
                     try:
-                        return self._get(seat, seat.actor.describe.remote())
-                    except (_Died, _WorkerError) as error:
+                        return seat.result(seat.actor.describe.remote())
+                    except (Died, WorkerError) as error:
                         self._replace(seat, error)
             if not ready:
                 self._say_waiting()
@@ -207,7 +139,7 @@ class RayPool:
             elif seat.unacked:
                 seat.call = seat.actor.drain.remote()
 
-    def _steal(self, thief: _Seat) -> Any | None:
+    def _steal(self, thief: Seat) -> Any | None:
         """An item that a busy worker has only been told of."""
         for seat in self._seats:
             if seat is not thief and seat.reserved is not None and seat.call is not None:
@@ -216,7 +148,7 @@ class RayPool:
         return None
 
     def _settle(
-        self, seat: _Seat, queue: deque[Any], left: set[Any], attempts: dict[Any, int]
+        self, seat: Seat, queue: deque[Any], left: set[Any], attempts: dict[Any, int]
     ) -> Iterator[Done]:
         """Take in what one finished call says."""
         if seat.loading is not None:
@@ -225,8 +157,8 @@ class RayPool:
             return
         call = seat.opening or seat.call
         try:
-            result = self._get(seat, call)
-        except (_Died, _WorkerError) as error:
+            result = seat.result(call)
+        except (Died, WorkerError) as error:
             self._requeue(seat, queue, attempts, error)
             return
         if seat.opening is not None:
@@ -241,10 +173,10 @@ class RayPool:
                 yield done
 
     def _requeue(
-        self, seat: _Seat, queue: deque[Any], attempts: dict[Any, int], error: Exception
+        self, seat: Seat, queue: deque[Any], attempts: dict[Any, int], error: Exception
     ) -> None:
         """Give up a worker; its items go back, the one it died of asked for less memory."""
-        short_of_memory = isinstance(error, _Died) and error.out_of_memory
+        short_of_memory = isinstance(error, Died) and error.out_of_memory
         if seat.ticket is not None:
             self._lost(seat.ticket)
         lost: list[Any] = [*seat.unacked.values(), *([seat.reserved] if seat.reserved else [])]
@@ -254,7 +186,7 @@ class RayPool:
             if attempts[blamed.key] >= MAX_ATTEMPTS:
                 raise WorkerFailed(
                     f"item {blamed.key} failed {MAX_ATTEMPTS} times, last with: "
-                    f"{_one_line(error)}; what was committed is kept: mend the cause and run the "
+                    f"{one_line(error)}; what was committed is kept: mend the cause and run the "
                     "same command again"
                 ) from error
         again = [item.again() for item in lost]
@@ -265,7 +197,7 @@ class RayPool:
             self._limit_others(smaller, queue)
         queue.extendleft(reversed(again))
         self._say(
-            f"worker {seat.pid} failed ({_one_line(error)}); its {len(lost)} unfinished item(s) "
+            f"worker {seat.pid} failed ({one_line(error)}); its {len(lost)} unfinished item(s) "
             "go to others"
         )
         self._replace(seat, error)
@@ -278,15 +210,15 @@ class RayPool:
             if seat.reserved is not None:
                 seat.reserved = seat.reserved.at_most(smaller)
 
-    def _replace(self, seat: _Seat, error: Exception) -> None:
+    def _replace(self, seat: Seat, error: Exception) -> None:
         if self._replacements_left == 0:
-            short_of_memory = isinstance(error, _Died) and error.out_of_memory
+            short_of_memory = isinstance(error, Died) and error.out_of_memory
             kind = MemoryBudgetExceeded if short_of_memory else WorkerFailed
             logs = "see Ray's worker logs (--verbose)"
             step = "free memory on that node, or give fewer --workers" if short_of_memory else logs
             raise kind(
                 f"workers died {MAX_ATTEMPTS * self._needs.workers} times in a row, last with: "
-                f"{_one_line(error)}; {step}, then run the same command"
+                f"{one_line(error)}; {step}, then run the same command"
             ) from error
         self._replacements_left -= 1
         ray.kill(seat.actor, no_restart=True)
@@ -294,7 +226,7 @@ class RayPool:
         if not any(other.pid for other in self._seats):
             self._restart_clock()
 
-    def _seat(self, *, gives_way: bool = True) -> _Seat:
+    def _seat(self, *, gives_way: bool = True) -> Seat:
         self._made += 1
         name = f"worker-{self._made}"
         gpus = 1 if self._needs.device.startswith("cuda") else 0
@@ -304,13 +236,13 @@ class RayPool:
             .remote()
         )
         loading = actor.load.remote(self._make_ref, self._memory_ref, name, gives_way=gives_way)
-        return _Seat(actor=actor, name=name, loading=loading)
+        return Seat(actor=actor, name=name, memory=self._memory, loading=loading)
 
-    def _finish_loading(self, seat: _Seat) -> bool:
+    def _finish_loading(self, seat: Seat) -> bool:
         """True when the worker stands; a death while loading is replaced like any other."""
         ref, seat.loading = seat.loading, None
         try:
-            loaded = self._get(seat, ref)
+            loaded = seat.result(ref)
         except MemoryBudgetExceeded as error:  # no lease came: the others are enough, if there are
             if not any(other.pid for other in self._seats if other is not seat):
                 raise
@@ -318,56 +250,20 @@ class RayPool:
             ray.kill(seat.actor, no_restart=True)
             self._seats.remove(seat)
             return False
-        except _Died as error:
+        except Died as error:
             if error.verdict is not None:  # it has no batch yet that could be halved
                 raise MemoryBudgetExceeded(error.verdict.message()) from error
-            self._say(f"a worker died while loading ({_one_line(error)}); starting another")
+            self._say(f"a worker died while loading ({one_line(error)}); starting another")
             self._replace(seat, error)
             return False
-        except _WorkerError as error:
-            raise WorkerFailed(f"a worker could not load: {_one_line(error)}") from error
+        except WorkerError as error:
+            raise WorkerFailed(f"a worker could not load: {one_line(error)}") from error
         if loaded is None:  # a node that came late: the next worker there is newer than its actor
             ray.kill(seat.actor, no_restart=True)
             self._seats[self._seats.index(seat)] = self._seat(gives_way=False)
             return False
         seat.pid, seat.node = loaded
         return True
-
-    def _get(self, seat: _Seat, ref: Any) -> Any:
-        """The call's result; raises the worker's RaypipeError, _WorkerError, _Died, WorkerFailed."""
-        try:
-            return ray.get(ref)
-        except RayTaskError as error:
-            cause = error.cause
-            if isinstance(cause, RaypipeError):
-                raise cause from None
-            raise _WorkerError(f"{type(cause).__name__}: {cause}") from error
-        except ActorUnschedulableError as error:
-            raise WorkerFailed(f"no place for a worker: {_one_line(error)}") from error
-        except RayError as error:  # the actor, its node, or an object on it is gone
-            if isinstance(error, OutOfMemoryError):
-                raise _Died(_one_line(error), out_of_memory=True) from error
-            verdict = self._verdict(seat)
-            text = verdict.message() if verdict else _one_line(error)
-            raise _Died(text, out_of_memory=verdict is not None, verdict=verdict) from error
-
-    def _verdict(self, seat: _Seat) -> Verdict | None:
-        """Why the node's memory actor ended that worker, if it did; it writes that after the kill.
-
-        The actor is asked first: a network disk may show its file late.
-        """
-        deadline = time.monotonic() + VERDICT_WAIT_S
-        while self._memory is not None:
-            told = verdict_of(seat.node, seat.pid) if seat.node else None
-            if told is not None and told.label == seat.name:
-                return told
-            found = verdicts(self._memory, seat.name)
-            if found:
-                return found[-1]
-            if time.monotonic() > deadline:
-                break
-            time.sleep(0.05)
-        return None
 
     def _restart_clock(self) -> None:
         self._deadline = time.monotonic() + self._start_timeout_s
@@ -382,28 +278,9 @@ class RayPool:
         self._say(f"waiting for a worker to load; {text}")
 
 
-class _WorkerError(Exception):
-    """An exception out of a worker that is none of ours: worth another try elsewhere."""
-
-
-class _Died(Exception):
-    """A worker is gone. out_of_memory : Ray's memory monitor ended it, or its budget (verdict)."""
-
-    def __init__(self, text: str, *, out_of_memory: bool, verdict: Verdict | None = None) -> None:
-        super().__init__(text)
-        self.out_of_memory, self.verdict = out_of_memory, verdict
-
-
 def _with_less_memory(item: Any, error: Exception) -> Any:
     """``item`` at half its batch; one that is at its smallest ends the run with the verdict."""
     try:
         return item.with_less_memory()
     except MemoryBudgetExceeded as last:
-        raise MemoryBudgetExceeded(f"{_one_line(error)}; last try: {last}") from error
-
-
-def _one_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if isinstance(error, (_WorkerError, _Died)):
-        return lines[0]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+        raise MemoryBudgetExceeded(f"{one_line(error)}; last try: {last}") from error

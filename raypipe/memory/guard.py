@@ -1,7 +1,7 @@
 """A process's own side of its budget: asked at every boundary between two batches.
 
 ``current()`` is the guard of this process, whoever put it there: none, this process itself
-(``InProcessGuard``), or the node's watch (``cluster.node_memory.RemoteGuard``). Work asks it, says
+(``InProcessGuard``), or the node's watch (``cluster.remote_guard.RemoteGuard``). Work asks it, says
 by ``note`` what it does, and calls ``relieve`` when it is told to take less.
 """
 

@@ -1,7 +1,8 @@
 """The driver's side of writing a shard: own it, recover it, hand out what is missing, seal it.
 
-``open_for_writing`` is the way in; workers write through `writer.ShardWriter`. Every step below
-leaves a state from which the same call goes on. On the disk, in this order:
+``open_for_writing`` is the way in; workers write through `writer.ShardWriter`, as far as the run's
+`hold.Hold` admits them. Every step below leaves a state from which the same call goes on. On the
+disk, in this order:
 
 1. run lock, owner record, epoch raised, fence past every earlier writer
 2. manifest "writing"; the data file with its header, preallocated; committed cells recovered
@@ -14,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,13 +25,12 @@ import xxhash
 from raypipe.errors import FingerprintMismatch, NoSpace, StoreCorrupt, StoreError
 from raypipe.store.commits import Commits, RowTable
 from raypipe.store.discard import remove_contents, tidy
-from raypipe.store.durable import fsync_dir, make_dirs, move, pwrite_all, remove, write_atomic
-from raypipe.store.fence import Fence, FenceState
-from raypipe.store.flocks import Flock
+from raypipe.store.durable import fsync_dir, move, pwrite_all, remove, write_atomic
+from raypipe.store.hold import Hold
 from raypipe.store.index import index_bytes
 from raypipe.store.journal import CommitRecord
 from raypipe.store.layout import ShardPaths
-from raypipe.store.lock import Owner, take_lock, utc_now
+from raypipe.store.lock import utc_now
 from raypipe.store.manifest import (
     DISCARDED,
     SEALED,
@@ -88,9 +87,8 @@ def open_for_writing(
         with explain_os_errors(spec.paths.folder, need):
             run._open(overwrite=overwrite)
     except BaseException:
-        if run._lock is not None and run.epoch == 0:  # refused before anything was ours
-            remove([spec.paths.lock])
-        run._let_go()
+        run._close_data()
+        run._hold.back_out()
         raise
     return run
 
@@ -107,15 +105,10 @@ class ShardRun:
         self.run_id = run_id
         self.paths = spec.paths
         self.sealed = False
-        self.epoch = 0
         self.recovery = Recovery()
         self._threads = threads
-        self._token = secrets.token_hex(8)
+        self._hold = Hold(spec.paths, run_id)
         self._commits = Commits(spec.cells)
-        self._lock: Flock | None = None
-        self._owner: Owner | None = None
-        self._fence: Fence | None = None
-        self._fenced: tuple[str, ...] = ()
         self._data = -1
         self._manifest: Manifest | None = None
         self._preallocation = ""
@@ -123,9 +116,14 @@ class ShardRun:
     # What the driver asks.
 
     @property
+    def epoch(self) -> int:
+        """Of this run's writers; 0 when the shard was found sealed."""
+        return self._hold.epoch
+
+    @property
     def target(self) -> WriterTarget:
         """What the workers need to write; StoreError when there is nothing left to write."""
-        if self._fence is None:
+        if not self._hold.admits_writers:
             raise StoreError(f"{self.spec.path} is sealed or closed; there is nothing to write")
         return WriterTarget(
             data=self.paths.partial.absolute(),
@@ -133,7 +131,7 @@ class ShardRun:
             fence=self.paths.fence.absolute(),
             fingerprint=self.spec.fingerprint,
             epoch=self.epoch,
-            token=self._token,
+            token=self._hold.token,
             rows=self.spec.rows,
             row_shape=self.spec.row_shape,
             dtype=self.spec.dtype,
@@ -163,14 +161,9 @@ class ShardRun:
         """Shut out one writer of this run for good: call it before a worker that is given up (dead
         as far as one can tell) has its rows handed to another. Waits for its write in flight.
         """
-        if self._fence is None:
+        if not self._hold.admits_writers:
             raise StoreError(f"{self.spec.path} is sealed or closed; no writer is left")
-        self._fenced = (*self._fenced, writer_id)
-        self._raise_fence()
-
-    def _raise_fence(self, *, closed: bool = False) -> None:
-        assert self._fence is not None
-        self._fence.raise_to(FenceState(self.epoch, self._token, closed, self._fenced))
+        self._hold.shut_out(writer_id)
 
     def refresh(self) -> None:
         """Read the journals of this run again, for commits that nobody reported."""
@@ -203,8 +196,7 @@ class ShardRun:
         self.recovery = Recovery(rows_kept=self.spec.rows)
 
     def _open(self, *, overwrite: bool) -> None:
-        make_dirs(self.paths.folder)
-        self._lock = take_lock(self.paths)
+        self._hold.lock()
         found, corrupt = _look(self.paths, overwrite)
         action = "replace" if corrupt else decide(found, self.spec, overwrite=overwrite)
         if action == "unseal" and not self._is_ours():
@@ -213,21 +205,12 @@ class ShardRun:
             self._set_sealed(found.manifest)
             self._finish()
             return
-        self._take_over(found.manifest)
+        self._hold.take_over(found.manifest)
         if action in ("new", "replace"):
             self._start_afresh(found.manifest)
         elif action == "unseal":
             move(self.paths.final, self.paths.partial)
         self._begin(found.manifest if action in ("resume", "unseal") else None)
-
-    def _take_over(self, manifest: Manifest | None) -> None:
-        """Raise the epoch, durably, and wait until no earlier writer is inside a write."""
-        make_dirs(self.paths.journal)
-        self._fence = Fence(self.paths.fence, create=True)
-        self.epoch = _latest_epoch(self.paths, manifest, self._fence) + 1
-        self._owner = Owner.me(self.run_id, self.epoch)
-        self._owner.write(self.paths.owner)
-        self._raise_fence()
 
     def _start_afresh(self, manifest: Manifest | None) -> None:
         """Remove what is there. Said first in the manifest: a crash half-way is then no riddle."""
@@ -260,7 +243,7 @@ class ShardRun:
         except (NoSpace, OSError):
             if manifest is None:  # new, and it does not fit: as if never begun
                 remove([self.paths.partial, self.paths.manifest])
-                self._owner = None
+                self._hold.disown()
                 tidy(self.paths)
             raise
         self._commits, self.recovery = recover(
@@ -293,10 +276,10 @@ class ShardRun:
         """
         if self.sealed:
             return self.paths.final
-        if self._fence is None:
+        if not self._hold.admits_writers:
             raise StoreError(f"{self.spec.path} is closed; open it for writing again")
         with explain_os_errors(self.paths.folder, 400 * self.spec.rows):
-            self._raise_fence(closed=True)
+            self._hold.raise_fence(closed=True)
             self._check_complete(verify)
             os.fsync(self._data)
             self._write_sealed()
@@ -310,7 +293,7 @@ class ShardRun:
         rejected = check_cells(self._commits, self._data, cells, self._threads)
         rows_missing = self.spec.rows - self._commits.rows_done
         if rows_missing:
-            self._raise_fence()
+            self._hold.raise_fence()
             lo, hi = self._commits.missing()[0]
             raise StoreError(
                 f"{self.spec.path} cannot be sealed: {rows_missing} of {self.spec.rows} rows are "
@@ -342,25 +325,18 @@ class ShardRun:
     def _finish(self) -> None:
         """Remove what only writing needs; a crash in here leaves a sealed store with leftovers."""
         tidy(self.paths)
-        self._owner = None
-        self._let_go()
-
-    def _let_go(self) -> None:
-        if self._owner is not None:
-            with contextlib.suppress(OSError):  # a full disk must not hide the error before it
-                self._owner.release(self.paths.owner)
-            self._owner = None
-        if self._data >= 0:
-            os.close(self._data)
-            self._data = -1
-        for held in (self._fence, self._lock):
-            if held is not None:
-                held.close()
-        self._fence = self._lock = None
+        self._hold.disown()
+        self.close()
 
     def close(self) -> None:
         """Let the shard go, sealed or not; what is committed stays for the next run."""
-        self._let_go()
+        self._close_data()
+        self._hold.release()
+
+    def _close_data(self) -> None:
+        if self._data >= 0:
+            os.close(self._data)
+            self._data = -1
 
     def __enter__(self) -> ShardRun:
         return self
@@ -377,12 +353,3 @@ def _look(paths: ShardPaths, overwrite: bool) -> tuple[Found, bool]:
         if not overwrite:
             raise
     return Found(manifest=None, partial_bytes=None, final_bytes=None), True
-
-
-def _latest_epoch(paths: ShardPaths, manifest: Manifest | None, fence: Fence) -> int:
-    """The highest epoch that anything on the disk knows of: any one of these may have been lost."""
-    owner, state = Owner.read(paths.owner), fence.read()
-    known = [0, owner.epoch if owner else 0, state.epoch if state else 0]
-    known += [int(manifest.fields.get("epoch", 0))] if manifest else []
-    heads = (path.name.split("-")[0] for path in paths.journals())
-    return max(known + [int(head) for head in heads if head.isdigit()])

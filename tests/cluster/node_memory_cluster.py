@@ -16,7 +16,8 @@ import ray
 from ray.cluster_utils import Cluster
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raypipe.cluster.node_memory import actor_name, join, make_everywhere, verdict_of
+from raypipe.cluster.node_memory import actor_name, make_everywhere, verdict_of
+from raypipe.cluster.remote_guard import join
 from raypipe.errors import MemoryBudgetExceeded
 
 GIB = 1024**3

@@ -18,7 +18,8 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
 import ray  # noqa: E402
 
-from raypipe.cluster.node_memory import join, make_everywhere  # noqa: E402
+from raypipe.cluster.node_memory import make_everywhere  # noqa: E402
+from raypipe.cluster.remote_guard import join  # noqa: E402
 
 
 class Hog:

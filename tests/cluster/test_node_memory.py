@@ -16,9 +16,10 @@ import pytest
 import ray
 from ray.exceptions import RayActorError
 
-from raypipe.cluster import node_memory
+from raypipe.cluster import node_memory, remote_guard
 from raypipe.cluster.budget import WorkerMemory, budgeted_together
-from raypipe.cluster.node_memory import join, make_everywhere, node_actor, verdict_of
+from raypipe.cluster.node_memory import make_everywhere, node_actor, verdict_of
+from raypipe.cluster.remote_guard import join
 from raypipe.errors import MemoryBudgetExceeded
 from raypipe.memory.config import MemoryFlags, resolve
 from raypipe.memory.guard import guarding, relieve
@@ -327,7 +328,7 @@ def test_two_groups_do_not_wait_for_each_others_leases(tmp_path: Path) -> None:
 
 
 def test_a_process_that_holds_too_much_already_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(node_memory, "charge_bytes", lambda: 3 * GIB)
+    monkeypatch.setattr(remote_guard, "charge_bytes", lambda: 3 * GIB)
     with pytest.raises(MemoryBudgetExceeded, match="before it begins"):
         join(2 * GIB, "driver", capacity_bytes=CAPACITY, verdict_dir=None, wait_s=1)
 

@@ -15,6 +15,7 @@ import ray
 
 from raypipe.cluster import pool as pool_module
 from raypipe.cluster.pool import RayPool
+from raypipe.cluster.seat import Died, Seat
 from raypipe.errors import NoSpace, WorkerFailed
 from raypipe.runner import Done, LocalPool, Needs
 
@@ -180,15 +181,15 @@ def test_rays_memory_kill_asks_for_less_until_there_is_no_less(
 ) -> None:
     """Ray's monitor kills by an error of its own, which is not an actor's death."""
     sizes: list[int] = []
-    get = RayPool._get
+    result = Seat.result
 
-    def killed(self: RayPool, seat: Any, ref: Any) -> Any:
-        if seat.call == ref and isinstance(seat.current, Shrinking):
-            sizes.append(seat.current.size)
-            raise pool_module._Died("the node is short of memory", out_of_memory=True)
-        return get(self, seat, ref)
+    def killed(self: Seat, ref: Any) -> Any:
+        if self.call == ref and isinstance(self.current, Shrinking):
+            sizes.append(self.current.size)
+            raise Died("the node is short of memory", out_of_memory=True)
+        return result(self, ref)
 
-    monkeypatch.setattr(RayPool, "_get", killed)
+    monkeypatch.setattr(Seat, "result", killed)
     with (
         RayPool(Setup(tmp_path / "log"), Needs(workers=1), on_event=lambda text: None) as pool,
         pytest.raises(Short),

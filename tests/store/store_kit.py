@@ -84,7 +84,7 @@ def start(code: str, *args: object) -> subprocess.Popen[str]:
 
 def abandon(run: ShardRun) -> None:
     """What kill -9 does to a driver: its descriptors are closed, nothing else happens."""
-    for held in (run._lock, run._fence):
+    for held in (run._hold._lock, run._hold._fence):
         assert held is not None
         held.close()
     os.close(run._data)
