@@ -158,7 +158,9 @@ class _Watched:
     def describe(self) -> Any:
         return self._pool.describe()
 
-    def run(self, items: Sequence[Any], shared: Any, *lost: Callable[[Any], None]) -> Iterator[Done]:
+    def run(
+        self, items: Sequence[Any], shared: Any, *lost: Callable[[Any], None]
+    ) -> Iterator[Done]:
         for done in self._pool.run(items, shared, *lost):
             self._learnt.append((time.monotonic(), time.process_time()))
             yield done

@@ -89,7 +89,14 @@ class Rate:
 
 
 def run(
-    runner: RayRunner, store: Path, run_dir: Path, *, nodes: int, step_s: float, steps: int, epochs: int
+    runner: RayRunner,
+    store: Path,
+    run_dir: Path,
+    *,
+    nodes: int,
+    step_s: float,
+    steps: int,
+    epochs: int,
 ) -> Rate:
     """The rate with a worker on each of ``nodes`` nodes; the first epoch is start-up."""
     begun = run_dir.with_name(f"{run_dir.name}-begun")
