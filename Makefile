@@ -27,8 +27,10 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# One benchmark: make bench NAME=scale. Alone on the machine; each prints one JSON line.
+NAME ?= extract
 bench: $(READY)
-	$(BIN)/python benchmarks/extract.py
+	$(BIN)/python benchmarks/$(NAME).py
 
 clean:
 	rm -rf $(VENV) demo-run build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
