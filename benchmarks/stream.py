@@ -139,6 +139,7 @@ class Table:
             made[f"{name}_to_limit"] = self._median(name, lambda s: s.marks["paired"]["to_limit"])
         for key in ("limit_gbps", "limit_cached_gbps", "limit_threads"):
             made[key] = self._median("plain", lambda s, k=key: s.marks["paired"][k])
+        made["plain_to_limit_by_threads"] = self._by_threads()
         measured = {name: gbps[name] for name in self.workers if name in gbps}
         best = max(measured, key=lambda name: measured[name], default=None)
         if best is not None:
@@ -164,6 +165,12 @@ class Table:
     def _ratio(self, ours: str, peer: str) -> float | None:
         both = [turn for turn in self.rounds if ours in turn and peer in turn]
         return median([turn[ours].gbps / turn[peer].gbps for turn in both]) if both else None
+
+    def _by_threads(self) -> dict[str, float]:
+        turns = [turn["plain"].marks["paired"] for turn in self.rounds if "plain" in turn]
+        found = [turn["to_limit_by_threads"] for turn in turns]
+        shared = set.intersection(*map(set, found)) if found else set()
+        return {count: median([one[count] for one in found]) for count in sorted(shared)}
 
     def epoch_gaps(self) -> Metrics:
         """The pause between two epochs through Ray Data, each epoch's last batch to the next."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -64,37 +65,50 @@ def hot(turn: Turn, batches: Iterator[Any], ours: Any, seconds: float, warm: flo
         facts["gaps_ms"] = ours.gaps_ms(seen, ours.forget())
     mark("measured", **facts)
     if ours is not None:
-        mark("paired", **beside_limit(turn, batches, seconds), api=ours.api)
+        mark("paired", **beside_limit(turn, batches, ours, seconds), api=ours.api)
     stream_data.check(stream_peers.first_batches(batches, 3), turn.npy)
 
 
-def beside_limit(turn: Turn, batches: Iterator[Any], seconds: float) -> dict[str, Any]:
+def beside_limit(turn: Turn, batches: Iterator[Any], ours: Any, seconds: float) -> dict[str, Any]:
     """Ours and the memory copy in short turns of as many bytes: noise disturbs both.
 
-    The limit is the best of 1 to as many threads as ours gathers with, each measured in every turn.
+    The limit is the best of 1 to as many threads as ours gathers with, each measured in every turn;
+    so is our loader with each of these numbers, beside its default.
     """
     import numpy as np
     from stream_ours import Memcpy, gather_threads
 
     threads = gather_threads()
     limit = Memcpy(turn.rows.batch_bytes, threads, turn.n * turn.rows.row_bytes)
+    counts = range(1, threads + 1)
+    others = {}
+    if threads > 1 and hasattr(ours, "with_threads"):
+        others = {ways: iter(ours.with_threads(ways)) for ways in counts}
     gbps, _ = rate(batches, TURN_S)
     count = max(SKIP, round(gbps * 1e9 * TURN_S / turn.rows.batch_bytes))
-    copied: dict[int, list[float]] = {ways: [] for ways in range(1, threads + 1)}
-    ours = []
+    copied, by_threads = ({ways: list[float]() for ways in given} for given in (counts, others))
+    found = []
     for _ in range(max(5, round(seconds / TURN_S / (threads + 1)))):
         for ways, rates in copied.items():
             rates.append(limit.gbps(count, ways))
-        ours.append(rate_of(batches, count))
+        found.append(rate_of(batches, count))
+        for ways, loader in others.items():
+            by_threads[ways].append(rate_of(loader, count))
     best = max(copied, key=lambda ways: np.median(copied[ways]))
     return {
         "limit_gbps": float(np.median(copied[best])),
-        "gbps": float(np.median(ours)),
-        "to_limit": float(np.median(np.divide(ours, copied[best]))),
+        "gbps": float(np.median(found)),
+        "to_limit": _ratio(found, copied[best]),
+        "to_limit_by_threads": {k: _ratio(v, copied[best]) for k, v in by_threads.items()},
         "limit_cached_gbps": limit.gbps(count, best, cached=True),
         "limit_threads": best,
         "threads": threads,
     }
+
+
+def _ratio(ours: list[float], limit: list[float]) -> float:
+    """The median of what was measured in one turn."""
+    return statistics.median(one / two for one, two in zip(ours, limit, strict=True))
 
 
 def cold(turn: Turn, batches: Iterator[Any], seconds: float) -> None:

@@ -35,8 +35,8 @@ def gather_threads() -> int:
 class Plain:
     """Batches by our plain loader, epoch after epoch."""
 
-    def __init__(self, turn: Turn) -> None:
-        self._turn = turn
+    def __init__(self, turn: Turn, threads: int | None = None) -> None:
+        self._turn, self._threads = turn, threads
         self.api = "FeatureLoader" if hasattr(stream, "FeatureLoader") else "Gatherer"
 
     def __iter__(self) -> Iterator[Any]:
@@ -44,7 +44,7 @@ class Plain:
 
     def _loader(self) -> Iterator[Any]:
         sources = {"x": ArraySource.npy(self._turn.npy)}
-        loader = stream.FeatureLoader(sources, self._turn.rows.batch, seed=0)
+        loader = stream.FeatureLoader(sources, self._turn.rows.batch, seed=0, threads=self._threads)
         epoch = 0
         while True:
             loader.set_epoch(epoch)
@@ -52,10 +52,15 @@ class Plain:
                 yield batch["x"]
             epoch += 1
 
+    def with_threads(self, threads: int) -> Plain:
+        """The same, gathered by so many threads."""
+        return Plain(self._turn, threads)
+
     def _gatherer(self) -> Iterator[Any]:
         turn = self._turn
         plan = _plan(turn, epochs=2**31)
-        with Gatherer({"x": ArraySource.npy(turn.npy)}, turn.rows.batch) as gatherer:
+        source = {"x": ArraySource.npy(turn.npy)}
+        with Gatherer(source, turn.rows.batch, threads=self._threads) as gatherer:
             rows = (part.rows for part in plan.slices(0, 1, Cursor()))
             for batch in gatherer.batches(rows):
                 yield batch["x"]
