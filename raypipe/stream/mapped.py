@@ -29,8 +29,8 @@ from raypipe.stream.source import ArraySource
 # A longer request is cut by the kernel without a word to the device's read-ahead (128 KiB unless
 # set otherwise): force_page_cache_readahead in mm/readahead.c.
 _REQUEST = 128 << 10
-# From here on a row is read by a call of its own: below, the call costs more than the copy.
-_LARGE_ROW_BYTES = 32 << 10
+# From here on a run of neighbours is read by a call of its own: below, calls cost too much.
+_LARGE_RUN_BYTES = 32 << 10
 # Rows looked at to tell whether a batch is in the page cache: 2 us each.
 _SAMPLE = 4
 
@@ -74,11 +74,11 @@ class MappedRows:
         if rows.size == 0:
             return
         self.check(rows)
-        width = self.source.row_bytes
-        if width < _LARGE_ROW_BYTES and copy_scattered(self.bytes, rows, out):
+        width, runs = self.source.row_bytes, consecutive(rows)
+        small = out.nbytes < len(runs) * _LARGE_RUN_BYTES
+        if small and copy_scattered(self.bytes, rows, out):
             return
-        # Neighbours by one read; what is still wrong after a failed copy is told by the read.
-        for lo, hi in consecutive(rows):
+        for lo, hi in runs:  # what is wrong after a failed copy is told by the read
             self._read(self.source.offset + int(rows[lo]) * width, out[lo:hi])
 
     def part(self, row: int, first: int, out: np.ndarray) -> None:

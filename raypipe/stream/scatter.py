@@ -24,7 +24,6 @@ import ctypes
 import itertools
 import os
 import sys
-from collections.abc import Iterator
 
 import numpy as np
 
@@ -52,10 +51,10 @@ def copy_scattered(source: np.ndarray, rows: np.ndarray, out: np.ndarray) -> boo
     return True
 
 
-def consecutive(rows: np.ndarray) -> Iterator[tuple[int, int]]:
+def consecutive(rows: np.ndarray) -> list[tuple[int, int]]:
     """Ranges [lo, hi) of places in ``rows`` (n,), n > 0, whose rows are neighbours, in order."""
     cuts = np.flatnonzero(np.diff(rows) != 1) + 1
-    return itertools.pairwise([0, *cuts.tolist(), rows.size])
+    return list(itertools.pairwise([0, *cuts.tolist(), rows.size]))
 
 
 class _Span(ctypes.Structure):
