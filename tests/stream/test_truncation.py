@@ -109,6 +109,21 @@ def test_scattered_rows_are_read_with_and_without_the_systems_help(
         assert np.array_equal(taken(mapped, rows), array[rows])
 
 
+def test_rows_copied_from_the_map_are_the_same_and_the_size_is_looked_at_after(
+    small: tuple[MappedRows, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raypipe.stream.mapped.FROM_MAP_BYTES", 0)
+    mapped, array = small
+    rows, part = np.array([7, 8, 2999, 3]), np.empty(1000, np.uint8)
+    assert np.array_equal(taken(mapped, rows), array[rows])
+    mapped.part(5, 2, part)
+    assert np.array_equal(part, array[5].view(np.uint8)[2:1002])
+    whole = mapped.source.path.stat().st_size
+    monkeypatch.setattr(mapped, "check", lambda rows: os.truncate(mapped.source.path, whole - 9))
+    with pytest.raises(StoreCorrupt, match="cut short"):
+        taken(mapped, rows)
+
+
 def test_what_is_missing_is_told_where_the_size_seemed_right(
     small: tuple[MappedRows, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
