@@ -96,7 +96,7 @@ def beside_limit(turn: Turn, batches: Iterator[Any], ours: Any, seconds: float) 
         for ways, rates in copied.items():
             rates.append(limit.gbps(count, ways))
         found.append(rate_of(batches, count))
-        mapped.FROM_MAP_BYTES = 0
+        mapped.FROM_MAP_BYTES = range(2**62)
         from_map.append(rate_of(batches, count))
         mapped.FROM_MAP_BYTES = default
         for ways, loader in others.items():

@@ -6,7 +6,7 @@ rows are not copied from the map by the processor's own hand: the kernel copies 
 for those who index it themselves. The map also tells which rows are in memory.
 
 The price, in GB a processor-second of one loader thread on a busy machine whose memory copy made
-4.0, 5.4 and 7.1 of the same batches (kernel: as it is, map: `FROM_MAP_BYTES` of 0):
+4.0, 5.4 and 7.1 of the same batches (kernel: as it is, map: `FROM_MAP_BYTES` of all):
 
 ===============  ======  ====
 row, batch       kernel  map
@@ -45,10 +45,10 @@ from raypipe.stream.source import ArraySource
 _REQUEST = 128 << 10
 # From here on a run of neighbours is read by a call of its own: below, calls cost too much.
 _LARGE_RUN_BYTES = 32 << 10
-#: Rows of at least so many bytes are copied from the map; None: none are. Then a file that is cut
-#: short between the look at its size and the end of the next row's copy (a batch's, for rows below
-#: 32 KiB) is SIGBUS; cut at any other time, it is StoreCorrupt as ever.
-FROM_MAP_BYTES: int | None = None
+#: Rows of so many bytes are copied from the map: range(32 << 10) are the small ones, range(0) none.
+#: Then a file that is cut short between the look at its size and the end of the next row's copy (a
+#: batch's, for rows below 32 KiB) is SIGBUS; cut at any other time, it is StoreCorrupt as ever.
+FROM_MAP_BYTES = range(0)
 # Rows looked at to tell whether a batch is in the page cache: 2 us each.
 _SAMPLE = 4
 
@@ -164,7 +164,7 @@ class MappedRows:
 
     @property
     def _from_map(self) -> bool:
-        return FROM_MAP_BYTES is not None and self.source.row_bytes >= FROM_MAP_BYTES
+        return self.source.row_bytes in FROM_MAP_BYTES
 
     def _copy_from_map(self, rows: np.ndarray, out: np.ndarray) -> None:
         """A look at the size before each piece and after the last, whose page may end in zeros."""

@@ -112,7 +112,7 @@ def test_scattered_rows_are_read_with_and_without_the_systems_help(
 def test_rows_copied_from_the_map_are_the_same_and_the_size_is_looked_at_after(
     small: tuple[MappedRows, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("raypipe.stream.mapped.FROM_MAP_BYTES", 0)
+    monkeypatch.setattr("raypipe.stream.mapped.FROM_MAP_BYTES", range(1536, 1537))
     mapped, array = small
     rows, part = np.array([7, 8, 2999, 3]), np.empty(1000, np.uint8)
     assert np.array_equal(taken(mapped, rows), array[rows])
