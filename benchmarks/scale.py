@@ -31,7 +31,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
 # Four nodes that start on two cores: Ray gives each of them 30 s.
-os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # noqa: SIM112
+os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")
 
 import common
 import ray
