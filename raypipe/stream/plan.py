@@ -161,12 +161,22 @@ class StreamPlan:
         return self._slices(rank, world, cursor)
 
     def _slices(self, rank: int, world: int, cursor: Cursor) -> Iterator[StepSlice]:
+        # Only the rank's own places are computed: a thousandth of a step of a thousand workers.
+        each = max(1, _AT_ONCE // -(-self.rows_per_step // world))
         while cursor < self.end:
-            first = cursor.step * self.rows_per_step
-            for rows in self.in_steps(cursor.epoch, first, self.rows.size):
-                part = rows[deal(rows.size, rank, world)]
-                yield StepSlice(cursor.epoch, cursor.step, int(rows.size), part)
-                cursor = cursor.advance(self.steps_per_epoch)
+            steps = range(cursor.step, min(cursor.step + each, self.steps_per_epoch))
+            firsts = [step * self.rows_per_step for step in steps]
+            sizes = [min(self.rows_per_step, self.rows.size - first) for first in firsts]
+            parts = [deal(size, rank, world) for size in sizes]
+            spans = zip(firsts, parts, strict=True)
+            places = [np.arange(first + p.start, first + p.stop) for first, p in spans]
+            rows = self.rows[self._order(cursor.epoch)(np.concatenate(places))]
+            at = 0
+            for step, size, part in zip(steps, sizes, parts, strict=True):
+                own = part.stop - part.start
+                yield StepSlice(cursor.epoch, step, size, rows[at : at + own])
+                at += own
+            cursor = Cursor(cursor.epoch, steps[-1]).advance(self.steps_per_epoch)
 
     def _check(self, cursor: Cursor) -> None:
         if cursor.epoch >= self.epochs or cursor.step >= self.steps_per_epoch:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raypipe.errors import ConfigError
-from raypipe.stream import Cursor, StreamPlan, deal, split_micro
+from raypipe.stream import Cursor, KeyedPermutation, StreamPlan, deal, split_micro
 
 rows_of = st.lists(st.integers(0, 10**12), min_size=1, max_size=80, unique=True)
 
@@ -42,8 +42,24 @@ def test_any_cursor_resumes_with_any_number_of_workers(
     assert {len(parts) for parts in ranks} == {len(alone) - done}
     for whole, *parts in zip(alone[done:], *ranks, strict=True):
         assert np.array_equal(whole.rows, np.concatenate([part.rows for part in parts]))
+        assert np.array_equal(whole.rows, plan.step_rows(whole.epoch, whole.step))
         assert {part.cursor for part in parts} == {whole.cursor}
         assert {part.global_rows for part in parts} == {len(whole.rows)}
+
+
+def test_a_rank_of_a_thousand_computes_its_own_places_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    computed: list[int] = []
+    compute = KeyedPermutation.__call__
+
+    def counted(self: KeyedPermutation, positions: np.ndarray) -> np.ndarray:
+        computed.append(np.size(positions))
+        return compute(self, positions)
+
+    monkeypatch.setattr(KeyedPermutation, "__call__", counted)
+    slices = StreamPlan(range(10**9), 0, 16_000, 1).slices(7, 1000)
+    got = [next(slices) for _ in range(300)]
+    assert {len(part.rows) for part in got} == {16}
+    assert sum(computed) <= 300 * 16 + 4096
 
 
 def test_the_remainder_is_a_step_of_its_own() -> None:
