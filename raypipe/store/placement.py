@@ -57,7 +57,9 @@ class Placement:
         and StoreError when a store that is not shared was replaced since the source was made.
         """
         if node:
-            return cls(path=path, fingerprint=fingerprint, shared=False, places=(Place(node, path),))
+            return cls(
+                path=path, fingerprint=fingerprint, shared=False, places=(Place(node, path),)
+            )
         # Only stores have catalogs, and all of them are .npy.
         catalog = read_catalog(path) if path.suffix == ".npy" and path.stem else None
         if catalog is None:
@@ -100,5 +102,6 @@ class Placement:
 
         A plain file that a source placed itself is checked when it is mapped.
         """
-        if self.listed or ShardPaths.of(place.path).manifest.exists():
+        plain = place.path.suffix != ".npy" or not ShardPaths.of(place.path).manifest.exists()
+        if self.listed or not plain:
             open_copy(self.path, self.fingerprint, place)
