@@ -30,7 +30,7 @@ from raypipe.stream import ArraySource
 for module in (sys.modules[__name__], train_helpers):
     ray.cloudpickle.register_pickle_by_value(module)  # workers cannot import tests
 
-NODE = {"num_cpus": 1, "object_store_memory": 80 * 1024**2}
+NODE = {"num_cpus": 1, "object_store_memory": 80 * 1024**2, "include_dashboard": False}
 PLACES = {"x": "A", "y": "B", "row": "C"}  # which node has which source
 
 
