@@ -109,7 +109,9 @@ def open_shards(
     not fit the object store or a server its node's budget, WorkerFailed when one does not start.
     """
     files = {name: source for name, source in sources.items() if isinstance(source, ArraySource)}
-    names = {source: name for name, source in reversed(files.items())}
+    names: dict[ArraySource, str] = {}
+    for name, source in files.items():
+        names.setdefault(source, name)
     placed = {s: Placement.of(s.path, s.fingerprint, s.node) for s in names}
     far = [source for source in names if not placed[source].shared]
     if not far:
