@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -69,7 +69,8 @@ def main(folder: Path) -> None:
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     cluster.wait_for_nodes()
     run_dir = folder / "three"
-    RayRunner(joined=True, on_event=print).fit(task, cfg, run_dir, workers=3, device="cpu")
+    measured = replace(cfg, predict_memory=True)  # which reads rows too
+    RayRunner(joined=True, on_event=print).fit(task, measured, run_dir, workers=3, device="cpu")
     log = (run_dir / "train.log").read_text()
     assert log.count("local copy") == 3 and log.count("from node") == 6, log
     ray.shutdown()
