@@ -18,7 +18,13 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
+from ray.exceptions import (
+    ActorUnavailableError,
+    ActorUnschedulableError,
+    ObjectLostError,
+    RayActorError,
+    RayTaskError,
+)
 
 from raypipe.errors import ConfigError, MemoryBudgetExceeded, RaypipeError, WorkerFailed
 from raypipe.stream import ArraySource
@@ -27,6 +33,7 @@ from raypipe.units import format_bytes
 # A server gathers a piece in memory of its own; larger batches are put together by who reads them.
 PIECE_BYTES = 64 << 20
 MOST_PIECES = 16
+ASK_AGAIN_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,29 +173,36 @@ class RemoteRows:
                 continue
             try:
                 return ray.get(piece.ref)
-            except (RayActorError, ObjectLostError) as error:
-                self._ask_another(piece, error)
+            except ActorUnavailableError:
+                # Its node is cut off, or lost and not declared so yet: that takes Ray half a minute.
+                time.sleep(ASK_AGAIN_S)
+                self._ask_again(piece, None)
+            except (RayActorError, ActorUnschedulableError, ObjectLostError) as error:
+                self._ask_again(piece, error)
             except RayTaskError as error:
                 if isinstance(error.cause, RaypipeError):
                     raise error.cause from None
                 raise
 
-    def _ask_another(self, piece: _Piece, error: Exception) -> None:
-        """Ray has tried again already: the server, or its node, is gone for good."""
+    def _ask_again(self, piece: _Piece, gone: Exception | None) -> None:
+        """After Ray has tried again already, from the next copy if there is one; ``gone``: the error
+        of a server, or its node, that does not come back.
+        """
         lost = piece.copy
         with self._lock:
-            if self._copies[0] is lost:
-                if len(self._copies) == 1:
-                    said = str(error).strip().splitlines()[0][:200]
-                    raise WorkerFailed(
-                        f"{self.name}: {lost.words} cannot be read any more, its server is gone for "
-                        f"good ({said}) and no other node has a copy; bring the node back, or copy the "
-                        "store to another (raypipe store replicate), then run the same command again"
-                    ) from error
+            first = self._copies[0] is lost  # else another piece has found out
+            if first and gone is not None and len(self._copies) == 1:
+                said = str(gone).strip().splitlines()[0][:200]
+                raise WorkerFailed(
+                    f"{self.name}: {lost.words} cannot be read any more, its server is gone for good "
+                    f"({said}) and no other node has a copy; bring the node back, or copy the store to "
+                    "another (raypipe store replicate), then run the same command again"
+                ) from gone
+            if first and len(self._copies) > 1:
                 del self._copies[0]
-                self._say(
-                    f"{self.name}: {lost.words} is lost; goes on with {self._copies[0].words}"
-                )
+                self._copies += [lost] if gone is None else []
+                how = "is not reached" if gone is None else "is lost"
+                self._say(f"{self.name}: {lost.words} {how}; goes on with {self._copies[0].words}")
             again = self._ask(piece.rows)
         piece.copy, piece.ref = again.copy, again.ref
 

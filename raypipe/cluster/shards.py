@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import ActorUnschedulableError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raypipe.cluster.remote_rows import Copy, Patience, RemoteRows, Share, divide
@@ -224,7 +224,7 @@ def _await_ready(servers: Mapping[str, Any], say: Callable[[str], None]) -> None
                 ray.get(ref)
             except RayTaskError as error:
                 raise (error.cause if isinstance(error.cause, RaypipeError) else error) from None
-            except RayActorError as error:
+            except (RayActorError, ActorUnschedulableError) as error:
                 raise WorkerFailed(
                     f"the row server of node {node} did not start ({str(error).splitlines()[0]}); "
                     "see to that node, then run the same command again"

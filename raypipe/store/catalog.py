@@ -193,7 +193,8 @@ def stand_in(store: Path) -> StoreLocator:
 def locate(store: Path, node: str | None = None) -> StoreLocator:
     """The locator that a reader on ``node`` (by default this one) shall open.
 
-    The copy on that node with ``.node`` set, else the store itself. For this node the copy is
+    The copy on that node with ``.node`` set, else the store itself: for reading there, not for a task
+    that workers elsewhere shall read (`stand_in`). For this node the copy is
     opened: StoreError says so when the catalog names one that is gone or is another store, or when
     the store lies on other nodes' disks only.
     """

@@ -11,17 +11,19 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import ray
 from hypothesis import given
 from hypothesis import strategies as st
+from ray.exceptions import ActorUnavailableError, ActorUnschedulableError
 
-from raypipe.cluster.remote_rows import PIECE_BYTES, Patience, RemoteRows, Share, divide
+from raypipe.cluster import remote_rows
+from raypipe.cluster.remote_rows import PIECE_BYTES, Copy, Patience, RemoteRows, Share, divide
 from raypipe.cluster.shards import Shards, open_shards
 from raypipe.errors import (
     ConfigError,
@@ -67,12 +69,34 @@ def test_all_readers_together_fit_half_an_object_store(
     assert share.piece_rows == 1 or share.piece_rows * row <= PIECE_BYTES
 
 
-@contextmanager
-def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """This process on another node than Ray's one."""
-    with monkeypatch.context() as patch:
-        patch.setenv("RAYPIPE_NODE", "elsewhere")
-        yield
+@pytest.mark.parametrize(
+    ("errors", "rows_come"),
+    [
+        ([ActorUnavailableError("cut off", None)] * 2, True),
+        # What a lost node came to, seen on a cluster: first the one, after 15 s the other.
+        ([ActorUnavailableError("cut off", None), ActorUnschedulableError("no node")], False),
+    ],
+)
+def test_a_node_cut_off_is_asked_again_and_a_lost_one_is_the_end(
+    errors: list[Exception], rows_come: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def get(ref: np.ndarray) -> np.ndarray:
+        if errors:
+            raise errors.pop(0)
+        return ref
+
+    fake = SimpleNamespace(wait=lambda refs, timeout: (refs, []), get=get)
+    monkeypatch.setattr(remote_rows, "ray", fake)
+    monkeypatch.setattr(remote_rows, "ASK_AGAIN_S", 0.0)
+    server = SimpleNamespace(read=SimpleNamespace(remote=lambda source, rows: rows))
+    source = ArraySource(path=Path("/x.npy"), dtype="uint8", shape=(9, 1), offset=0, node="B")
+    reader = RemoteRows(source, "x", [Copy(source, server)], Share(8, 2), print)
+    wait = reader.start(np.arange(8))
+    if rows_come:
+        np.testing.assert_array_equal(wait(), np.arange(8))
+    else:
+        with pytest.raises(WorkerFailed, match=r"x: /x.npy on node B .* gone for good .*: no node"):
+            wait()
 
 
 @pytest.mark.ray
@@ -92,7 +116,7 @@ class TestOneNode:
 
     @pytest.fixture
     def shards(self, source: ArraySource, said: list[str]) -> Iterator[Shards]:
-        patience = Patience(first_word_s=0.5, again_s=0.5, give_up_s=2.0)
+        patience = Patience(first_word_s=0.5, again_s=0.5, give_up_s=100.0)
         with open_shards(
             {"x": source}, batch_rows=8, workers=1, memory=None, say=said.append, patience=patience
         ) as shards:
@@ -137,8 +161,6 @@ class TestOneNode:
         """Dropped batches give their room back."""
         whole = np.load(rows_file).view(np.uint8).reshape(N, -1)
         node, server = next(iter(shards.servers.items()))
-        from raypipe.cluster.remote_rows import Copy
-
         copy = Copy(replace(source, path=rows_file, node=node), server)
         reader = RemoteRows(source, "x", [copy], share, print)
         batches = [np.arange(k, k + 8) for k in range(6)]
@@ -171,6 +193,7 @@ class TestOneNode:
             assert words and all(f"8 rows of {reader._copies[0].words}" in text for text in words)
             assert f"on node {node}" in words[0]
             os.kill(pid, signal.SIGSTOP)
+            reader._patience = Patience(give_up_s=2.0)
             wait = reader.start(np.arange(8))
             with pytest.raises(
                 WorkerFailed, match=rf"on node {node} did not come in 2 s.*replicate"
