@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ import stream_data
 import stream_peers
 from stream_peers import PEERS, Turn
 
+TURN_S = 0.2  # about how long one turn beside the limit is
 SKIP = 8  # batches that a loader had ready after a halt: they are not counted
 
 
@@ -38,6 +40,15 @@ def rate(batches: Iterator[Any], seconds: float) -> tuple[float, int]:
     return done / (now - began) / 1e9, done
 
 
+def rate_of(batches: Iterator[Any], count: int) -> float:
+    """GB/s of ``count`` batches, without what was ready before."""
+    for _ in range(SKIP):
+        next(batches)
+    began = time.perf_counter()
+    done = sum(next(batches).nbytes for _ in range(count))
+    return done / (time.perf_counter() - began) / 1e9
+
+
 def hot(turn: Turn, batches: Iterator[Any], ours: Any, seconds: float, warm: float) -> None:
     """Steady state: warm up, measure, compare with the file; ours beside the limit as well."""
     began = time.perf_counter()
@@ -54,27 +65,50 @@ def hot(turn: Turn, batches: Iterator[Any], ours: Any, seconds: float, warm: flo
         facts["gaps_ms"] = ours.gaps_ms(seen, ours.forget())
     mark("measured", **facts)
     if ours is not None:
-        mark("paired", **beside_limit(turn, batches, seconds), api=ours.api)
+        mark("paired", **beside_limit(turn, batches, ours, seconds), api=ours.api)
     stream_data.check(stream_peers.first_batches(batches, 3), turn.npy)
 
 
-def beside_limit(turn: Turn, batches: Iterator[Any], seconds: float) -> dict[str, Any]:
-    """Ours and the memory copy in short turns: what disturbs the machine disturbs both."""
+def beside_limit(turn: Turn, batches: Iterator[Any], ours: Any, seconds: float) -> dict[str, Any]:
+    """Ours and the memory copy in short turns of as many bytes: noise disturbs both.
+
+    The limit is the best of 1 to as many threads as ours gathers with, each measured in every turn;
+    so is our loader with each of these numbers, beside its default.
+    """
     import numpy as np
     from stream_ours import Memcpy, gather_threads
 
     threads = gather_threads()
     limit = Memcpy(turn.rows.batch_bytes, threads, turn.n * turn.rows.row_bytes)
-    count = max(4, round(seconds / 0.4))
-    pairs = [(limit.gbps(0.2), rate(batches, 0.2)[0]) for _ in range(count)]
+    counts = range(1, threads + 1)
+    others = {}
+    if threads > 1 and hasattr(ours, "with_threads"):
+        others = {ways: iter(ours.with_threads(ways)) for ways in counts}
+    gbps, _ = rate(batches, TURN_S)
+    count = max(SKIP, round(gbps * 1e9 * TURN_S / turn.rows.batch_bytes))
+    copied, by_threads = ({ways: list[float]() for ways in given} for given in (counts, others))
+    found = []
+    for _ in range(max(5, round(seconds / TURN_S / (threads + 1)))):
+        for ways, rates in copied.items():
+            rates.append(limit.gbps(count, ways))
+        found.append(rate_of(batches, count))
+        for ways, loader in others.items():
+            by_threads[ways].append(rate_of(loader, count))
+    best = max(copied, key=lambda ways: np.median(copied[ways]))
     return {
-        "limit_gbps": float(np.median([one for one, _ in pairs])),
-        "gbps": float(np.median([two for _, two in pairs])),
-        "to_limit": float(np.median([two / one for one, two in pairs])),
-        "limit_cached_gbps": limit.cached_gbps,
-        "limit_threads": limit.ways,
+        "limit_gbps": float(np.median(copied[best])),
+        "gbps": float(np.median(found)),
+        "to_limit": _ratio(found, copied[best]),
+        "to_limit_by_threads": {k: _ratio(v, copied[best]) for k, v in by_threads.items()},
+        "limit_cached_gbps": limit.gbps(count, best, cached=True),
+        "limit_threads": best,
         "threads": threads,
     }
+
+
+def _ratio(ours: list[float], limit: list[float]) -> float:
+    """The median of what was measured in one turn."""
+    return statistics.median(one / two for one, two in zip(ours, limit, strict=True))
 
 
 def cold(turn: Turn, batches: Iterator[Any], seconds: float) -> None:

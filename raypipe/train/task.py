@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from raypipe.errors import ConfigError
 from raypipe.stream.reading import Source
+from raypipe.stream.rows import RowRange
 
 Batch = Mapping[str, Tensor]
 
@@ -24,8 +25,8 @@ class Task(Protocol):
     """One thing to train. Everything here is called in the worker, under the loop's seed."""
 
     @property
-    def train_rows(self) -> np.ndarray:
-        """(n,) int64, distinct: the rows to train on."""
+    def train_rows(self) -> np.ndarray | range | RowRange:
+        """(n,) int64, distinct: the rows to train on; a range takes no memory."""
         ...
 
     @property
