@@ -78,6 +78,10 @@ COMMANDS = {
         "raypipe.store.copy_commands:replicate", False,
         "copy stores to a local disk",
     ),
+    "store place": Command(
+        "raypipe.store.place_commands:PlaceConfig", "raypipe.store.place_commands:place", False,
+        "say that stores lie on one node's disk",
+    ),
     "report": Command(
         "raypipe.report.commands:ReportConfig", "raypipe.report.commands:report", False,
         "rebuild report.html from a run folder",

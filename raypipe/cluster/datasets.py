@@ -8,7 +8,9 @@ repeated and the order does not depend on timing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
 from itertools import islice
 from typing import Any
 
@@ -19,6 +21,8 @@ from ray.data import DataIterator, Datasource, ReadTask
 from ray.data.block import BlockMetadata
 from ray.train import DataConfig
 
+from raypipe.cluster.session import before_end
+from raypipe.errors import WorkerFailed
 from raypipe.stream import Cursor, StepSlice, StreamPlan
 
 # One block carries many steps: a block costs a task and a round trip, a step a few hundred bytes.
@@ -132,20 +136,64 @@ class PlanDataConfig(DataConfig):
         ]
 
 
-def read_slices(shard: DataIterator) -> Iterator[StepSlice]:
-    """The step slices that arrive on this worker's dataset shard."""
-    for table in shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
-        rows = table["rows"].combine_chunks()
-        flat, bounds = rows.flatten().to_numpy(), np.cumsum([0, *rows.value_lengths().to_pylist()])
-        columns = zip(
-            table["epoch"].to_pylist(),
-            table["step"].to_pylist(),
-            table["global_rows"].to_pylist(),
-            bounds[:-1],
-            bounds[1:],
-            strict=True,
+def read_slices(shard: DataIterator) -> Generator[StepSlice, None, None]:
+    """The step slices that arrive on this worker's dataset shard.
+
+    Left open when its session ends, it is closed there: what Ray Data does when it is let go, or
+    asked for more, would start a second Ray. Raises WorkerFailed when Ray is gone meanwhile.
+    """
+    slices = _slices(shard)
+    _open.add(slices)
+    return slices
+
+
+def _slices(shard: DataIterator) -> Generator[StepSlice, None, None]:
+    tables = iter(shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2))
+    try:
+        while (table := _next_table(tables)) is not None:
+            yield from table_slices(table)
+    finally:
+        if ray.is_initialized():
+            tables.close()
+        else:
+            _stranded.append(tables)
+
+
+def _next_table(tables: Iterator[pa.Table]) -> pa.Table | None:
+    if not ray.is_initialized():
+        raise WorkerFailed(
+            "Ray was shut down under a stream of descriptors; read it to its end, or close it, inside "
+            "the session"
         )
-        for epoch, step, global_rows, lo, hi in columns:
-            yield StepSlice(
-                epoch=epoch, step=step, global_rows=global_rows, rows=flat[lo:hi].astype(np.int64)
-            )
+    return next(tables, None)
+
+
+def table_slices(table: pa.Table) -> Iterator[StepSlice]:
+    """The steps of a table of ``SCHEMA``."""
+    rows = table["rows"].combine_chunks()
+    flat, bounds = rows.flatten().to_numpy(), np.cumsum([0, *rows.value_lengths().to_pylist()])
+    columns = zip(
+        table["epoch"].to_pylist(),
+        table["step"].to_pylist(),
+        table["global_rows"].to_pylist(),
+        bounds[:-1],
+        bounds[1:],
+        strict=True,
+    )
+    for epoch, step, global_rows, lo, hi in columns:
+        yield StepSlice(
+            epoch=epoch, step=step, global_rows=global_rows, rows=flat[lo:hi].astype(np.int64)
+        )
+
+
+def close_open_slices() -> None:
+    """Close what `read_slices` gave and nobody closed; `open_session` calls it before its end."""
+    for slices in list(_open):
+        with suppress(ValueError):  # another thread is in the middle of it
+            slices.close()
+
+
+_open: weakref.WeakSet[Generator[StepSlice, None, None]] = weakref.WeakSet()
+# Kept for ever: to let go of one calls Ray, which is gone and would start again.
+_stranded: list[Any] = []
+before_end(close_open_slices)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import ray
@@ -58,7 +58,19 @@ def open_session(address: str | None = None, *, verbose: bool = False) -> Iterat
     try:
         yield
     finally:
+        for close in _before_end:
+            close()
         ray.shutdown()
+
+
+_before_end: list[Callable[[], None]] = []
+
+
+def before_end(close: Callable[[], None]) -> None:
+    """Have ``close`` called before a session of `open_session` ends: for what calls Ray, and so would
+    start it again, when it is let go afterwards.
+    """
+    _before_end.append(close)
 
 
 def _quiet(verbose: bool) -> None:

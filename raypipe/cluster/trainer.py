@@ -10,7 +10,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +28,14 @@ from raypipe.cluster.budget import (
     verdicts,
 )
 from raypipe.cluster.datasets import PlanDataConfig, plan_dataset, read_slices
+from raypipe.cluster.shards import Shards, open_shards
 from raypipe.errors import MemoryBudgetExceeded, RaypipeError, WorkerFailed
 from raypipe.memory.attend import FOLDER
 from raypipe.memory.guard import Guard
 from raypipe.stream import Cursor, StepSlice, StreamPlan
 from raypipe.train import FitResult, Task, TrainConfig, WorkerContext, checkpoint, fit
 from raypipe.train.follow import log_to
+from raypipe.train.footprint import SIZES
 from raypipe.train.stop import stop_wished
 
 # A worker that dies is restarted from the last whole checkpoint this often.
@@ -53,7 +56,8 @@ _RAY_TRAIN_ENV = {
 class TrainSetup:
     """What travels to every Train worker. Locators and configuration only, never rows.
 
-    name : of this call's workers, unlike any other call's, for verdicts.
+    name : of this call's workers, unlike any other call's, for verdicts. shards : where the rows
+    lie; `train_on_ray` finds out.
     """
 
     task: Task
@@ -62,6 +66,7 @@ class TrainSetup:
     torch_threads: int | None
     memory: WorkerMemory
     name: str
+    shards: Shards | None = None
 
     def batch_limit(self) -> int | None:
         """Half the batch at which a worker of this call was last ended for its memory, or None.
@@ -90,10 +95,25 @@ def train_on_ray(
     """Run ``setup`` on ``workers`` Train workers; ``tick`` is called about twice a second.
     The plan's descriptors start at the newest whole checkpoint in the run folder, if there is one.
 
-    Raises the worker's own RaypipeError, or WorkerFailed when restarts did not help.
+    Raises the worker's own RaypipeError, or WorkerFailed when restarts did not help; and as
+    `open_shards`.
     """
     for name, value in _RAY_TRAIN_ENV.items():
         os.environ.setdefault(name, value)
+    with open_shards(
+        setup.task.sources(),
+        batch_rows=max(setup.cfg.batch_size, *SIZES),
+        workers=workers,
+        memory=setup.memory.memory,
+        say=log_to(setup.run_dir),
+    ) as shards:
+        trainer = _trainer(replace(setup, shards=shards), plan, workers, use_gpu, cpus)
+        return _fit_in_thread(trainer, tick)
+
+
+def _trainer(
+    setup: TrainSetup, plan: StreamPlan, workers: int, use_gpu: bool, cpus: float
+) -> TorchTrainer:
     run_dir = setup.run_dir
 
     def start() -> Cursor:
@@ -102,7 +122,7 @@ def train_on_ray(
             return Cursor()
         return Cursor(found.meta["progress"]["epoch"], found.meta["progress"]["step"])
 
-    trainer = TorchTrainer(
+    return TorchTrainer(
         _train_worker,
         train_loop_config={"setup": ray.put(setup)},
         scaling_config=ScalingConfig(
@@ -123,7 +143,6 @@ def train_on_ray(
             callbacks=[_NoSecondTry()],
         ),
     )
-    return _fit_in_thread(trainer, tick)
 
 
 def _fit_in_thread(trainer: TorchTrainer, tick: Callable[[], None]) -> FitResult:
@@ -237,14 +256,20 @@ def _train(setup: TrainSetup, batch_limit: int | None) -> FitResult:
     if setup.torch_threads:  # Ray sets OMP_NUM_THREADS=1 for workers of less than two CPUs
         torch.set_num_threads(setup.torch_threads)
     context = ray_train.get_context()
+    rank, say, shards = context.get_world_rank(), log_to(setup.run_dir), setup.shards
+    assert shards is not None
+    ways = shards.words(turn=rank)
+    if ways:
+        say(f"rank {rank} {ways}")
     ctx = WorkerContext(
-        rank=context.get_world_rank(),
+        rank=rank,
         world=context.get_world_size(),
         device=str(get_device()),
         run_dir=setup.run_dir,
         report=lambda metrics: ray_train.report(metrics),
-        should_stop=lambda: context.get_world_rank() == 0 and stop_wished(setup.run_dir),
-        say=log_to(setup.run_dir),
+        should_stop=lambda: rank == 0 and stop_wished(setup.run_dir),
+        say=say,
+        open_rows=partial(shards.open_rows, turn=rank, say=say),
     )
     shard = ray_train.get_dataset_shard("train")
 

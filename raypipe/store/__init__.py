@@ -9,12 +9,22 @@ files). Making features is `backbone`'s business, feeding them to training is `s
 from __future__ import annotations
 
 from raypipe.store.adoption import Adoption, adopt, plan_adoption
-from raypipe.store.catalog import Place, add_place, locate, place_on, places_of, this_node
+from raypipe.store.catalog import (
+    Place,
+    add_place,
+    declare,
+    locate,
+    place_on,
+    places_of,
+    stand_in,
+    this_node,
+)
 from raypipe.store.discard import discard_store
 from raypipe.store.export import Export, export_store, plan_export
 from raypipe.store.info import describe, find_shards, refusal
 from raypipe.store.journal import CommitRecord, RowSource
 from raypipe.store.narrow import from_bfloat16, to_bfloat16
+from raypipe.store.placement import Placement, Way
 from raypipe.store.reader import FeatureStore, StoreLocator, open_locator
 from raypipe.store.replicate import Replica, plan_replicas, replicate_store, require_room
 from raypipe.store.run import Progress, ShardRun, open_for_writing, space_needed
@@ -29,6 +39,7 @@ __all__ = [
     "Export",
     "FeatureStore",
     "Place",
+    "Placement",
     "Progress",
     "Replica",
     "RowSource",
@@ -37,9 +48,11 @@ __all__ = [
     "ShardWriter",
     "StoreLocator",
     "VerifyReport",
+    "Way",
     "WriterTarget",
     "add_place",
     "adopt",
+    "declare",
     "describe",
     "discard_store",
     "export_store",
@@ -58,6 +71,7 @@ __all__ = [
     "require_room",
     "require_space",
     "space_needed",
+    "stand_in",
     "this_node",
     "to_bfloat16",
     "verify",

@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_leaves
 from raypipe.memory.guard import relieve
 from raypipe.stream import Cursor, Gatherer
 from raypipe.stream.gather import ring_bytes
+from raypipe.stream.reading import OpenRows
 from raypipe.train.config import TrainConfig
 from raypipe.train.context import WorkerContext
 from raypipe.train.engine import Engine
@@ -135,7 +136,9 @@ class LiveBytes(TorchDispatchMode):
         self.live_bytes -= n_bytes
 
 
-def measure(task: Task, cfg: TrainConfig, device: torch.device) -> Footprint:
+def measure(
+    task: Task, cfg: TrainConfig, device: torch.device, open_rows: OpenRows | None = None
+) -> Footprint:
     """Run a few steps of ``cfg`` at `SIZES` on a model of its own, which is then dropped.
 
     Draws from the global generators (see `raypipe.train.rng.preserved`). Raises what the task
@@ -143,7 +146,7 @@ def measure(task: Task, cfg: TrainConfig, device: torch.device) -> Footprint:
     """
     small = False
     try:
-        footprint = _measured(task, cfg, device, _allocated(device))
+        footprint = _measured(task, cfg, device, _allocated(device), open_rows)
         small = footprint.static_bytes < _SMALL_BYTES
         return footprint
     finally:
@@ -152,11 +155,17 @@ def measure(task: Task, cfg: TrainConfig, device: torch.device) -> Footprint:
             relieve()
 
 
-def _measured(task: Task, cfg: TrainConfig, device: torch.device, before: int) -> Footprint:
+def _measured(
+    task: Task,
+    cfg: TrainConfig,
+    device: torch.device,
+    before: int,
+    open_rows: OpenRows | None,
+) -> Footprint:
     quiet = TrainConfig(**{**vars(cfg), "init_scale": 1.0})  # no fp16 step is skipped here
     engine = Engine(task, quiet, WorkerContext(run_dir=Path(), device=str(device)))
     engine.module.train()
-    batches = list(_batches(task, device))
+    batches = list(_batches(task, device, open_rows))
     for _ in _phases(engine, *batches[0], update=True):
         pass  # moments, casts' caches and libraries come into being
     static = _static(engine)
@@ -204,10 +213,12 @@ def _phases(
     yield "validate"
 
 
-def _batches(task: Task, device: torch.device) -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:
+def _batches(
+    task: Task, device: torch.device, open_rows: OpenRows | None
+) -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:
     """Real rows of training, `SIZES` of them (the same ones again where there are fewer)."""
     pieces = [np.resize(np.asarray(task.train_rows[:size]), size) for size in SIZES]
-    with Gatherer(task.sources(), max(SIZES), device, depth=2) as gatherer:
+    with Gatherer(task.sources(), max(SIZES), device, depth=2, open_rows=open_rows) as gatherer:
         for rows, batch in zip(pieces, gatherer.batches(pieces), strict=True):
             yield rows, {name: tensor.clone() for name, tensor in batch.items()}
 

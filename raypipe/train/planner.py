@@ -21,6 +21,7 @@ import torch
 
 from raypipe.errors import MemoryBudgetExceeded
 from raypipe.report.saved import read_json, write_json
+from raypipe.stream.reading import OpenRows
 from raypipe.train import rng
 from raypipe.train.checkpoint import Found
 from raypipe.train.config import TrainConfig
@@ -234,8 +235,16 @@ class Plan:
         return CUDA_CONTEXT_BYTES if self.device.startswith("cuda") else 0
 
 
-def predict(task: Task, cfg: TrainConfig, device: torch.device, world: int = 1) -> Plan:
+def predict(
+    task: Task,
+    cfg: TrainConfig,
+    device: torch.device,
+    world: int = 1,
+    open_rows: OpenRows | None = None,
+) -> Plan:
     """Measure ``task`` under each set of techniques on ``device``, one after the other.
+
+    ``open_rows``: see `WorkerContext`.
 
     Leaves the global generators as they were. Raises what the task raises.
     """
@@ -248,7 +257,7 @@ def predict(task: Task, cfg: TrainConfig, device: torch.device, world: int = 1) 
         for techniques in techniques_of(cfg, mixed_type(cfg, device)):
             possible = _possible(techniques, blocks=blocks, convolutions=convolutions)
             if possible not in found:
-                found[possible] = _predicted(task, cfg, device, possible)
+                found[possible] = _predicted(task, cfg, device, possible, open_rows)
             elif techniques not in found:
                 found[techniques] = Prediction(
                     techniques=techniques, why_not=_why_not(techniques, possible)
@@ -263,10 +272,14 @@ def predict(task: Task, cfg: TrainConfig, device: torch.device, world: int = 1) 
 
 
 def _predicted(
-    task: Task, cfg: TrainConfig, device: torch.device, techniques: Techniques
+    task: Task,
+    cfg: TrainConfig,
+    device: torch.device,
+    techniques: Techniques,
+    open_rows: OpenRows | None,
 ) -> Prediction:
     try:
-        footprint = measure(task, replace(cfg, **asdict(techniques)), device)
+        footprint = measure(task, replace(cfg, **asdict(techniques)), device, open_rows)
     except torch.OutOfMemoryError:
         return Prediction(
             techniques=techniques, why_not=f"{device} cannot hold {SIZES[1]} rows of it"
@@ -362,7 +375,7 @@ def plan_for(task: Task, cfg: TrainConfig, ctx: WorkerContext, found: Found | No
     kept = found.meta["stream"]["recipe"]["amp"] if found else None
 
     def look() -> Planned:
-        plan = predict(task, cfg, ctx.torch_device, ctx.world)
+        plan = predict(task, cfg, ctx.torch_device, ctx.world, ctx.open_rows)
         choice = plan.choose(cfg.fit_gpu_bytes, amp=kept) if cfg.fit_gpu_bytes else None
         save_plan(ctx.run_dir, plan, choice)
         lines = plan.lines(choice.cfg if choice else None)

@@ -16,17 +16,27 @@ import numpy as np
 import psutil
 import pytest
 import ray
+import torch
 import train_helpers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from train_helpers import ToyTask, config, write_toy
 
-from raypipe.cluster.datasets import plan_dataset, read_slices, step_table
+from raypipe.cluster.datasets import (
+    close_open_slices,
+    plan_dataset,
+    read_slices,
+    step_table,
+)
 from raypipe.cluster.runner import RayRunner, wait_for_room
-from raypipe.errors import ConfigError, DeviceUnavailable, Interrupted, WorkerFailed
+from raypipe.cluster.shards import open_shards
+from raypipe.errors import ConfigError, DeviceUnavailable, Interrupted, StoreError, WorkerFailed
 from raypipe.runner import LocalRunner
-from raypipe.stream import Cursor, StreamPlan
+from raypipe.store import adopt, discard_store, plan_adoption, stand_in
+from raypipe.store.copy_commands import ReplicateConfig, replicate
+from raypipe.stream import ArraySource, Cursor, StreamPlan
+from raypipe.train import training_plan
 
 for module in (sys.modules[__name__], train_helpers):
     ray.cloudpickle.register_pickle_by_value(module)  # workers cannot import tests
@@ -89,6 +99,20 @@ def test_ray_data_brings_each_rank_its_slices_in_order(world: int, start: Cursor
         assert got == want
 
 
+def test_a_stream_left_open_is_closed_and_starts_no_second_ray(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shard = plan_dataset(StreamPlan(np.arange(1000), 1, 7, 3), 0, 1, Cursor()).iterator()
+    left, other = read_slices(shard), read_slices(shard)
+    next(left)
+    with monkeypatch.context() as patch:  # ended by somebody else than `open_session`
+        patch.setattr(ray, "is_initialized", lambda: False)
+        with pytest.raises(WorkerFailed, match="inside the session"):
+            next(other)
+    close_open_slices()
+    assert list(left) == []
+
+
 def test_one_ray_worker_trains_as_no_ray_does(
     toy: ToyTask, runner: RayRunner, tmp_path: Path
 ) -> None:
@@ -118,6 +142,19 @@ class SlowTask(ToyTask):
         return super().loss(model, batch)
 
 
+@dataclass(frozen=True)
+class RecordingTask(SlowTask):
+    """Notes the rows of every micro batch that it trains on, in a file a process."""
+
+    seen: Path = Path()
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        if torch.is_grad_enabled():
+            with (self.seen / f"{os.getpid()}").open("a") as file:
+                file.write(" ".join(map(str, batch["row"].tolist())) + "\n")
+        return super().loss(model, batch)
+
+
 def train_workers() -> list[int]:
     """Train workers below this process: not those of another run on this machine."""
     found = []
@@ -133,7 +170,8 @@ def train_workers() -> list[int]:
 def test_a_killed_train_worker_goes_on_from_the_last_checkpoint(
     toy: ToyTask, runner: RayRunner, tmp_path: Path
 ) -> None:
-    task = SlowTask(toy.data, dropout=0.2)
+    (tmp_path / "seen").mkdir()
+    task = RecordingTask(toy.data, dropout=0.2, seen=tmp_path / "seen")
     cfg = config(checkpoint_every_steps=3)
     killed: list[int] = []
 
@@ -153,6 +191,58 @@ def test_a_killed_train_worker_goes_on_from_the_last_checkpoint(
     assert result.epochs == 3
     LocalRunner().fit(ToyTask(toy.data, dropout=0.2), cfg, tmp_path / "unbroken", device="cpu")
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(tmp_path / "unbroken"), rtol=1e-5)
+    # The killed worker saw the plan's first steps; its successor those from the checkpoint to the
+    # end, which leaves out none and has no other.
+    plan = training_plan(toy.train_rows, cfg, 1)
+    steps = [part.rows.tolist() for part in plan.slices(0, 1, Cursor())]
+    seen = {
+        int(file.name): [list(map(int, line.split())) for line in file.read_text().splitlines()]
+        for file in (tmp_path / "seen").iterdir()
+    }
+    first, (second,) = seen.pop(killed[0]), seen.values()
+    assert first == steps[: len(first)]
+    assert second == steps[len(steps) - len(second) :]
+    resumed_at = len(steps) - len(second)
+    assert resumed_at % 3 == 0 and 0 < resumed_at <= len(first)
+
+
+def test_a_replicated_store_is_read_from_this_nodes_disk(
+    toy: ToyTask, runner: RayRunner, tmp_path: Path
+) -> None:
+    """What the shared path holds is spoilt after the copy was made: training must not touch it."""
+    shared = tmp_path / "shared" / "x.npy"
+    shared.parent.mkdir()
+    shared.write_bytes((toy.data / "x.npy").read_bytes())
+    adopt(plan_adoption(shared))
+    replicate(ReplicateConfig(store=shared, to=tmp_path / "nvme", margin="0"))
+    with shared.open("r+b") as file:
+        file.seek(-64, os.SEEK_END)
+        file.write(b"\x00" * 64)
+    task = StoreTask(toy.data, x=shared)
+    runner.fit(task, config(epochs=1), tmp_path / "run", device="cpu")
+    LocalRunner().fit(toy, config(epochs=1), tmp_path / "plain", device="cpu")
+    assert losses(tmp_path / "run") == losses(tmp_path / "plain")
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert f"x: local copy {tmp_path / 'nvme' / 'x.npy'}; y: shared {toy.data / 'y.npy'}" in log
+    sources = task.sources()
+    discard_store(tmp_path / "nvme" / "x.npy")
+    with (
+        open_shards(sources, batch_rows=8, workers=1, memory=None, say=print) as shards,
+        pytest.raises(StoreError, match=r"lists a copy on .* raypipe store replicate"),
+    ):
+        shards.open_rows(sources["x"], turn=0, say=print)
+
+
+@dataclass(frozen=True)
+class StoreTask(ToyTask):
+    """Takes x from a store."""
+
+    x: Path = Path()
+
+    def sources(self) -> Mapping[str, ArraySource]:
+        return {"x": ArraySource.of_locator(stand_in(self.x))} | {
+            name: source for name, source in super().sources().items() if name != "x"
+        }
 
 
 @pytest.mark.usefixtures("heeded_sigint")

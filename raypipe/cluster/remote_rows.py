@@ -1,0 +1,235 @@
+"""Rows of files on other nodes' disks, as a `raypipe.stream.reading.RowReader`.
+
+They are read there by that node's `row_server`, and fetched through the object store, where a batch
+of one piece is not copied again. A batch is asked for in pieces: what all readers of a run have
+under way together fits half the object store of the smallest node, whatever the batch
+(`divide`). Which sources are read so: `raypipe.store.placement`; who makes the readers: `shards`.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray
+from ray.exceptions import (
+    ActorUnavailableError,
+    ActorUnschedulableError,
+    ObjectLostError,
+    RayActorError,
+    RayTaskError,
+)
+
+from raypipe.errors import ConfigError, MemoryBudgetExceeded, RaypipeError, WorkerFailed
+from raypipe.stream import ArraySource
+from raypipe.units import format_bytes
+
+# A server gathers a piece in memory of its own; larger batches are put together by who reads them.
+PIECE_BYTES = 64 << 20
+MOST_PIECES = 16
+ASK_AGAIN_S = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patience:
+    """Seconds that a batch is waited for: until it is said, said again, and until that is the end."""
+
+    first_word_s: float = 20.0
+    again_s: float = 60.0
+    give_up_s: float = 600.0
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one reader may have under way: ``pieces`` of at most ``piece_rows`` rows."""
+
+    piece_rows: int
+    pieces: int
+
+
+def divide(store_bytes: int, readers: int, row_bytes: int, batch_rows: int) -> Share:
+    """The share of one of ``readers`` in half an object store of ``store_bytes``.
+
+    A batch is one piece where two of them fit. Raises MemoryBudgetExceeded when not a row does.
+    """
+    allowed = store_bytes // 2 // readers
+    if row_bytes > allowed:
+        raise MemoryBudgetExceeded(
+            f"a row of {format_bytes(row_bytes)} from another node, for {readers} reader(s) at once, "
+            f"is more than half of an object store of {format_bytes(store_bytes)}; give the nodes a "
+            "larger one (ray start --object-store-memory), fewer --workers, or copy the store to "
+            "their disks: raypipe store replicate"
+        )
+    piece_rows = min(batch_rows, max(1, min(PIECE_BYTES, allowed // 2) // row_bytes))
+    return Share(piece_rows, min(MOST_PIECES, allowed // (piece_rows * row_bytes)))
+
+
+@dataclass(frozen=True)
+class Copy:
+    """``source``, as the node that has it names it, and the handle of that node's server."""
+
+    source: ArraySource
+    server: Any
+
+    @property
+    def words(self) -> str:
+        """For people."""
+        return f"{self.source.path} on node {self.source.node}"
+
+
+class RemoteRows:
+    """Reads ``source`` from the first of ``copies`` whose node is there. See `RowReader`.
+
+    ``name``: the source's, for ``say``, which is told of a batch that does not come. Raises (where
+    a batch is waited for) WorkerFailed, which names the node, when no copy is left or nothing came in
+    ``patience.give_up_s``; and what the server raises.
+    """
+
+    def __init__(
+        self,
+        source: ArraySource,
+        name: str,
+        copies: Sequence[Copy],
+        share: Share,
+        say: Callable[[str], None],
+        patience: Patience = Patience(),
+    ) -> None:
+        self.source, self.name = source, name
+        self._copies, self._share = list(copies), share
+        self._say, self._patience = say, patience
+        self._requests: list[weakref.ref[_Request]] = []  # in order; those dropped are gone
+        self._lock = threading.Lock()
+
+    def check(self, rows: np.ndarray) -> None:
+        """Raise ConfigError for a row that there is not."""
+        if rows.min() < 0 or rows.max() >= self.source.n_rows:
+            raise ConfigError(
+                f"rows {rows.min()}..{rows.max()} asked of {self._copies[0].words}, which has "
+                f"{self.source.n_rows}; was the split made for another store?"
+            )
+
+    def start(self, rows: np.ndarray) -> Callable[[], np.ndarray]:
+        """Ask for ``rows`` as far as the share allows; see `RowReader.start`."""
+        step = self._share.piece_rows
+        request = _Request(self, [rows[at : at + step] for at in range(0, rows.size, step)])
+        with self._lock:
+            self._requests.append(weakref.ref(request))
+            self._fill()
+        return request
+
+    def _next(self, request: _Request) -> np.ndarray:
+        """The next piece of ``request``, (n, row_bytes) uint8; in any thread."""
+        with self._lock:
+            if not request.asked:  # it is waited for: now, whatever else is under way
+                request.asked.append(self._ask(request.left.popleft()))
+            piece = request.asked[0]
+        block = self._wait(piece)
+        with self._lock:
+            request.asked.popleft()
+            self._fill()
+        return block
+
+    def _fill(self) -> None:
+        """Ask for what the share has room for, the oldest batch first."""
+        live = [r for ref in self._requests if (r := ref()) is not None and (r.left or r.asked)]
+        self._requests = [weakref.ref(request) for request in live]
+        room = self._share.pieces - sum(len(request.asked) for request in live)
+        for request in live:
+            while room > 0 and request.left:
+                request.asked.append(self._ask(request.left.popleft()))
+                room -= 1
+
+    def _ask(self, rows: np.ndarray) -> _Piece:
+        copy = self._copies[0]
+        return _Piece(rows, copy, copy.server.read.remote(copy.source, rows))
+
+    def _wait(self, piece: _Piece) -> np.ndarray:
+        began = time.monotonic()
+        next_word = self._patience.first_word_s
+        while True:
+            waited = time.monotonic() - began
+            if waited >= self._patience.give_up_s:
+                raise WorkerFailed(
+                    f"{self.name}: {piece.rows.size} rows of {piece.copy.words} did not come in "
+                    f"{waited:.0f} s; see to that node and its disk, then run the same command again, "
+                    f"or copy the store elsewhere first: raypipe store replicate {piece.copy.source.path}"
+                )
+            if waited >= next_word:
+                self._say(
+                    f"{self.name}: has waited {waited:.0f} s for {piece.rows.size} rows of "
+                    f"{piece.copy.words}; ends after {self._patience.give_up_s:.0f} s"
+                )
+                next_word += self._patience.again_s
+            until = min(next_word, self._patience.give_up_s) - waited
+            # In turns: also a clock that was stopped with us goes on in small steps.
+            ready, _ = ray.wait([piece.ref], timeout=min(1.0, max(0.01, until)))
+            if not ready:
+                continue
+            try:
+                return ray.get(piece.ref)
+            except ActorUnavailableError:
+                # Its node is cut off, or lost and not declared so yet: that takes Ray half a minute.
+                time.sleep(ASK_AGAIN_S)
+                self._ask_again(piece, None)
+            except (RayActorError, ActorUnschedulableError, ObjectLostError) as error:
+                self._ask_again(piece, error)
+            except RayTaskError as error:
+                if isinstance(error.cause, RaypipeError):
+                    raise error.cause from None
+                raise
+
+    def _ask_again(self, piece: _Piece, gone: Exception | None) -> None:
+        """After Ray has tried again already, from the next copy if there is one; ``gone``: the error
+        of a server, or its node, that does not come back.
+        """
+        lost = piece.copy
+        with self._lock:
+            first = self._copies[0] is lost  # else another piece has found out
+            if first and gone is not None and len(self._copies) == 1:
+                said = str(gone).strip().splitlines()[0][:200]
+                raise WorkerFailed(
+                    f"{self.name}: {lost.words} cannot be read any more, its server is gone for good "
+                    f"({said}) and no other node has a copy; bring the node back, or copy the store to "
+                    "another (raypipe store replicate), then run the same command again"
+                ) from gone
+            if first and len(self._copies) > 1:
+                del self._copies[0]
+                self._copies += [lost] if gone is None else []
+                how = "is not reached" if gone is None else "is lost"
+                self._say(f"{self.name}: {lost.words} {how}; goes on with {self._copies[0].words}")
+            again = self._ask(piece.rows)
+        piece.copy, piece.ref = again.copy, again.ref
+
+
+class _Piece:
+    """Rows that are on their way."""
+
+    def __init__(self, rows: np.ndarray, copy: Copy, ref: Any) -> None:
+        self.rows, self.copy, self.ref = rows, copy, ref
+
+
+class _Request:
+    """One batch: ``left``, rows of the pieces to ask for yet; ``asked``, those under way."""
+
+    def __init__(self, reader: RemoteRows, pieces: Sequence[np.ndarray]) -> None:
+        self._reader = reader
+        self.left, self.asked = deque(pieces), deque[_Piece]()
+        self._rows = sum(piece.size for piece in pieces)
+
+    def __call__(self) -> np.ndarray:
+        """Wait; (n, row_bytes) uint8, read-only where it came as one piece."""
+        if len(self.left) + len(self.asked) == 1:
+            return self._reader._next(self)
+        whole = np.empty((self._rows, self._reader.source.row_bytes), np.uint8)
+        at = 0
+        while at < self._rows:
+            block = self._reader._next(self)
+            whole[at : at + len(block)] = block
+            at += len(block)
+        return whole

@@ -1,0 +1,89 @@
+"""Run by test_remote_rows: three nodes, each with one source on its own disk, and none of the driver's.
+
+A worker a node: each has one source on its disk, and the rows of the other two brought to it. The
+losses are, bit for bit, those of three processes without Ray that have every file at hand.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
+
+import ray
+import train_helpers
+from ray.cluster_utils import Cluster
+from train_helpers import ToyTask, config, losses, run, spawn, write_toy
+
+from raypipe.cluster.runner import RayRunner
+from raypipe.store import FeatureStore, declare, stand_in
+from raypipe.store.adoption import adopt, plan_adoption
+from raypipe.stream import ArraySource
+from raypipe.train import TrainConfig
+
+for module in (sys.modules[__name__], train_helpers):
+    ray.cloudpickle.register_pickle_by_value(module)  # workers cannot import tests
+
+NODE = {"num_cpus": 1, "object_store_memory": 80 * 1024**2, "include_dashboard": False}
+PLACES = {"x": "A", "y": "B", "row": "C"}  # which node has which source
+
+
+@dataclass(frozen=True)
+class PlacedTask(ToyTask):
+    """Its sources by the catalogs of a folder that holds nothing else."""
+
+    catalogs: Path = Path()
+
+    def sources(self) -> Mapping[str, ArraySource]:
+        return {
+            name: ArraySource.of_locator(stand_in(self.catalogs / f"{name}.npy")) for name in PLACES
+        }
+
+
+def placed(folder: Path) -> PlacedTask:
+    """The toy's arrays as stores, one a node; ``data`` is the folder of all of them, at hand."""
+    toy = write_toy(folder / "whole")
+    for name, node in PLACES.items():
+        there = folder / f"disk-of-{node}" / f"{name}.npy"
+        there.parent.mkdir()
+        there.write_bytes((toy.data / f"{name}.npy").read_bytes())
+        adopt(plan_adoption(there))
+        declare(FeatureStore.open(there), node, at=folder / "catalogs" / f"{name}.npy")
+    return PlacedTask(data=toy.data, catalogs=folder / "catalogs")
+
+
+def main(folder: Path) -> None:
+    task, cfg = placed(folder), config(epochs=2, batch_size=3)
+    os.environ["RAYPIPE_NODE"] = "A"
+    cluster = Cluster(initialize_head=True, head_node_args=NODE)
+    for node in "BC":
+        cluster.add_node(**NODE, env_vars={"RAYPIPE_NODE": node})
+    os.environ["RAYPIPE_NODE"] = "the driver's"
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    cluster.wait_for_nodes()
+    run_dir = folder / "three"
+    measured = replace(cfg, predict_memory=True)  # which reads rows too
+    RayRunner(joined=True, on_event=print).fit(task, measured, run_dir, workers=3, device="cpu")
+    log = (run_dir / "train.log").read_text()
+    assert log.count("local copy") == 3 and log.count("from node") == 6, log
+    ray.shutdown()
+    cluster.shutdown()
+    spawn(partial(at_hand, cfg, ToyTask(task.data), folder / "at-hand"), folder, world=3)
+    assert losses(run_dir) == losses(folder / "at-hand")
+    assert losses(run_dir, "epoch") == losses(folder / "at-hand", "epoch")
+    print("all good", flush=True)
+
+
+def at_hand(cfg: TrainConfig, task: ToyTask, run_dir: Path, rank: int, world: int) -> None:
+    run(task, cfg, run_dir, rank=rank, world=world)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,267 @@
+"""Rows of other nodes' disks: the way is the catalog's, the bytes are the file's, trouble has a name.
+
+Most tests take this machine's one Ray node for both sides: the reader only says that it is another.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import ray
+from hypothesis import given
+from hypothesis import strategies as st
+from ray.exceptions import ActorUnavailableError, ActorUnschedulableError
+
+from raypipe.cluster import remote_rows
+from raypipe.cluster.remote_rows import PIECE_BYTES, Copy, Patience, RemoteRows, Share, divide
+from raypipe.cluster.shards import Shards, open_shards
+from raypipe.errors import (
+    ConfigError,
+    MemoryBudgetExceeded,
+    MissingInput,
+    StoreError,
+    WorkerFailed,
+)
+from raypipe.store import FeatureStore, Placement, declare, stand_in, this_node
+from raypipe.store.adoption import adopt, plan_adoption
+from raypipe.stream import ArraySource, Gatherer
+from raypipe.stream.reading import RowReader
+
+N = 90
+
+
+@pytest.fixture(scope="module")
+def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of (90, 5, 7) float16 on the disk of this node."""
+    path = tmp_path_factory.mktemp("disk") / "x.npy"
+    values = np.random.default_rng(3).standard_normal((N, 5, 7)).astype(np.float16)
+    np.save(path, values)
+    adopt(plan_adoption(path))
+    return path
+
+
+@given(
+    store=st.integers(1, 1 << 34),
+    readers=st.integers(1, 64),
+    row=st.integers(1, 1 << 28),
+    rows=st.integers(1, 4096),
+)
+def test_all_readers_together_fit_half_an_object_store(
+    store: int, readers: int, row: int, rows: int
+) -> None:
+    if row > store // 2 // readers:
+        with pytest.raises(MemoryBudgetExceeded, match="raypipe store replicate"):
+            divide(store, readers, row, rows)
+        return
+    share = divide(store, readers, row, rows)
+    assert 1 <= share.piece_rows <= rows and share.pieces >= 1
+    assert share.pieces * share.piece_rows * row * readers <= store // 2
+    assert share.piece_rows == 1 or share.piece_rows * row <= PIECE_BYTES
+
+
+@pytest.mark.parametrize(
+    ("errors", "rows_come"),
+    [
+        ([ActorUnavailableError("cut off", None)] * 2, True),
+        # What a lost node came to, seen on a cluster: first the one, after 15 s the other.
+        ([ActorUnavailableError("cut off", None), ActorUnschedulableError("no node")], False),
+    ],
+)
+def test_a_node_cut_off_is_asked_again_and_a_lost_one_is_the_end(
+    errors: list[Exception], rows_come: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def get(ref: np.ndarray) -> np.ndarray:
+        if errors:
+            raise errors.pop(0)
+        return ref
+
+    fake = SimpleNamespace(wait=lambda refs, timeout: (refs, []), get=get)
+    monkeypatch.setattr(remote_rows, "ray", fake)
+    monkeypatch.setattr(remote_rows, "ASK_AGAIN_S", 0.0)
+    server = SimpleNamespace(read=SimpleNamespace(remote=lambda source, rows: rows))
+    source = ArraySource(path=Path("/x.npy"), dtype="uint8", shape=(9, 1), offset=0, node="B")
+    reader = RemoteRows(source, "x", [Copy(source, server)], Share(8, 2), print)
+    wait = reader.start(np.arange(8))
+    if rows_come:
+        np.testing.assert_array_equal(wait(), np.arange(8))
+    else:
+        with pytest.raises(WorkerFailed, match=r"x: /x.npy on node B .* gone for good .*: no node"):
+            wait()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+class TestOneNode:
+    """The rows lie on this machine, the reader calls itself elsewhere."""
+
+    @pytest.fixture
+    def source(self, rows_file: Path, tmp_path: Path) -> ArraySource:
+        at = declare(FeatureStore.open(rows_file), at=tmp_path / "catalogs" / "x.npy")
+        return ArraySource.of_locator(stand_in(at))
+
+    @pytest.fixture
+    def said(self) -> list[str]:
+        return []
+
+    @pytest.fixture
+    def shards(self, source: ArraySource, said: list[str]) -> Iterator[Shards]:
+        patience = Patience(first_word_s=0.5, again_s=0.5, give_up_s=100.0)
+        with open_shards(
+            {"x": source}, batch_rows=8, workers=1, memory=None, say=said.append, patience=patience
+        ) as shards:
+            yield shards
+
+    def test_batches_are_the_files_rows_and_a_killed_server_is_started_again(
+        self,
+        shards: Shards,
+        source: ArraySource,
+        rows_file: Path,
+        said: list[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        whole = np.load(rows_file)
+        assert not source.path.exists()
+        assert shards.words() == f"on node {this_node()}, x: local copy {rows_file}"
+        mapped = shards.open_rows(source, turn=0, say=said.append)
+        assert not isinstance(mapped, RemoteRows)
+        assert said and "in all half of an object store" in said[0]
+        monkeypatch.setenv("RAYPIPE_NODE", "elsewhere")
+        assert f"x: rows of {rows_file} from node" in shards.words()
+        asked = [np.random.default_rng(k).integers(0, N, 8) for k in range(30)]
+        (server,) = shards.servers.values()
+
+        def opened(given: ArraySource) -> RowReader:
+            reader = shards.open_rows(given, turn=0, say=said.append)
+            assert isinstance(reader, RemoteRows)
+            return reader
+
+        with Gatherer({"x": source}, 8, depth=3, threads=2, open_rows=opened) as gatherer:
+            for k, (rows, batch) in enumerate(zip(asked, gatherer.batches(asked), strict=True)):
+                np.testing.assert_array_equal(batch["x"].numpy(), whole[rows])
+                if k == 10:  # the same rows once more, from a new process
+                    os.kill(ray.get(server.ready.remote()), signal.SIGKILL)
+        with pytest.raises(ConfigError, match="which has 90"):
+            opened(source).check(np.array([N]))
+
+    @pytest.mark.parametrize("share", [Share(3, 2), Share(1, 1), Share(8, 1)])
+    def test_pieces_make_the_batch_and_no_more_than_the_share_is_under_way(
+        self, shards: Shards, source: ArraySource, rows_file: Path, share: Share
+    ) -> None:
+        """Dropped batches give their room back."""
+        whole = np.load(rows_file).view(np.uint8).reshape(N, -1)
+        node, server = next(iter(shards.servers.items()))
+        copy = Copy(replace(source, path=rows_file, node=node), server)
+        reader = RemoteRows(source, "x", [copy], share, print)
+        batches = [np.arange(k, k + 8) for k in range(6)]
+        waits = [reader.start(rows) for rows in batches]
+        under_way = sum(len(wait.asked) for wait in waits)  # type: ignore[attr-defined]
+        assert under_way == share.pieces
+        del waits[1]
+        for first in (0, 2, 3, 4, 5):
+            block = waits.pop(0)()
+            np.testing.assert_array_equal(block, whole[first : first + 8])
+
+    def test_a_stalled_server_is_named_and_then_given_up(
+        self,
+        shards: Shards,
+        source: ArraySource,
+        said: list[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        ((node, server),) = shards.servers.items()
+        pid = ray.get(server.ready.remote())
+        monkeypatch.setenv("RAYPIPE_NODE", "elsewhere")
+        reader = shards.open_rows(source, turn=0, say=said.append)
+        assert isinstance(reader, RemoteRows)
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            wait = reader.start(np.arange(8))
+            threading.Timer(1.0, os.kill, (pid, signal.SIGCONT)).start()
+            assert wait().shape == (8, 70)
+            words = [text for text in said if "has waited" in text]
+            assert words and all(f"8 rows of {reader._copies[0].words}" in text for text in words)
+            assert f"on node {node}" in words[0]
+            os.kill(pid, signal.SIGSTOP)
+            reader._patience = Patience(give_up_s=2.0)
+            wait = reader.start(np.arange(8))
+            with pytest.raises(
+                WorkerFailed, match=rf"on node {node} did not come in 2 s.*replicate"
+            ):
+                wait()
+        finally:
+            os.kill(pid, signal.SIGCONT)
+
+    def test_a_server_gone_for_good_is_one_clear_error_or_the_next_copy(
+        self,
+        shards: Shards,
+        source: ArraySource,
+        said: list[str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setenv("RAYPIPE_NODE", "elsewhere")
+        reader = shards.open_rows(source, turn=0, say=said.append)
+        assert isinstance(reader, RemoteRows)
+        (server,) = shards.servers.values()
+        copy = reader._copies[0]
+        wait = reader.start(np.arange(8))
+        wait()
+        ray.kill(server)
+        with pytest.raises(WorkerFailed, match=r"x: .*x.npy on node .* gone for good.*replicate"):
+            reader.start(np.arange(8))()
+        with open_shards({"x": source}, batch_rows=8, workers=1, memory=None, say=print) as anew:
+            (other,) = anew.servers.values()
+            two = RemoteRows(
+                source, "x", [copy, replace(copy, server=other)], Share(8, 2), said.append
+            )
+            assert two.start(np.arange(8))().shape == (8, 70)
+            assert "is lost; goes on with" in said[-1]
+
+    def test_what_is_not_there_is_named_before_training(
+        self, source: ArraySource, rows_file: Path, tmp_path: Path
+    ) -> None:
+        options = {"batch_rows": 8, "workers": 1, "memory": None, "say": print}
+        gone = replace(source, path=tmp_path / "gone.npy", node=this_node())
+        with (
+            pytest.raises(StoreError, match=rf"node {this_node()} does not have .*gone.npy"),
+            open_shards({"x": gone}, **options),  # type: ignore[arg-type]
+        ):
+            pass
+        far = replace(source, path=rows_file, node="n7")
+        with (
+            pytest.raises(MissingInput, match=r"x: .* lies on the disk of n7 only.*replicate"),
+            open_shards({"x": far}, **options),  # type: ignore[arg-type]
+        ):
+            pass
+
+
+def test_plain_files_need_no_server_and_no_ray(rows_file: Path) -> None:
+    source = ArraySource.npy(rows_file)
+    with open_shards({"x": source}, batch_rows=8, workers=9, memory=None, say=print) as shards:
+        assert shards.words() == "" and not shards.servers
+        opened = shards.open_rows(source, turn=0, say=print)
+    assert not isinstance(opened, RemoteRows)
+    assert Placement.of(source.path).way("any").kind == "shared"
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_three_nodes_with_a_source_each_train_as_one_node_does(tmp_path: Path) -> None:
+    environ = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    path = Path(__file__).with_name("remote_rows_cluster.py")
+    done = subprocess.run(
+        [sys.executable, str(path), str(tmp_path)],
+        env=environ, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "all good" in done.stdout

@@ -1,0 +1,119 @@
+"""Which way a reader goes is said by the catalog, from any node, with no file opened."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raypipe import config
+from raypipe.errors import ConfigError, MissingInput, StoreError
+from raypipe.store import FeatureStore, Place, Placement, adopt, declare, plan_adoption, stand_in
+from raypipe.store.catalog import add_place, locate, read_catalog, remove_place
+from raypipe.store.place_commands import PlaceConfig, place
+
+NODES = st.sampled_from("ABCD")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> FeatureStore:
+    path = tmp_path / "disk" / "dino" / "train.npy"
+    path.parent.mkdir(parents=True)
+    np.save(path, np.arange(24, dtype=np.float32).reshape(6, 4))
+    adopt(plan_adoption(path))
+    return FeatureStore.open(path)
+
+
+@given(
+    shared=st.booleans(),
+    nodes=st.lists(NODES, unique=True),
+    me=NODES,
+    turn=st.integers(0, 9),
+)
+def test_the_way_is_own_copy_then_shared_path_then_another_node(
+    shared: bool, nodes: list[str], me: str, turn: int
+) -> None:
+    places = tuple(Place(node, Path(f"/nvme-{node}/x.npy")) for node in nodes)
+    if not (shared or places):
+        return  # `Placement.of` refuses it
+    way = Placement(path=Path("/s/x.npy"), shared=shared, places=places).way(me, turn)
+    if me in nodes:
+        assert (way.kind, way.places) == ("local", (Place(me, Path(f"/nvme-{me}/x.npy")),))
+    elif shared:
+        assert (way.kind, way.places) == ("shared", (Place("", Path("/s/x.npy")),))
+    else:
+        assert way.kind == "remote" and sorted(way.places) == sorted(places)
+        assert way.places[0] == places[turn % len(places)]
+
+
+def test_a_store_on_nodes_disks_is_planned_from_its_catalog_alone(
+    store: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at = declare(store, "A", at=tmp_path / "seen-by-all" / "train.npy")
+    add_place(at, store.fingerprint, Place("B", Path("/data/train.npy")))
+    assert [path.name for path in at.parent.glob("[!.]*")] == ["train.places.json"]
+    found = stand_in(at)
+    assert (found.path, found.shape, found.dtype) == (at, (6, 4), "float32")
+    assert (found.offset, found.fingerprint) == (store.locator().offset, store.fingerprint)
+    placement = Placement.of(at, store.fingerprint)
+    assert placement.listed and not placement.shared
+    assert [p.node for p in placement.places] == ["A", "B"]
+    assert placement.way("C", 1).words == "rows of /data/train.npy from node B"
+    with pytest.raises(StoreError, match="lies on the disks of A, B, not of C"):
+        locate(at, "C")
+    monkeypatch.setenv("RAYPIPE_NODE", "A")
+    assert (locate(at).path, locate(at).node) == (store.path, "A")
+    placement.check(placement.places[0])
+    with pytest.raises(StoreError, match=r"lists a copy on B .* replicate"):
+        placement.check(placement.places[1])
+    with pytest.raises(StoreError, match="is of another store now"):
+        Placement.of(at, "0" * 64)
+    for listed in placement.places:
+        remove_place(at, store.fingerprint, listed)
+    with pytest.raises(StoreError, match="names no node that has the store"):
+        Placement.of(at, store.fingerprint)
+
+
+def test_plain_files_and_files_placed_by_hand(tmp_path: Path, store: FeatureStore) -> None:
+    plain = tmp_path / "y.npy"
+    assert Placement.of(plain).way("A").words == f"shared {plain}"
+    assert Placement.of(tmp_path / "raw.bin", "abc").shared
+    there = Placement.of(plain, node="A")
+    assert there.way("A").words == f"local copy {plain}"
+    assert there.way("B").words == f"rows of {plain} from node A"
+    there.check(Place("A", plain))  # no manifest: it is checked when it is mapped
+    add_place(store.path, "0" * 64, Place("A", plain))  # of what lay there before
+    assert Placement.of(store.path, store.fingerprint).way("A").kind == "shared"
+
+
+def test_a_file_at_the_catalogs_place_is_not_passed_over(
+    store: FeatureStore, tmp_path: Path
+) -> None:
+    np.save(tmp_path / "train.npy", np.zeros(3))
+    with pytest.raises(ConfigError, match="is a file, and would be passed over"):
+        declare(store, "A", at=tmp_path / "train.npy")
+    assert declare(store, "A") == store.path
+    assert Placement.of(store.path, store.fingerprint).way("B").kind == "remote"
+
+
+def test_the_command(
+    store: FeatureStore, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, seen = tmp_path / "disk", tmp_path / "seen"
+    for node in ("A", "B"):
+        place(
+            config.parse(PlaceConfig, [str(root), "--catalog", str(seen), "--node", node], prog="p")
+        )
+    assert f"{seen / 'dino' / 'train.npy'}  on node B  {store.path}" in capsys.readouterr().out
+    catalog = read_catalog(seen / "dino" / "train.npy")
+    assert catalog is not None and not catalog.shared
+    assert catalog.places == (Place("A", store.path), Place("B", store.path))
+    assert json.loads((seen / "dino" / "train.places.json").read_text())["shape"] == [6, 4]
+    with pytest.raises(MissingInput, match="is not there"):
+        place(PlaceConfig(store=tmp_path / "none"))
+    with pytest.raises(ConfigError, match="--node is empty"):
+        PlaceConfig(store=root, node="")
