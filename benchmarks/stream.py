@@ -4,10 +4,11 @@ Every contender reads the same rows in the same run, each turn in a process of i
 taking turns; figures are medians of the rounds, ratios are formed within one round. Pages are in
 the cache but for the cold pass. Batch 16 of 962x768 float16, 16 of 257x768 float32 (keys end in
 _257x768), 256 of 768 float32 (_768).
-limit_gbps: the best copy of one batch into a reused buffer, by up to as many threads as ours
-gathers with, in the same process and in turn with ours. plain: without Ray. ray: row numbers
-through Ray Data. anon_mib_NAME: largest RssAnon of the consumer, above what its imports take;
-cpu_s_per_gb_NAME: of its whole process tree; start_s_NAME: from its imports to its first batch.
+limit_gbps: the copy of as many bytes into a reused buffer, by the best of 1 to as many threads as
+ours gathers with (limit_threads), in the same process and in turn with ours. plain: without Ray.
+ray: row numbers through Ray Data. anon_mib_NAME: largest RssAnon of the consumer, above what its
+imports take; cpu_s_per_gb_NAME: of its process tree; start_s_NAME: from its imports to its first batch.
+--minutes bounds the whole: rounds are left out when they would not end in time (rounds_done).
 A peer that needs an environment of its own (mosaicml-streaming pins numpy < 2.2) is run by the
 interpreter that BENCH_PYTHON_NAME names, e.g. BENCH_PYTHON_MOSAICML.
 """
@@ -20,6 +21,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,9 @@ from stream_peers import PEERS
 from stream_turn import Seen, TurnFailed, interpreter, take_turn
 
 OURS = ("plain", "ray")
+# The part of --minutes after which a table begins no round any more; what follows it is short.
+ROUNDS_END = {"large": 0.5, "257x768": 0.75, "768": 0.92}
+COLD_S = 10.0  # of one contender's cold pass
 BIG_ROWS = 10_000_000
 MIB = 2**20
 Metrics = dict[str, Any]
@@ -63,8 +68,10 @@ def find_peers(asked: list[str]) -> tuple[dict[str, str], dict[str, str]]:
 class Table:
     """All contenders on one kind of rows."""
 
-    def __init__(self, rows: Rows, n: int, root: Path, options: argparse.Namespace) -> None:
-        self.rows, self.n, self.options = rows, n, options
+    def __init__(
+        self, rows: Rows, n: int, root: Path, options: argparse.Namespace, until: float
+    ) -> None:
+        self.rows, self.n, self.options, self.until = rows, n, options, until
         self.folder = root / f"rows{rows.suffix}"
         self.folder.mkdir()
         self.npy = make(self.folder / "rows.npy", rows, n)
@@ -103,7 +110,12 @@ class Table:
     def contend(self) -> None:
         """The rounds: every contender once, forwards and backwards by turns."""
         names = [*OURS, *self.workers]
+        longest = 0.0
         for turn in range(self.options.rounds):
+            began = time.monotonic()
+            if turn and began + longest > self.until:
+                say(f"  no time for round {turn + 1}")
+                break
             found = {}
             for name in names if turn % 2 == 0 else reversed(names):
                 if name in self.failed:
@@ -113,24 +125,26 @@ class Table:
                 if seen := self.take(name):
                     found[name] = seen
             self.rounds.append(found)
+            longest = max(longest, time.monotonic() - began)
             say(f"  round {turn + 1}: " + _shown({k: found[k].gbps for k in names if k in found}))
 
-    def metrics(self) -> Metrics:
-        """The keys of this table."""
+    def metrics(self, peers: list[str]) -> Metrics:
+        """The keys of this table; None of a peer that could not be measured."""
         gbps = {name: self._median(name, lambda s: s.gbps) for name in (*OURS, *self.workers)}
         gbps = {name: rate for name, rate in gbps.items() if rate is not None}
-        made: Metrics = {f"peer_{k}_gbps": gbps[k] for k in self.workers if k in gbps}
+        made: Metrics = {f"peer_{name}_gbps": gbps.get(name) for name in peers}
+        made |= {"best_peer": None, "best_peer_gbps": None, "rounds_done": len(self.rounds)}
         for name in OURS:
             made[f"{name}_gbps"] = gbps.get(name)
             made[f"{name}_to_limit"] = self._median(name, lambda s: s.marks["paired"]["to_limit"])
         for key in ("limit_gbps", "limit_cached_gbps", "limit_threads"):
             made[key] = self._median("plain", lambda s, k=key: s.marks["paired"][k])
-        peers = {name: gbps[name] for name in self.workers if name in gbps}
-        if peers:
-            best = max(peers, key=lambda name: peers[name])
-            made["best_peer"], made["best_peer_gbps"] = best, peers[best]
-            for name in OURS:
-                made[f"{name}_to_best_peer"] = self._ratio(name, best)
+        measured = {name: gbps[name] for name in self.workers if name in gbps}
+        best = max(measured, key=lambda name: measured[name], default=None)
+        if best is not None:
+            made["best_peer"], made["best_peer_gbps"] = best, measured[best]
+        for name in OURS:
+            made[f"{name}_to_best_peer"] = self._ratio(name, best) if best else None
         for name in gbps:
             made[f"start_s_{name}"] = self._median(name, lambda s: s.marks["first"]["start_s"])
             made[f"anon_mib_{name}"] = self._median(name, _anon_mib)
@@ -172,7 +186,7 @@ class Table:
             own = self.folder / name if name not in OURS and PEERS[name].prepare else self.npy
             chill(own)
             left.append(resident_fraction(own))
-            if name not in self.failed and (seen := self.take(name, do="cold", seconds=20.0)):
+            if name not in self.failed and (seen := self.take(name, do="cold", seconds=COLD_S)):
                 key = f"cold_{name}_gbps" if name in OURS else f"cold_peer_{name}_gbps"
                 made[key] = seen.gbps
         made["cold_pages_left"] = max(left)
@@ -239,6 +253,7 @@ def main() -> None:
     args.add_argument("--peers", default=",".join(PEERS), help="those to run, with commas")
     args.add_argument("--rows", default="large,257x768,768,10m", help="tables to make, with commas")
     args.add_argument("--no-cold", action="store_true")
+    args.add_argument("--minutes", type=float, default=20.0, help="that all of it may take")
     options = args.parse_args()
     asked = [name for name in options.peers.split(",") if name]
     unknown = set(asked) - set(PEERS)
@@ -250,18 +265,20 @@ def main() -> None:
         sys.exit(f"--rows {','.join(sorted(wrong))}: there are {', '.join(kinds)} and 10m")
     # Contenders live in sessions of their own: told to end, we end the one that runs as well.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    began = time.monotonic()
     versions, missing = find_peers(asked)
     metrics: Metrics = {"peer_versions": versions, "missing_peers": missing}
     with tempfile.TemporaryDirectory() as tmp:
         root = Path(tmp)
-        for rows in (kinds[name] for name in asked_rows if name in kinds):
+        for name, rows in ((name, kinds[name]) for name in asked_rows if name in kinds):
             gigabytes = options.gb if rows is LARGE else options.small_gb
             _need_room(root, gigabytes * (2 + len(versions)))
-            table = Table(rows, rows.count(gigabytes), root, options)
+            until = began + 60 * options.minutes * ROUNDS_END[name]
+            table = Table(rows, rows.count(gigabytes), root, options, until)
             say(f"{table.n} rows of {rows.name}, batch {rows.batch}")
             table.prepare(list(versions))
             table.contend()
-            metrics |= table.metrics()
+            metrics |= table.metrics(asked)
             if rows is LARGE:
                 metrics |= table.epoch_gaps() | table.memory_of_a_quarter()
                 if not options.no_cold:
@@ -269,6 +286,7 @@ def main() -> None:
             shutil.rmtree(table.folder)
         if "10m" in asked_rows:
             metrics |= first_batch(root, options.rounds)
+    metrics["wall_s"] = time.monotonic() - began
     emit("stream", metrics, options.json)
 
 

@@ -18,6 +18,7 @@ import stream_data
 import stream_peers
 from stream_peers import PEERS, Turn
 
+TURN_S = 0.2  # about how long one turn beside the limit is
 SKIP = 8  # batches that a loader had ready after a halt: they are not counted
 
 
@@ -36,6 +37,15 @@ def rate(batches: Iterator[Any], seconds: float) -> tuple[float, int]:
     while (now := time.perf_counter()) - began < seconds:
         done += next(batches).nbytes
     return done / (now - began) / 1e9, done
+
+
+def rate_of(batches: Iterator[Any], count: int) -> float:
+    """GB/s of ``count`` batches, without what was ready before."""
+    for _ in range(SKIP):
+        next(batches)
+    began = time.perf_counter()
+    done = sum(next(batches).nbytes for _ in range(count))
+    return done / (time.perf_counter() - began) / 1e9
 
 
 def hot(turn: Turn, batches: Iterator[Any], ours: Any, seconds: float, warm: float) -> None:
@@ -59,20 +69,30 @@ def hot(turn: Turn, batches: Iterator[Any], ours: Any, seconds: float, warm: flo
 
 
 def beside_limit(turn: Turn, batches: Iterator[Any], seconds: float) -> dict[str, Any]:
-    """Ours and the memory copy in short turns: what disturbs the machine disturbs both."""
+    """Ours and the memory copy in short turns of as many bytes: noise disturbs both.
+
+    The limit is the best of 1 to as many threads as ours gathers with, each measured in every turn.
+    """
     import numpy as np
     from stream_ours import Memcpy, gather_threads
 
     threads = gather_threads()
     limit = Memcpy(turn.rows.batch_bytes, threads, turn.n * turn.rows.row_bytes)
-    count = max(4, round(seconds / 0.4))
-    pairs = [(limit.gbps(0.2), rate(batches, 0.2)[0]) for _ in range(count)]
+    gbps, _ = rate(batches, TURN_S)
+    count = max(SKIP, round(gbps * 1e9 * TURN_S / turn.rows.batch_bytes))
+    copied: dict[int, list[float]] = {ways: [] for ways in range(1, threads + 1)}
+    ours = []
+    for _ in range(max(5, round(seconds / TURN_S / (threads + 1)))):
+        for ways, rates in copied.items():
+            rates.append(limit.gbps(count, ways))
+        ours.append(rate_of(batches, count))
+    best = max(copied, key=lambda ways: np.median(copied[ways]))
     return {
-        "limit_gbps": float(np.median([one for one, _ in pairs])),
-        "gbps": float(np.median([two for _, two in pairs])),
-        "to_limit": float(np.median([two / one for one, two in pairs])),
-        "limit_cached_gbps": limit.cached_gbps,
-        "limit_threads": limit.ways,
+        "limit_gbps": float(np.median(copied[best])),
+        "gbps": float(np.median(ours)),
+        "to_limit": float(np.median(np.divide(ours, copied[best]))),
+        "limit_cached_gbps": limit.gbps(count, best, cached=True),
+        "limit_threads": best,
         "threads": threads,
     }
 

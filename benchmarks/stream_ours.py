@@ -22,7 +22,7 @@ import raypipe.stream as stream
 from raypipe.stream import ArraySource, Cursor, Gatherer, StepSlice, StreamPlan
 
 FASTEST = 40e9  # bytes/s: the plan through Ray Data is made long enough for this
-SOURCE_BYTES = 512_000_000  # beyond any cache; a smaller file is matched, as it may be cached too
+SOURCE_BYTES = 2_000_000_000  # of the limit at most: a file up to this size is matched
 GATHER_THREADS = "raypipe-gather"
 
 
@@ -119,10 +119,10 @@ class ThroughRay:
 
 
 class Memcpy:
-    """The best copy of a batch into one reused buffer, by up to ``threads`` threads.
+    """Copies of batches into one reused buffer, by one thread or several.
 
-    The source is walked through, as rows of a large file are: one batch copied again and again
-    would come from the processor's cache (``cached_gbps``, shown beside the limit).
+    The source is as large as the file and walked through, as its rows are: one batch copied again
+    and again would come from the processor's cache (``cached``, shown beside the limit).
     """
 
     def __init__(self, batch_bytes: int, threads: int, file_bytes: int) -> None:
@@ -131,29 +131,20 @@ class Memcpy:
         self._target = np.ones(batch_bytes, np.uint8)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="memcpy")
         self._next = 0
-        rates = {ways: self._measure(0.2, ways) for ways in range(1, threads + 1)}
-        self.ways = max(rates, key=lambda ways: rates[ways])
-        source, self._source = self._source, self._source[:1]
-        self.cached_gbps = self._measure(0.2, self.ways)
-        self._source = source
 
-    def gbps(self, seconds: float) -> float:
-        """GB/s over so many seconds."""
-        return self._measure(seconds, self.ways)
-
-    def _measure(self, seconds: float, ways: int) -> float:
+    def gbps(self, count: int, ways: int, *, cached: bool = False) -> float:
+        """GB/s of ``count`` batches, each in ``ways`` pieces at once."""
         cuts = np.linspace(0, self._target.size, ways + 1).astype(int).tolist()
         pieces = [slice(lo, hi) for lo, hi in itertools.pairwise(cuts)]
-        done, began = 0, time.perf_counter()
-        while (now := time.perf_counter()) - began < seconds:
+        began = time.perf_counter()
+        for _ in range(count):
+            self._next += not cached
             source = self._source[self._next % len(self._source)]
-            self._next += 1
             if ways == 1:
                 np.copyto(self._target, source)
             else:
                 list(self._pool.map(lambda p, s=source: np.copyto(self._target[p], s[p]), pieces))
-            done += self._target.size
-        return done / (now - began) / 1e9
+        return count * self._target.size / (time.perf_counter() - began) / 1e9
 
 
 OURS = {"plain": Plain, "ray": ThroughRay}

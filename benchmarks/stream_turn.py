@@ -25,7 +25,7 @@ from stream_data import Rows
 from raypipe.memory import ProcessProbe
 
 HERE = Path(__file__).resolve().parent
-LIMIT_S = 300.0
+LIMIT_S = 180.0  # of one turn: what takes longer hangs
 
 
 class TurnFailed(Exception):

@@ -1,8 +1,9 @@
-"""A source's file, mapped read-only in this process; rows are copied out of it without the GIL.
+"""A source's file, open and mapped read-only in this process; rows are copied out without the GIL.
 
-Touching a map beyond the end of a file that was cut short is SIGBUS; so the size is checked when
-the file is mapped and again before every copy (what is cut off during a copy, or fails on the disk
-itself, still is one).
+Touching a map beyond the end of a file that was cut short is SIGBUS, which ends the process. So
+rows are never copied from the map by the processor's own hand: the kernel copies them
+(`raypipe.stream.scatter`), and where there is nothing to copy it says so. What remains is `array`,
+for those who index it themselves. The map also tells which rows are in memory.
 
 Cold pages are asked for ahead by `ask_for`. It uses posix_fadvise: for a file, madvise(WILLNEED) is
 the same request to the kernel, but Python's holds the GIL meanwhile.
@@ -20,12 +21,16 @@ import numpy as np
 
 from raypipe.errors import ConfigError, MissingInput, StoreCorrupt
 from raypipe.memory.guard import on_relief
+from raypipe.store.checksum import read_full
 from raypipe.stream.rows import runs_of
+from raypipe.stream.scatter import consecutive, copy_scattered
 from raypipe.stream.source import ArraySource
 
 # A longer request is cut by the kernel without a word to the device's read-ahead (128 KiB unless
 # set otherwise): force_page_cache_readahead in mm/readahead.c.
 _REQUEST = 128 << 10
+# From here on a row is read by a call of its own: below, the call costs more than the copy.
+_LARGE_ROW_BYTES = 32 << 10
 # Rows looked at to tell whether a batch is in the page cache: 2 us each.
 _SAMPLE = 4
 
@@ -54,20 +59,31 @@ class MappedRows:
 
     @property
     def array(self) -> np.ndarray:
-        """The rows, (n_rows, *row_shape) of the stored dtype, read-only, not copied."""
+        """The rows, (n_rows, *row_shape) of the stored dtype, read-only, not copied.
+
+        A file that is cut short under it is SIGBUS.
+        """
         return self.bytes.view(self.source.stored_dtype).reshape(self.source.shape)
 
     def take(self, rows: np.ndarray, out: np.ndarray) -> None:
-        """Copy ``rows`` (n,) into ``out`` (n, row_bytes) uint8.
+        """Copy ``rows`` (n,) into ``out`` (n, row_bytes) uint8, contiguous.
 
         Raises ConfigError for a row that the file does not have, StoreCorrupt when the file was cut
-        short since it was mapped.
+        short since it was mapped, even in the middle of this call, or when the disk fails.
         """
-        rows = np.asarray(rows, dtype=np.intp)
-        if rows.size:
-            self.check(rows)
-            # The range is checked above: mode "raise" would copy through a second buffer.
-            np.take(self.bytes, rows, axis=0, out=out, mode="clip")
+        if rows.size == 0:
+            return
+        self.check(rows)
+        width = self.source.row_bytes
+        if width < _LARGE_ROW_BYTES and copy_scattered(self.bytes, rows, out):
+            return
+        # Neighbours by one read; what is still wrong after a failed copy is told by the read.
+        for lo, hi in consecutive(rows):
+            self._read(self.source.offset + int(rows[lo]) * width, out[lo:hi])
+
+    def part(self, row: int, first: int, out: np.ndarray) -> None:
+        """Copy bytes of ``row``, from its byte ``first`` on, to ``out`` (bytes,); as `take`."""
+        self._read(self.source.offset + row * self.source.row_bytes + first, out)
 
     def check(self, rows: np.ndarray) -> None:
         """Raise as `take` unless ``rows`` (n,), n > 0, can be read now."""
@@ -119,6 +135,17 @@ class MappedRows:
     def _inside(self, rows: np.ndarray) -> np.ndarray:
         """The rows that there are: for hints, which report nothing."""
         return rows[(rows >= 0) & (rows < self.source.n_rows)]
+
+    def _read(self, at: int, out: np.ndarray) -> None:
+        try:
+            count = read_full(self._fd, memoryview(out.reshape(-1).data), at)
+        except OSError as error:
+            raise StoreCorrupt(
+                f"{self.source.path} cannot be read at byte {at} ({error.strerror}); extract or "
+                "copy it again"
+            ) from error
+        if count < out.size:
+            raise StoreCorrupt(_truncated(self.source, self._map.size()))
 
     def _check_size(self) -> None:
         if self._map.size() < self.source.end_byte:

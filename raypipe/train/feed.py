@@ -18,7 +18,9 @@ import numpy as np
 from torch import Tensor
 
 from raypipe.errors import ConfigError
-from raypipe.stream import ArraySource, Cursor, Gatherer, StepSlice, StreamPlan, split_micro
+from raypipe.stream import Cursor, Gatherer, StepSlice, StreamPlan, split_micro
+from raypipe.stream.reading import Source
+from raypipe.stream.rows import RowRange
 from raypipe.train import checkpoint
 from raypipe.train.config import TrainConfig
 from raypipe.train.task import Task
@@ -40,7 +42,10 @@ class Micro:
 
 
 def training_plan(
-    train_rows: np.ndarray, cfg: TrainConfig, world: int, run_dir: Path | None = None
+    train_rows: np.ndarray | range | RowRange,
+    cfg: TrainConfig,
+    world: int,
+    run_dir: Path | None = None,
 ) -> StreamPlan:
     """The stream of a run: ``cfg``'s, or that of the checkpoint in ``run_dir`` which it resumes.
 
@@ -53,13 +58,19 @@ def training_plan(
 
 
 def plan_from(
-    train_rows: np.ndarray, cfg: TrainConfig, world: int, found: checkpoint.Found | None
+    train_rows: np.ndarray | range | RowRange,
+    cfg: TrainConfig,
+    world: int,
+    found: checkpoint.Found | None,
 ) -> StreamPlan:
-    """`training_plan` for a checkpoint that is already chosen (None: a fresh run)."""
+    """`training_plan` for a checkpoint that is already chosen (None: a fresh run).
+
+    A range of rows stays one: rows are computed when a step needs them.
+    """
     if found is None:
-        return StreamPlan(np.asarray(train_rows), cfg.seed, cfg.rows_per_step(world), cfg.epochs)
+        return StreamPlan(train_rows, cfg.seed, cfg.rows_per_step(world), cfg.epochs)
     rows_per_step = _recorded_rows_per_step(found, cfg, world)
-    plan = StreamPlan(np.asarray(train_rows), cfg.seed, rows_per_step, cfg.epochs)
+    plan = StreamPlan(train_rows, cfg.seed, rows_per_step, cfg.epochs)
     check_same_run(found, plan, cfg)
     return plan
 
@@ -85,7 +96,7 @@ def stream_record(
     }
 
 
-def source_fingerprints(sources: Mapping[str, ArraySource]) -> dict[str, str]:
+def source_fingerprints(sources: Mapping[str, Source]) -> dict[str, str]:
     """What each source says of its content, by name; those that say nothing are left out."""
     return {name: source.fingerprint for name, source in sources.items() if source.fingerprint}
 

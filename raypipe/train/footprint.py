@@ -206,7 +206,7 @@ def _phases(
 
 def _batches(task: Task, device: torch.device) -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:
     """Real rows of training, `SIZES` of them (the same ones again where there are fewer)."""
-    pieces = [np.resize(task.train_rows, size) for size in SIZES]
+    pieces = [np.resize(np.asarray(task.train_rows[:size]), size) for size in SIZES]
     with Gatherer(task.sources(), max(SIZES), device, depth=2) as gatherer:
         for rows, batch in zip(pieces, gatherer.batches(pieces), strict=True):
             yield rows, {name: tensor.clone() for name, tensor in batch.items()}

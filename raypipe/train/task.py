@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from raypipe.errors import ConfigError
-from raypipe.stream.source import ArraySource
+from raypipe.stream.reading import Source
+from raypipe.stream.rows import RowRange
 
 Batch = Mapping[str, Tensor]
 
@@ -24,8 +25,8 @@ class Task(Protocol):
     """One thing to train. Everything here is called in the worker, under the loop's seed."""
 
     @property
-    def train_rows(self) -> np.ndarray:
-        """(n,) int64, distinct: the rows to train on."""
+    def train_rows(self) -> np.ndarray | range | RowRange:
+        """(n,) int64, distinct: the rows to train on; a range takes no memory."""
         ...
 
     @property
@@ -37,8 +38,8 @@ class Task(Protocol):
         """A new model on the CPU, weights drawn from torch's global generator."""
         ...
 
-    def sources(self) -> Mapping[str, ArraySource]:
-        """The arrays of a batch, by the names that ``loss`` uses; all share their row numbers."""
+    def sources(self) -> Mapping[str, Source]:
+        """The rows of a batch, by the names that ``loss`` uses; all share their row numbers."""
         ...
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:

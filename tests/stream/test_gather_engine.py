@@ -161,7 +161,6 @@ def test_a_file_truncated_under_several_threads_is_an_error(tmp_path: Path) -> N
     sources = {name: tmp_path / f"{name}.npy" for name in "ab"}
 
     def rows() -> Iterator[np.ndarray]:
-        # Before any piece is under way: what is cut off in the middle of a copy is SIGBUS still.
         os.truncate(tmp_path / "b.npy", 4096)
         yield from (np.arange(i, i + 8) for i in range(0, 56, 8))
 
