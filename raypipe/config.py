@@ -7,8 +7,11 @@ stood on the command line before the flags, so a file and flags build the same o
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import json
+import re
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
@@ -24,16 +27,27 @@ T = TypeVar("T")
 def parse(cls: type[T], args: Sequence[str], *, prog: str, description: str = "") -> T:
     """Build ``cls`` from ``args``; ``--config FILE`` supplies values that flags override.
 
-    Raises ConfigError (a value breaks a rule), UnknownName (a key of the file is no field),
-    MissingInput (no such file); wrong flags end in SystemExit(2) with tyro's own message.
+    Raises ConfigError (a wrong flag, or a value that breaks a rule), UnknownName (a key of the file
+    is no field), MissingInput (no such file); --help ends in SystemExit(0).
     """
     import tyro
 
     file, rest = _take_config_flag(args)
     given = [*_file_to_flags(cls, file), *rest] if file else rest
-    return tyro.cli(
-        cls, args=given, prog=prog, description=description, config=(tyro.conf.OmitArgPrefixes,)
-    )
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(
+                cls,
+                args=given,
+                prog=prog,
+                description=description,
+                config=(tyro.conf.OmitArgPrefixes,),
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise ConfigError(f"{_unboxed(said.getvalue())}; see {prog} --help") from None
 
 
 def only_from_file(args: Sequence[str]) -> frozenset[str]:
@@ -68,6 +82,21 @@ def save(config: Any, path: Path) -> None:
 def dumps(config: Any) -> str:
     """``config`` as one stable JSON text."""
     return json.dumps(to_dict(config), sort_keys=True)
+
+
+def _unboxed(text: str) -> str:
+    """The one line of what tyro draws as a box: its parts, without the words of each option's help.
+
+    A part's own rows stand at the box's edge, what it lists 4 columns in, help 8 columns in.
+    """
+    parts: list[str] = []
+    for part in re.split(r"^│ ─+ │$", text, flags=re.MULTILINE):
+        rows = [row.strip("│")[1:].rstrip() for row in part.splitlines() if row.startswith("│")]
+        head = " ".join(row for row in rows if not row.startswith(" "))
+        listed = ", ".join(row.strip() for row in rows if re.match(r" {4}\S", row))
+        if head and not head.startswith("For full helptext"):
+            parts.append(f"{head} {listed}".rstrip(" ."))
+    return "; ".join(parts) or " ".join(text.split())
 
 
 def _take_config_flag(args: Sequence[str]) -> tuple[Path | None, list[str]]:

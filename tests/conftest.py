@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import subprocess
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -40,6 +43,32 @@ def heeded_sigint() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def mount(tmp_path: Path) -> Iterator[Callable[[str, str], Path]]:
+    """Mounts a file system of (kind, options) for the test; skips where that is not allowed."""
+    with ExitStack() as mounted:
+
+        def new(kind: str, options: str) -> Path:
+            if os.geteuid() != 0 or shutil.which("mount") is None:
+                pytest.skip("mounting a small file system needs root and mount(8)")
+            folder = tmp_path / kind
+            folder.mkdir()
+            argv = ["mount", "-t", kind, "-o", options, kind, str(folder)]
+            done = subprocess.run(argv, capture_output=True, text=True)
+            if done.returncode:
+                pytest.skip(f"this machine does not allow mounting a {kind}: {done.stderr.strip()}")
+            mounted.callback(subprocess.run, ["umount", "-l", str(folder)], check=True)
+            return folder
+
+        yield new
+
+
+@pytest.fixture
+def small_disk(mount: Callable[[str, str], Path]) -> Path:
+    """A tmpfs of 1 MiB."""
+    return mount("tmpfs", "size=1m")
 
 
 @pytest.fixture

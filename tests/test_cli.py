@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -172,3 +174,28 @@ def test_ctrl_c_is_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     monkeypatch.setattr("raypipe.store.commands.info", stopped)
     assert main(["store", "info", "."]) == 130
     assert "same command resumes" in error_line(capsys)
+
+
+INTERRUPTED_IMPORT = """
+import runpy, signal, sys
+
+class CtrlC:
+    def find_spec(self, name, *_):
+        if name == "raypipe.launch":
+            signal.raise_signal(signal.SIGINT)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, CtrlC())
+sys.argv = ["raypipe", "--version"]
+runpy.run_module("raypipe", run_name="__main__")
+"""
+
+
+def test_ctrl_c_while_importing_is_one_line_and_130() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED_IMPORT], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 130
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("raypipe: interrupted")
+    assert done.stdout == ""

@@ -65,8 +65,37 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
         parse("--config")
 
 
-def test_a_wrong_flag_exits_2(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--amp", "fp8"], ["fp8", "--amp", "'off', 'bf16'"]),
+        (["--lr", "abc"], ["abc", "--lr", "float"]),
+        (["--lr"], ["--lr", "Missing value"]),
+        (["--lrr", "1"], ["--lrr", "--lr FLOAT"]),
+        (["--subj", "y" * 200, "--over"], ["--over", "--overwrite"]),
+    ],
+)
+def test_a_wrong_flag_is_one_line_of_value_rule_and_next_step(
+    flags: list[str], words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse("--data-dir", "/x", *flags)
+    (line,) = str(error.value).splitlines()
+    for word in (*words, "; see test --help"):
+        assert word in line
+    assert "│" not in line and "─" not in line
+    assert capsys.readouterr().err == ""
+
+
+def test_all_that_is_missing_is_named_without_its_help() -> None:
+    with pytest.raises(ConfigError) as error:
+        parse("--lrr", "1")
+    assert str(error.value).startswith("Missing from test: --data-dir PATH; Unrecognized options: ")
+    assert "(required)" not in str(error.value)
+
+
+def test_help_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        parse("--data-dir", "/x", "--amp", "fp8")
-    assert stop.value.code == 2
-    assert "fp8" in capsys.readouterr().err
+        parse("--help")
+    assert stop.value.code == 0
+    assert "--clip-norm" in capsys.readouterr().out

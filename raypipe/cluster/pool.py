@@ -13,7 +13,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from types import TracebackType
 from typing import Any
 
 import ray
@@ -68,12 +67,7 @@ class RayPool:
         self._seats = [self._seat() for _ in range(self._needs.workers)]
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for seat in self._seats:
             ray.kill(seat.actor, no_restart=True)
         self._seats = []

@@ -1,7 +1,8 @@
 """The extraction worker: holds one backbone, reads images ahead, writes behind.
 
-An ordinary class (``runner.StepWorker``). Three things overlap: threads decode the next cell of
-the batch grid, this thread runs the forward pass, and one thread writes and commits finished rows.
+An ordinary class (``runner.StepWorker``). Three things overlap: threads read the next cell of the
+batch grid (``cells``), this thread runs the forward pass, and one thread writes and commits finished
+rows.
 Memory is bounded by design: at most two decoded cells and two cells of features exist at a time.
 It is asked about before each forward pass (``memory.guard``); while it is short the passes shrink.
 """
@@ -15,7 +16,6 @@ import uuid
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,13 +24,13 @@ import torch
 from raypipe.backbone import BackboneSpec
 from raypipe.backbone.model import Precision
 from raypipe.backbone.model import load as load_backbone
-from raypipe.errors import BadImage, InputError, MemoryBudgetExceeded
+from raypipe.errors import InputError, MemoryBudgetExceeded
+from raypipe.extract.cells import Cell, CellReader
 from raypipe.extract.plan import LESS_MEMORY, RangeItem
 from raypipe.memory.guard import current, note, relieve
 from raypipe.memory.policy import Throttle
-from raypipe.read import Undecodable, try_read_image
 from raypipe.runner import Done
-from raypipe.store import RowSource, ShardWriter, WriterTarget
+from raypipe.store import ShardWriter, WriterTarget
 
 logger = logging.getLogger(__name__)
 
@@ -84,16 +84,6 @@ class Extracted:
     halved_to: int | None
 
 
-@dataclass
-class _Cell:
-    """One decoded cell of the grid: pixels (n, H, W, 3) uint8."""
-
-    lo: int
-    pixels: np.ndarray
-    sources: list[RowSource]
-    names: list[str]
-
-
 class ExtractWorker:
     """Computes ranges of rows; see the module."""
 
@@ -104,11 +94,13 @@ class ExtractWorker:
         self._backbone = load_backbone(
             setup.spec, weights=setup.weights, device=setup.device, precision=setup.precision
         )
-        self._host_hw = self._backbone.spec.preprocess.host_size(*setup.image_hw)
-        self._decoders = ThreadPoolExecutor(setup.decode_threads, "decode")
+        self._cells = CellReader(
+            self._backbone.spec,
+            setup.image_hw,
+            threads=setup.decode_threads,
+            fail_on_bad_image=setup.fail_on_bad_image,
+        )
         self._sink = ThreadPoolExecutor(1, "write")
-        self._ahead: tuple[tuple[str, int], Future[_Cell]] | None = None
-        self._reader = ThreadPoolExecutor(1, "read-ahead")
         self._writing: Future[None] | None = None
         self._committing: list[tuple[Any, Future[Extracted]]] = []
         self._throttle: Throttle | None = None
@@ -156,12 +148,12 @@ class ExtractWorker:
         halved: int | None = None
         writes: list[Future[None]] = []
         for index, (lo, paths) in enumerate(cells):
-            cell = self._take(item.group, lo, paths)
+            cell = self._cells.take(item.group, lo, paths)
             note(step=lo, phase="extract")
             if index + 1 < len(cells):
-                self._read_ahead(item.group, *cells[index + 1])
+                self._cells.read_ahead(item.group, *cells[index + 1])
             elif upcoming is not None:
-                self._read_ahead(upcoming.group, *next(upcoming.cells()))
+                self._cells.read_ahead(upcoming.group, *next(upcoming.cells()))
             features, used = self._forward(cell.pixels, item.batch_limit or item.grid)
             halved = used if used < item.grid and used < len(paths) else halved
             writes.append(self._write_behind(item, cell, features, used))
@@ -176,8 +168,8 @@ class ExtractWorker:
     def close(self) -> None:
         """Finish writing, close the files, end the threads."""
         self._finish_writing()
-        for pool in (self._reader, self._decoders, self._sink):
-            pool.shutdown(wait=True, cancel_futures=True)
+        self._cells.close()
+        self._sink.shutdown(wait=True, cancel_futures=True)
 
     def _finish_writing(self) -> None:
         self._collect(wait_for_all=True)
@@ -188,56 +180,6 @@ class ExtractWorker:
             writer.close()
         self._writers.clear()
         self._open_group = ""
-
-    # --- reading ahead -----------------------------------------------------------------------
-
-    def _read_ahead(self, group: str, lo: int, paths: tuple[Path, ...]) -> None:
-        self._ahead = ((group, lo), self._reader.submit(self._decode, lo, paths))
-
-    def _take(self, group: str, lo: int, paths: tuple[Path, ...]) -> _Cell:
-        """The cell that was read ahead, or, when another was, this one now."""
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead[0] == (group, lo):
-            return ahead[1].result()
-        if ahead is not None and not ahead[1].cancel():
-            wait([ahead[1]])  # its memory comes first: two decoded cells at a time, not three
-        return self._decode(lo, paths)
-
-    def _decode(self, lo: int, paths: tuple[Path, ...]) -> _Cell:
-        pixels = np.zeros((len(paths), *self._host_hw, 3), np.uint8)
-        jobs = [self._decoders.submit(self._decode_one, p, pixels[i]) for i, p in enumerate(paths)]
-        return _Cell(lo, pixels, [job.result() for job in jobs], [path.name for path in paths])
-
-    def _decode_one(self, path: Path, out: np.ndarray) -> RowSource:
-        """Decode and resize into ``out`` (H, W, 3); a bad image leaves it zero, with the reason."""
-        image = try_read_image(path)
-        if isinstance(image, Undecodable):
-            if not image.digest:  # listed by the driver, and not even its bytes can be had here
-                raise InputError(
-                    f"{platform.node()} cannot open {path} ({image.reason}); put --data-dir on a disk "
-                    "that every machine mounts, or mend or remove the file"
-                )
-            return self._bad(path, image)
-        preprocess = self._backbone.spec.preprocess
-        if preprocess.resize is None and image.pixels.shape[:2] != self._setup.image_hw:
-            got, want = image.pixels.shape[:2], self._setup.image_hw
-            raise InputError(
-                f"{path.name} has {got[0]}x{got[1]} pixels, the first image {want[0]}x{want[1]}; "
-                f"{self._backbone.spec.name} does not resize: give --image-size, or sort them apart"
-            )
-        try:
-            out[...] = preprocess.host(image.pixels)
-        except BadImage as error:  # too narrow to be resized
-            narrow = Undecodable(
-                reason=str(error), digest=image.digest, size_bytes=image.size_bytes
-            )
-            return self._bad(path, narrow)
-        return RowSource(digest=image.digest, size_bytes=image.size_bytes, reason=None)
-
-    def _bad(self, path: Path, image: Undecodable) -> RowSource:
-        if self._setup.fail_on_bad_image:
-            raise BadImage(f"{path}: {image.reason}; mend or remove it, or --on-bad-image mark")
-        return RowSource(digest=image.digest, size_bytes=image.size_bytes, reason=image.reason)
 
     # --- forward -----------------------------------------------------------------------------
 
@@ -309,7 +251,7 @@ class ExtractWorker:
     # --- writing behind ----------------------------------------------------------------------
 
     def _write_behind(
-        self, item: RangeItem, cell: _Cell, features: dict[str, np.ndarray], batch: int
+        self, item: RangeItem, cell: Cell, features: dict[str, np.ndarray], batch: int
     ) -> Future[None]:
         """Hand the rows to the writing thread; waits while the cell before is being written."""
         if self._writing is not None:
@@ -319,7 +261,7 @@ class ExtractWorker:
         return self._writing
 
     def _write(
-        self, item: RangeItem, cell: _Cell, features: dict[str, np.ndarray], halved: int | None
+        self, item: RangeItem, cell: Cell, features: dict[str, np.ndarray], halved: int | None
     ) -> None:
         if item.group != self._open_group:  # what was written of the group before is committed
             self._close_writers()

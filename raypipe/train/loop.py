@@ -2,8 +2,9 @@
 
 Runs the same in one process and in each of many (DDP). It takes its rows as `StepSlice`s from
 whoever feeds it, a local plan or Ray Data, and checks that they are the plan's: the right step, and
-over all ranks the right number of rows. Arithmetic is ``engine``'s, files are ``checkpoint``'s, how
-many rows are computed at once is ``limit``'s, and what that takes is foretold by ``planner``.
+over all ranks the right number of rows. Arithmetic is ``engine``'s, what a step came to ``numbers``',
+files are ``saving``'s and ``checkpoint``'s, how many rows are computed at once is ``limit``'s, and
+what that takes is foretold by ``planner``.
 
 The test split has no way in here: the best epoch is the one of lowest ``val_loss``.
 """
@@ -13,10 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing
-from dataclasses import asdict, dataclass
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,7 +26,7 @@ from raypipe.stream.reading import Source
 from raypipe.train import checkpoint, rng
 from raypipe.train.config import TrainConfig
 from raypipe.train.context import WorkerContext
-from raypipe.train.engine import Engine, StepNotes, check_finite
+from raypipe.train.engine import Engine, check_finite
 from raypipe.train.feed import (
     Micro,
     check_same_sources,
@@ -41,9 +39,11 @@ from raypipe.train.feed import (
 )
 from raypipe.train.limit import BatchLimit, out_of_memory, short
 from raypipe.train.metrics import MetricsLog, plain
+from raypipe.train.numbers import StepNumbers
 from raypipe.train.planner import Planned, device_budget, plan_for
 from raypipe.train.precision import format_table, settings_table, use_device
 from raypipe.train.result import FitResult, Progress
+from raypipe.train.saving import Saver
 from raypipe.train.schedule import learning_rate
 from raypipe.train.task import Task
 
@@ -51,17 +51,6 @@ from raypipe.train.task import Task
 # ranks ask for it (Ray Data), and a rank that looked two batches ahead could ask, and wait, before
 # a step whose gradients the others wait for.
 _DEPTH = 2
-# fp16 skips a few steps while the scale finds its level (halved each time); more in a row is NaN.
-_MAX_SKIPPED = 25
-
-
-@dataclass
-class _Pending:
-    """A step whose numbers are still on the device: read after the next one was launched."""
-
-    record: dict[str, Any]
-    sums: Tensor  # float64 (4,): loss sum, rows counted, ranks that want to stop, save is due
-    notes: StepNotes
 
 
 def buffer_bytes(sources: Mapping[str, Source], batch_size: int) -> int:
@@ -133,7 +122,7 @@ class _Fit:
     ) -> None:
         cfg = planned.cfg
         self.task, self.cfg, self.ctx, self.planned = task, cfg, ctx, planned
-        self.started = self.saved_at = ctx.clock()
+        self.started = ctx.clock()
         self.plan = plan_from(task.train_rows, cfg, ctx.world, found)
         made_of = ctx.together(lambda: source_fingerprints(task.sources()))
         if found:
@@ -146,10 +135,8 @@ class _Fit:
             self.engine.load(found)
             self.progress = Progress(**found.meta["progress"])
         self.earlier_seconds = self.progress.seconds
-        self.pending: _Pending | None = None
         self.batch_limit = batch_limit
         self.step_micros: list[Micro] = []
-        self.stopping = self.save_is_due = False
         self._start_step()
 
     def run(self, slices: Callable[[Cursor], Iterator[StepSlice]]) -> FitResult:
@@ -159,10 +146,19 @@ class _Fit:
         self._announce()
         self.limit = BatchLimit(self.cfg.batch_size, self.batch_limit, self.ctx)
         with MetricsLog(log_path, log_bytes) as self.log, ExitStack() as stack:
+            self._keep_books()
             if self.progress.cursor < self.plan.end:
                 train, self.val = self.ctx.together(lambda: self._open(stack))
                 self._steps(slices(self.progress.cursor), train)
         return self._result()
+
+    def _keep_books(self) -> None:
+        cfg, ctx, progress, log = self.cfg, self.ctx, self.progress, self.log
+        self.numbers = StepNumbers(cfg, ctx, progress, log, self._seconds)
+        self.saver = Saver(
+            cfg, ctx, self.engine, progress, log,
+            stream=self.stream, started=self.started, seconds=self._seconds,
+        )  # fmt: skip
 
     def _open(self, stack: ExitStack) -> tuple[Gatherer, Gatherer]:
         """For training, and for validation: one ring has a batch of the next epoch in it by then."""
@@ -246,28 +242,20 @@ class _Fit:
         if not ended:
             progress.step = at.step
         progress.global_step += 1
+        numbers = self.numbers
         if ended:
-            self._settle()
+            numbers.settle()
             self._end_epoch(at)
-        elif self.stopping or self.save_is_due or self._is_due_by_steps():
-            self._settle()
+        elif numbers.stopping or numbers.save_is_due or self.saver.is_due_by_steps():
+            numbers.settle()
             self._save(best=False)
-        return self.stopping or at == self.plan.end
-
-    def _is_due_by_steps(self) -> bool:
-        every = self.cfg.checkpoint_every_steps
-        return every > 0 and self.progress.global_step % every == 0
-
-    def _is_due_by_time(self) -> bool:
-        """Rank 0's own view: clocks differ, so the others learn it with the step's sums."""
-        every_s = self.cfg.checkpoint_every_s
-        return self.ctx.is_main and 0 < every_s <= self.ctx.clock() - self.saved_at
+        return numbers.stopping or at == self.plan.end
 
     def _update(self, micro: Micro) -> None:
-        """The optimiser's step; then read the numbers of the step before: they are ready."""
+        """The optimiser's step; its numbers are on their way, those of the step before are read."""
         lr = learning_rate(self.cfg, self.progress.global_step, self.plan.steps_per_epoch)
         notes = self.engine.update(lr)
-        wishes = self.ctx.should_stop(), self._is_due_by_time()
+        wishes = self.ctx.should_stop(), self.saver.is_due_by_time()
         rest = torch.tensor([self.counted, *wishes], dtype=torch.float64)
         sums = self.ctx.add_up(torch.cat([self.loss_sum[None], rest.to(self.loss_sum.device)]))
         record = {
@@ -280,44 +268,8 @@ class _Fit:
         }
         if self.limit.rows < self.cfg.batch_size:
             record["micro_batch"] = self.limit.rows
-        self._settle()
-        self.pending = _Pending(record, sums, notes)
+        self.numbers.follow(record, sums, notes)
         self._start_step()
-
-    def _settle(self) -> None:
-        """Read, check and log the pending step, if there is one."""
-        pending, self.pending = self.pending, None
-        if pending is None:
-            return
-        loss_sum, rows, stop, save = pending.sums.tolist()
-        record, progress = pending.record, self.progress
-        where = f"epoch {record['epoch']} step {record['step']}"
-        if rows != record["rows"]:
-            raise WorkerFailed(
-                f"{where} trained on {rows:.0f} of its {record['rows']} rows over all ranks; "
-                "its feeder dropped or repeated rows"
-            )
-        self._check_loss(loss_sum / rows, pending.notes, where)
-        if not pending.notes.skipped:
-            progress.epoch_loss_sum += loss_sum
-            progress.epoch_rows += int(rows)
-        self.stopping = self.stopping or stop > 0
-        self.save_is_due = self.save_is_due or save > 0
-        record |= {"loss": loss_sum / rows, **_noted(pending.notes), "seconds": self._seconds()}
-        self.log.append(record)
-        if self.ctx.is_main:
-            self.ctx.on_step(record)
-
-    def _check_loss(self, loss: float, notes: StepNotes, where: str) -> None:
-        progress = self.progress
-        progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if notes.skipped else 0
-        if progress.skipped_in_a_row > _MAX_SKIPPED:
-            raise WorkerFailed(
-                f"fp16 skipped {progress.skipped_in_a_row} steps in a row up to {where} (scale "
-                f"{notes.scale:g}); train with amp bf16 or off, or look for NaN in the data"
-            )
-        if not notes.skipped:
-            check_finite(loss, where, self.cfg)
 
     def _end_epoch(self, following: Cursor) -> None:
         """Validate, note the best, save, and report."""
@@ -349,26 +301,8 @@ class _Fit:
         self.ctx.report({**record, "checkpoint": str(self.ctx.run_dir / "last")})
 
     def _save(self, *, best: bool) -> None:
-        """Checkpoint; best before last, so that a last that knows of a best finds it there."""
-        guard.note(phase="save")
-        self.progress.seconds = self._seconds()
-        state = self.engine.training_state()
-        meta = {
-            "progress": asdict(self.progress),
-            "stream": self.stream,
-            "metrics_bytes": self.log.sync(),
-            "versions": {"torch": torch.__version__, "numpy": np.__version__},
-        }
-
-        def write() -> None:
-            model = self.engine.model_state()
-            if best:
-                checkpoint.save(self.ctx.run_dir, "best", {"model": model}, meta)
-            contents = {"model": model, "state": state}
-            checkpoint.save(self.ctx.run_dir, "last", contents, meta, self.cfg.keep)
-
-        self.ctx.on_main(write)
-        self.saved_at, self.save_is_due = self.ctx.clock(), False
+        self.saver.save(best=best)
+        self.numbers.save_is_due = False
 
     def _seconds(self) -> float:
         """Seconds of training, those before a resume included."""
@@ -398,12 +332,3 @@ class _Fit:
             seconds=self._seconds(),
             n_parameters=sum(p.numel() for p in self.engine.trainable),
         )
-
-
-def _noted(notes: StepNotes) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    if notes.grad_norm is not None:
-        found["grad_norm"] = float(notes.grad_norm)
-    if notes.scale is not None:
-        found |= {"scale": notes.scale, "skipped": notes.skipped}
-    return found

@@ -16,7 +16,6 @@ import json
 import math
 import os
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 
@@ -47,12 +46,7 @@ class MetricsLog:
     def __enter__(self) -> MetricsLog:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._file is not None:
             self._file.close()
 

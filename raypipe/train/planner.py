@@ -4,9 +4,8 @@
 `Plan.choose` is what ``--fit-gpu`` does with it. Both leave the rows of an optimiser step, and so
 the run itself, as they are: a smaller micro batch means more of them.
 
-Mild is, in this order: what was asked for; channels_last, which changes a layout; checkpointing,
-which computes again; AMP, which alone changes numbers; all of them. A set is chosen before a milder
-one only where it lets more of the asked micro batch be computed at once.
+The sets, and which of two is the milder, are ``techniques``'. A set is chosen before a milder one
+only where it lets more of the asked micro batch be computed at once.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -29,43 +28,13 @@ from raypipe.train.context import WorkerContext
 from raypipe.train.footprint import SIZES, Footprint, measure
 from raypipe.train.precision import has_convolutions
 from raypipe.train.task import Task
+from raypipe.train.techniques import Amp, Techniques, mixed_type, techniques_of
 from raypipe.units import format_bytes
 
 PLAN_FILE = "memory_plan.json"
 # What a CUDA process takes beside torch's allocator: the context, cuBLAS and cuDNN. 0.3 to 0.6 GiB
 # by driver and card; an assumption, and named in the table.
 CUDA_CONTEXT_BYTES = 640 << 20
-_NO_BLOCKS = "this model names no blocks to recompute"
-_NO_CONVOLUTIONS = "this model has no 2-D convolutions"
-
-Amp = Literal["off", "bf16", "fp16"]
-
-
-@dataclass(frozen=True)
-class Techniques:
-    """What a step may use to take less memory."""
-
-    amp: Amp = "off"
-    checkpointing: bool = False
-    channels_last: bool = False
-
-    @property
-    def name(self) -> str:
-        """``fp32``, ``AMP bf16``, ``checkpointing + channels_last``, ..."""
-        parts = [f"AMP {self.amp}"] if self.amp != "off" else []
-        parts += [n for n in ("checkpointing", "channels_last") if getattr(self, n)]
-        return " + ".join(parts) or "fp32"
-
-    @classmethod
-    def of(cls, cfg: TrainConfig) -> Techniques:
-        """Those of ``cfg``."""
-        return cls(cfg.amp, cfg.checkpointing, cfg.channels_last)
-
-    def within(self, other: Techniques) -> bool:
-        """Whether ``other`` has all of these."""
-        amp = self.amp in ("off", other.amp)
-        flags = ("checkpointing", "channels_last")
-        return amp and all(getattr(other, n) or not getattr(self, n) for n in flags)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,7 +190,7 @@ class Plan:
         )
 
     def _set_of(self, cfg: TrainConfig) -> Techniques:
-        return _possible(Techniques.of(cfg), blocks=True, convolutions=self.convolutions)
+        return Techniques.of(cfg).possible(blocks=True, convolutions=self.convolutions)
 
     def _accumulates(self, rows: int) -> bool:
         return self.world > 1 or rows < self._rows_a_step
@@ -255,12 +224,12 @@ def predict(
         del module
         found: dict[Techniques, Prediction] = {}
         for techniques in techniques_of(cfg, mixed_type(cfg, device)):
-            possible = _possible(techniques, blocks=blocks, convolutions=convolutions)
+            possible = techniques.possible(blocks=blocks, convolutions=convolutions)
             if possible not in found:
                 found[possible] = _predicted(task, cfg, device, possible, open_rows)
             elif techniques not in found:
                 found[techniques] = Prediction(
-                    techniques=techniques, why_not=_why_not(techniques, possible)
+                    techniques=techniques, why_not=techniques.why_not(possible)
                 )
     return Plan(
         asked=cfg,
@@ -285,45 +254,6 @@ def _predicted(
             techniques=techniques, why_not=f"{device} cannot hold {SIZES[1]} rows of it"
         )
     return Prediction(techniques=techniques, footprint=footprint)
-
-
-def _possible(techniques: Techniques, *, blocks: bool, convolutions: bool) -> Techniques:
-    """Those of ``techniques`` that the model has a use for."""
-    return replace(
-        techniques,
-        checkpointing=techniques.checkpointing and blocks,
-        channels_last=techniques.channels_last and convolutions,
-    )
-
-
-def _why_not(techniques: Techniques, possible: Techniques) -> str:
-    reasons = [_NO_BLOCKS] if techniques.checkpointing and not possible.checkpointing else []
-    reasons += [_NO_CONVOLUTIONS] if techniques.channels_last and not possible.channels_last else []
-    return f"as {possible.name}: {', '.join(reasons)}"
-
-
-def techniques_of(cfg: TrainConfig, amp: Amp) -> list[Techniques]:
-    """The sets to look at, each once: fp32, each technique alone, all; and on top of what ``cfg``
-    asks for the same. The mildest first.
-    """
-    bases = [Techniques(), Techniques.of(cfg)]
-    steps: list[dict[str, Any]] = [
-        {},
-        {"channels_last": True},
-        {"checkpointing": True},
-        {"amp": amp},
-        {"amp": amp, "checkpointing": True, "channels_last": True},
-    ]
-    return list(dict.fromkeys(replace(base, **step) for step in steps for base in bases))
-
-
-def mixed_type(cfg: TrainConfig, device: torch.device) -> Amp:
-    """AMP's type: the asked one, else bf16 (which needs no loss scale) where the device has it."""
-    if cfg.amp != "off":
-        return cfg.amp
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return "fp16"
-    return "bf16"
 
 
 def save_plan(run_dir: Path, plan: Plan, choice: Choice | None) -> None:

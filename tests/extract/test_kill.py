@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -172,22 +172,6 @@ def test_a_second_run_on_one_store_fails_at_once_and_names_the_owner(config: Mak
     assert verify(path).ok
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB; skips where mounting is not allowed."""
-    place = tmp_path / "small"
-    place.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)],
-        capture_output=True,
-        text=True,
-    )
-    if mounted.returncode:
-        pytest.skip(f"mounting a tmpfs is not allowed here: {mounted.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
-
-
 @pytest.mark.usefixtures("ray_session")
 def test_a_disk_too_small_is_refused_before_a_byte_is_written(
     config: MakeConfig, small_disk: Path
@@ -200,36 +184,28 @@ def test_a_disk_too_small_is_refused_before_a_byte_is_written(
 
 
 def test_a_disk_that_fills_up_in_the_run_exits_3_and_resumes(
-    config: MakeConfig, unbroken: bytes, tmp_path: Path
+    config: MakeConfig, unbroken: bytes, mount: Callable[[str, str], Path]
 ) -> None:
     """The data are preallocated: what meets the full disk is a journal."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)]
-    mounted = subprocess.run(mount, capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"mounting a tmpfs is not allowed here: {mounted.stderr.strip()}")
-    try:
-        cfg = config(output_dir=place / "features")
-        path = shard(cfg.output_dir, cfg.data_dir)
-        run = subprocess.Popen(
-            command(cfg), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
-        wait_for(lambda: path.with_name("train.npy.partial").exists(), "preallocation")
-        filler = place / "filler"
-        with filler.open("wb", buffering=0) as file, suppress(OSError):
-            while True:
-                file.write(bytes(4096))
-        _, stderr = run.communicate(timeout=RUN_S)
-        assert run.returncode == 3, stderr
-        assert "bytes" in stderr.splitlines()[-1]
-        assert "free" in stderr.splitlines()[-1]
-        assert not path.exists()
-        filler.unlink()
-        subprocess.run(command(cfg), check=True, capture_output=True, timeout=RUN_S)
-        assert path.read_bytes() == unbroken
-    finally:
-        subprocess.run(["umount", "-l", str(place)], check=True)
+    place = mount("tmpfs", "size=8m")
+    cfg = config(output_dir=place / "features")
+    path = shard(cfg.output_dir, cfg.data_dir)
+    run = subprocess.Popen(
+        command(cfg), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    wait_for(lambda: path.with_name("train.npy.partial").exists(), "preallocation")
+    filler = place / "filler"
+    with filler.open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    _, stderr = run.communicate(timeout=RUN_S)
+    assert run.returncode == 3, stderr
+    assert "bytes" in stderr.splitlines()[-1]
+    assert "free" in stderr.splitlines()[-1]
+    assert not path.exists()
+    filler.unlink()
+    subprocess.run(command(cfg), check=True, capture_output=True, timeout=RUN_S)
+    assert path.read_bytes() == unbroken
 
 
 def test_numpy_alone_reads_the_store(config: MakeConfig, images: Path, tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -24,31 +23,10 @@ from raypipe.store import (
 from raypipe.store import space as space_module
 
 
-def mounted(folder: Path, kind: str, options: str):
-    if os.geteuid() != 0 or shutil.which("mount") is None:
-        pytest.skip("mounting a small filesystem needs root and mount(8)")
-    folder.mkdir()
-    argv = ["mount", "-t", kind, "-o", options, kind, str(folder)]
-    done = subprocess.run(argv, capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"this machine does not allow mounting a {kind}: {done.stderr.strip()}")
-    return folder
-
-
 @pytest.fixture
-def small_disk(tmp_path):
-    """A tmpfs of 1 MiB."""
-    folder = mounted(tmp_path / "small", "tmpfs", "size=1m")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
-@pytest.fixture
-def plain_disk(tmp_path):
+def plain_disk(mount):
     """A ramfs: no fallocate, and it does not say how much is free."""
-    folder = mounted(tmp_path / "plain", "ramfs", "mode=0755")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
+    return mount("ramfs", "mode=0755")
 
 
 def hog(folder: Path, leave_bytes: int) -> Path:

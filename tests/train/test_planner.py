@@ -31,7 +31,8 @@ from raypipe.train import TrainConfig, WorkerContext
 from raypipe.train.engine import Engine
 from raypipe.train.feed import Micro
 from raypipe.train.footprint import Footprint, Line, LiveBytes, measure
-from raypipe.train.planner import PLAN_FILE, Plan, Prediction, Techniques, predict
+from raypipe.train.planner import PLAN_FILE, Plan, Prediction, predict
+from raypipe.train.techniques import Techniques
 
 CPU = torch.device("cpu")
 N, SIDE, WIDTH = 64, 12, 24
