@@ -1,8 +1,9 @@
 """The order of training rows, and the rows themselves: a seeded plan of indices, then batches.
 
 ``permutation`` is a keyed shuffle that needs no list; ``plan`` makes of it the rows of every
-(epoch, step, rank); ``gather`` reads those rows from ``.npy`` maps into reused buffers, one batch
-ahead. What the batches are for is `raypipe.train`'s; how the files came to be is `raypipe.store`'s.
+(epoch, step, rank); ``gather`` reads those rows from ``.npy`` files into reused buffers, one batch
+ahead, and ``reading`` lets rows come from anywhere else. What the batches are for is
+`raypipe.train`'s; how the files came to be is `raypipe.store`'s.
 
 ``loader`` is all of it for a plain PyTorch loop, without Ray.
 
@@ -19,6 +20,7 @@ from raypipe.stream.layout import Join
 from raypipe.stream.mapped import MappedRows
 from raypipe.stream.permutation import KeyedPermutation
 from raypipe.stream.plan import Cursor, StepSlice, StreamPlan, deal, split_micro
+from raypipe.stream.reading import RowReader, Source
 from raypipe.stream.rows import RowRange
 from raypipe.stream.source import ArraySource
 from raypipe.stream.window import ShuffleQuality, WindowShuffle, shuffle_quality
@@ -36,7 +38,9 @@ __all__ = [
     "KeyedPermutation",
     "MappedRows",
     "RowRange",
+    "RowReader",
     "ShuffleQuality",
+    "Source",
     "StepSlice",
     "StreamPlan",
     "WindowShuffle",

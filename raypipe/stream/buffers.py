@@ -16,7 +16,7 @@ import numpy as np
 
 from raypipe.stream.copy import Target
 from raypipe.stream.layout import Output, itemsize
-from raypipe.stream.source import ArraySource
+from raypipe.stream.reading import Source
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +28,7 @@ class Slot:
     def __init__(
         self,
         outputs: Sequence[Output],
-        sources: Mapping[str, ArraySource],
+        sources: Mapping[str, Source],
         max_rows: int,
         pinned: bool,
     ) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from raypipe.stream.mapped import MappedRows
+from raypipe.stream.reading import Readable
 
 if TYPE_CHECKING:
     import torch
@@ -41,42 +41,42 @@ class Target:
 _own = threading.local()  # each thread's stage
 
 
-def copy_rows(mapped: MappedRows, rows: np.ndarray, places: np.ndarray, target: Target) -> None:
+def copy_rows(block: Readable, rows: np.ndarray, places: np.ndarray, target: Target) -> None:
     """Row ``rows[i]`` goes to ``places[i]`` of the target: both (n,) ints, read in this order.
 
-    Raises as `MappedRows.take`.
+    Raises as `Readable.check` and `Readable.take`.
     """
     if rows.size == 0:
         return
-    mapped.check(rows)
+    block.check(rows)
     _, lines, width = target.wide.shape
-    if not target.cast:
-        first, straight = int(places[0]), _in_turn(places)
-        whole = target.raw[first : first + rows.size]
-        if straight and whole.flags.c_contiguous:
-            mapped.take(rows, whole.reshape(rows.size, -1))
-        elif mapped.source.row_bytes >= _LARGE_ROW_BYTES:
-            source = mapped.bytes.reshape(-1, lines, target.raw.shape[2])
-            for row, place in zip(rows.tolist(), places.tolist(), strict=True):
-                target.raw[place] = source[row]
-        else:
-            _staged(mapped, rows, places, target)
-    elif lines * width > _STAGE // 2:
-        _cast_in_pieces(mapped, rows, places, target.wide)
+    if target.cast:
+        copy = _in_pieces if lines * width > _STAGE // 2 else _staged
+        copy(block, rows, places, target)
+        return
+    first = int(places[0])
+    whole = target.raw[first : first + rows.size]
+    if _in_turn(places) and whole.flags.c_contiguous:
+        block.take(rows, whole.reshape(rows.size, -1))
+    elif block.source.row_bytes < _LARGE_ROW_BYTES:
+        _staged(block, rows, places, target)
+    elif whole[0].flags.c_contiguous:
+        for row, place in zip(rows.tolist(), places.tolist(), strict=True):
+            block.part(row, 0, target.raw[place].reshape(-1))
     else:
-        _staged(mapped, rows, places, target)
+        _in_pieces(block, rows, places, target)
 
 
-def _staged(mapped: MappedRows, rows: np.ndarray, places: np.ndarray, target: Target) -> None:
-    """Small rows, many at a time: the map -> the stage -> their places."""
+def _staged(block: Readable, rows: np.ndarray, places: np.ndarray, target: Target) -> None:
+    """Small rows, many at a time: the source -> the stage -> their places."""
     import torch
 
     _, lines, width = target.wide.shape
-    each = max(1, min(_STAGE // max(1, lines * width), _STAGE_BYTES // mapped.source.row_bytes))
+    each = max(1, min(_STAGE // max(1, lines * width), _STAGE_BYTES // block.source.row_bytes))
     for lo in range(0, rows.size, each):
         picked, to = rows[lo : lo + each], places[lo : lo + each]
-        raw, numbers = _stage(mapped, picked.size * lines * width)
-        mapped.take(picked, raw.reshape(picked.size, -1))
+        raw, numbers = _stage(block, picked.size * lines * width)
+        block.take(picked, raw.reshape(picked.size, -1))
         at: Any = slice(int(to[0]), int(to[0]) + to.size) if _in_turn(to) else to
         if not target.cast:
             target.raw[at] = raw.reshape(picked.size, lines, -1)
@@ -88,36 +88,37 @@ def _staged(mapped: MappedRows, rows: np.ndarray, places: np.ndarray, target: Ta
             target.wide[torch.from_numpy(to)] = batch.to(target.wide.dtype)
 
 
-def _cast_in_pieces(
-    mapped: MappedRows, rows: np.ndarray, places: np.ndarray, wide: torch.Tensor
-) -> None:
-    """Large rows, a piece of one at a time."""
-    _, lines, width = wide.shape
-    size = mapped.source.stored_dtype.itemsize
-    source = mapped.bytes.reshape(-1, lines, width * size)
+def _in_pieces(block: Readable, rows: np.ndarray, places: np.ndarray, target: Target) -> None:
+    """Large rows, a piece of one at a time: whole lines, or part of one."""
+    _, lines, width = target.wide.shape
+    size = block.source.stored_dtype.itemsize
     columns = min(width, _STAGE)
     height = max(1, _STAGE // columns)
     for row, place in zip(rows.tolist(), places.tolist(), strict=True):
         for line in range(0, lines, height):
             for column in range(0, width, columns):
                 h, w = min(height, lines - line), min(columns, width - column)
-                raw, numbers = _stage(mapped, h * w)
-                piece = source[row, line : line + h, column * size : (column + w) * size]
-                raw.reshape(h, w * size)[:] = piece
-                wide[place, line : line + h, column : column + w].copy_(numbers.view(h, w))
+                raw, numbers = _stage(block, h * w)
+                block.part(row, (line * width + column) * size, raw)
+                if target.cast:
+                    piece = target.wide[place, line : line + h, column : column + w]
+                    piece.copy_(numbers.view(h, w))
+                else:
+                    end = (column + w) * size
+                    target.raw[place, line : line + h, column * size : end] = raw.reshape(h, -1)
 
 
-def _stage(mapped: MappedRows, count: int) -> tuple[np.ndarray, torch.Tensor]:
+def _stage(block: Readable, count: int) -> tuple[np.ndarray, torch.Tensor]:
     """This thread's stage for ``count`` numbers of the source: as bytes and as numbers."""
     import torch
 
     if not hasattr(_own, "memory"):
         _own.memory = torch.empty(STAGE_BYTES, dtype=torch.uint8)
         _own.raw = _own.memory.numpy()
-    used = count * mapped.source.stored_dtype.itemsize
+    used = count * block.source.stored_dtype.itemsize
     if used > STAGE_BYTES:  # one row that is neither large nor small: only without a cast
         raise AssertionError(f"stage of {used} bytes")
-    dtype = getattr(torch, mapped.source.dtype)
+    dtype = getattr(torch, block.source.dtype)
     return _own.raw[:used], _own.memory[:used].view(dtype)
 
 

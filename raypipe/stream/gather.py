@@ -1,12 +1,13 @@
-"""Batches of rows, read ahead: file maps -> reused host buffers -> (on CUDA) device tensors.
+"""Batches of rows, read ahead: files, readers -> reused host buffers -> (on CUDA) device tensors.
 
 A few background threads copy the next batches' rows, each batch in pieces, while the caller
 computes on the present one. Row arrays are pulled from the caller's iterator in the caller's own
 thread, at most ``depth - 1`` batches ahead (and ``read_ahead``), so the iterator needs no lock and
 its errors surface where they belong.
 
-Which rows: `raypipe.stream.plan`. What a source is: `raypipe.stream.source`. What a batch is made
-of: `raypipe.stream.layout`. Reading that is ahead of the pages: `raypipe.stream.ahead`.
+Which rows: `raypipe.stream.plan`. What a source is: `raypipe.stream.source`. Where rows that
+are in no file here come from: `raypipe.stream.reading`. What a batch is made of:
+`raypipe.stream.layout`. Reading that is ahead of the pages: `raypipe.stream.ahead`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ from raypipe.stream.ahead import Ahead
 from raypipe.stream.buffers import Pool, Ring, Slot
 from raypipe.stream.copy import STAGE_BYTES, copy_rows
 from raypipe.stream.layout import Join, lay_out
-from raypipe.stream.source import ArraySource, as_source
+from raypipe.stream.mapped import MappedRows
+from raypipe.stream.reading import Fetch, OpenRows, RowReader, Source
+from raypipe.stream.source import as_source
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +51,7 @@ def default_threads() -> int:
 
 
 def ring_bytes(
-    sources: Mapping[str, ArraySource],
+    sources: Mapping[str, Source],
     max_rows: int,
     depth: int,
     *,
@@ -78,14 +81,16 @@ class Gatherer:
     ``read_ahead``: batches whose pages the kernel is asked for together, beyond those in the ring;
     None: 0. Batches in the ring that are seen to be cold are asked for unless it is 0.
     ``lend``: batches stay valid as long as anything refers to them (CPU; on CUDA they always do).
+    ``open_rows``: opens a source, for rows that are not in a file here (`raypipe.stream.reading`);
+    None: the source opens itself. A reader is asked for every batch in the ring at once.
 
-    Close it, or use it in a ``with`` block. Raises as `as_source`, `ArraySource.open` and
-    `lay_out`, and ConfigError.
+    Close it, or use it in a ``with`` block. Raises as `as_source`, `Source.open` (or ``open_rows``)
+    and `lay_out`, and ConfigError.
     """
 
     def __init__(
         self,
-        sources: Mapping[str, ArraySource | FeatureStore | Path | str],
+        sources: Mapping[str, Source | FeatureStore | Path | str],
         max_rows: int,
         device: str | torch.device = "cpu",
         depth: int = 3,
@@ -96,6 +101,7 @@ class Gatherer:
         read_ahead: int | None = None,
         join: Mapping[str, Join | tuple[tuple[str, ...], int]] | None = None,
         lend: bool = False,
+        open_rows: OpenRows | None = None,
     ) -> None:
         import torch
 
@@ -114,7 +120,14 @@ class Gatherer:
         self.max_rows = max_rows
         self.device = torch.device(device)
         self.outputs = lay_out(self.sources, dtype=dtype, join=join, cast_on_device=self._on_cuda)
-        self._maps = {name: source.open() for name, source in self.sources.items()}
+        self._maps: dict[str, MappedRows] = {}
+        self._readers: dict[str, RowReader] = {}
+        for name, source in self.sources.items():
+            opened = source.open() if open_rows is None else open_rows(source)
+            if isinstance(opened, MappedRows):
+                self._maps[name] = opened
+            else:
+                self._readers[name] = opened
         self._ahead = Ahead(self._maps.values(), sort_reads, read_ahead)
         self._slots = [self._new_slot() for _ in range(depth)]
         self._turns: Ring | Pool = Ring(self._slots)
@@ -167,12 +180,24 @@ class Gatherer:
             self._busy = False
 
     def _start(self, slot: Slot, rows: np.ndarray) -> _Job:
-        """In the caller's thread: put a batch's pieces into the threads' queue."""
+        """In the caller's thread: ask the readers, put the pieces into the threads' queue."""
         n = rows.size
         total = n * sum(source.row_bytes for source in self.sources.values())
         count = max(1, min(self.threads, n, total // _PIECE_BYTES))
-        order = self._ahead.order(rows) if n <= self.max_rows else np.arange(0)
-        job = _Job(slot, rows, order, count)
+        try:
+            if n > self.max_rows:
+                raise ConfigError(
+                    f"a batch of {n} rows; this Gatherer was made for {self.max_rows}"
+                )
+            job = _Job(slot, rows, self._ahead.order(rows), count)
+            if n and self._readers:
+                asked = rows[job.order]
+                for name, reader in self._readers.items():
+                    job.fetches[name] = Fetch(reader, asked)
+        except Exception as error:  # raised in place of this batch, after those before it
+            job = _Job(slot, rows, np.arange(0), 0)
+            job.error = error
+            return job
         cuts = [n * index // count for index in range(count + 1)]
         for lo, hi in pairwise(cuts):
             job.pieces.append(self._pool.submit(self._fill, job, lo, hi))
@@ -180,18 +205,19 @@ class Gatherer:
 
     def _fill(self, job: _Job, lo: int, hi: int) -> None:
         """In a thread: one piece of a batch; the last one to finish sends it to the device."""
-        if job.rows.size > self.max_rows:
-            raise ConfigError(
-                f"a batch of {job.rows.size} rows; this Gatherer was made for {self.max_rows}"
-            )
         if job.slot.copied is not None:
             job.slot.copied.synchronize()
         places = job.order[lo:hi]
         rows = job.rows[places]
         for name, mapped in self._maps.items():
             copy_rows(mapped, rows, places, job.slot.targets[name])
-        if job.last() and self._on_cuda:
-            job.uploaded = self._upload(job.slot, job.rows.size)
+        for name, fetch in job.fetches.items():  # last: they come while the others are copied
+            copy_rows(fetch.block(), np.arange(lo, hi), places, job.slot.targets[name])
+        if job.last():
+            for fetch in job.fetches.values():
+                fetch.forget()
+            if self._on_cuda:
+                job.uploaded = self._upload(job.slot, job.rows.size)
 
     def _upload(self, slot: Slot, n: int) -> dict[str, torch.Tensor]:
         """Start the copies on a stream of their own, so that they overlap the caller's kernels."""
@@ -251,6 +277,8 @@ class _Job:
     def __init__(self, slot: Slot, rows: np.ndarray, order: np.ndarray, count: int) -> None:
         self.slot, self.rows, self.order = slot, rows, order
         self.pieces: list[Future[None]] = []
+        self.fetches: dict[str, Fetch] = {}
+        self.error: Exception | None = None  # it never came to pieces
         self.uploaded: dict[str, torch.Tensor] = {}
         self._left = count
         self._lock = threading.Lock()
@@ -267,7 +295,9 @@ class _Job:
             wait(self.pieces)
 
     def raise_error(self) -> None:
-        """Raise what befell a piece."""
+        """Raise what befell the batch or a piece of it."""
+        if self.error is not None:
+            raise self.error
         for piece in self.pieces:
             piece.result()
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from raypipe.errors import ConfigError
-from raypipe.stream.source import LOGICAL_DTYPES, ArraySource
+from raypipe.stream.reading import Source
+from raypipe.stream.source import LOGICAL_DTYPES
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +66,7 @@ def itemsize(dtype: str) -> int:
 
 
 def lay_out(
-    sources: Mapping[str, ArraySource],
+    sources: Mapping[str, Source],
     *,
     dtype: str | torch.dtype | Mapping[str, str | torch.dtype] | None = None,
     join: Mapping[str, Join | tuple[tuple[str, ...], int]] | None = None,
@@ -95,7 +96,7 @@ def lay_out(
 def _output(
     name: str,
     join: Join,
-    sources: Mapping[str, ArraySource],
+    sources: Mapping[str, Source],
     dtype: str | torch.dtype | Mapping[str, str | torch.dtype] | None,
     cast_on_device: bool,
 ) -> Output:

@@ -29,8 +29,9 @@ from raypipe.store import FeatureStore
 from raypipe.stream.gather import Gatherer
 from raypipe.stream.layout import Join, lay_out
 from raypipe.stream.plan import StreamPlan, deal
+from raypipe.stream.reading import OpenRows, Source
 from raypipe.stream.rows import RowRange
-from raypipe.stream.source import ArraySource, as_source, store_of
+from raypipe.stream.source import as_source, store_of
 
 _ENDLESS = 2**62
 # One batch with the user, two being read; more where a batch is copied sooner than a thread wakes.
@@ -45,7 +46,7 @@ class FeatureLoader:
     None: all, but those that a store marks as invalid. ``rank``, ``world``: this process among
     those that share the rows. ``shuffle``: False gives ascending rows. ``window``: see `StreamPlan`.
     ``epochs``: where to stop counting epochs; None: nowhere. ``device``, ``dtype``, ``join``,
-    ``threads``, ``sort_reads``, ``read_ahead``: see `Gatherer`.
+    ``threads``, ``sort_reads``, ``read_ahead``, ``open_rows``: see `Gatherer`.
 
     The order is that of ``StreamPlan(rows, seed, batch_size * world, epochs, window)``. An epoch
     ends with a smaller batch (unless ``drop_last``); a rank that gets none of its rows is given an
@@ -60,7 +61,7 @@ class FeatureLoader:
 
     def __init__(
         self,
-        sources: Mapping[str, ArraySource | FeatureStore | Path | str],
+        sources: Mapping[str, Source | FeatureStore | Path | str],
         batch_size: int,
         *,
         seed: int = 0,
@@ -77,6 +78,7 @@ class FeatureLoader:
         threads: int | None = None,
         sort_reads: bool | None = None,
         read_ahead: int | None = None,
+        open_rows: OpenRows | None = None,
     ) -> None:
         deal(0, rank, world)
         if not sources or batch_size < 1:
@@ -103,6 +105,7 @@ class FeatureLoader:
             "threads": threads,
             "sort_reads": sort_reads,
             "read_ahead": read_ahead,
+            "open_rows": open_rows,
         }
         self._epoch = 0
         self._first = 0  # the position that the next iteration begins at
@@ -306,7 +309,7 @@ class FeatureDataset(IterableDataset[dict[str, Tensor]]):
 
 
 def _all_rows(
-    given: Mapping[str, ArraySource | FeatureStore | Path | str], sources: Mapping[str, ArraySource]
+    given: Mapping[str, Source | FeatureStore | Path | str], sources: Mapping[str, Source]
 ) -> range | np.ndarray:
     """All rows of the sources but those that a store marks as invalid, which hold NaN."""
     sizes = {name: source.n_rows for name, source in sources.items()}
@@ -322,7 +325,7 @@ def _all_rows(
     return range(n) if valid is None else np.flatnonzero(valid)
 
 
-def _check_rows(plan: StreamPlan, sources: Mapping[str, ArraySource]) -> None:
+def _check_rows(plan: StreamPlan, sources: Mapping[str, Source]) -> None:
     last = int(plan.rows[-1])
     for name, source in sources.items():
         if last >= source.n_rows:

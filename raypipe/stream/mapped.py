@@ -69,6 +69,10 @@ class MappedRows:
             # The range is checked above: mode "raise" would copy through a second buffer.
             np.take(self.bytes, rows, axis=0, out=out, mode="clip")
 
+    def part(self, row: int, first: int, out: np.ndarray) -> None:
+        """Copy bytes of ``row``, from its byte ``first`` on, to ``out`` (bytes,); as `take`."""
+        out[:] = self.bytes[row, first : first + out.size]
+
     def check(self, rows: np.ndarray) -> None:
         """Raise as `take` unless ``rows`` (n,), n > 0, can be read now."""
         if rows.min() < 0 or rows.max() >= self.source.n_rows:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from raypipe.errors import ConfigError, MissingInput, StoreCorrupt, StoreError
 if TYPE_CHECKING:
     from raypipe.store import FeatureStore
     from raypipe.stream.mapped import MappedRows
+    from raypipe.stream.reading import Source
 
 # bfloat16 has no numpy dtype: stores hold its bits as uint16 and say so.
 _STORED_AS = {"bfloat16": "uint16"}
@@ -135,29 +136,28 @@ class ArraySource:
         return MappedRows(self)
 
 
-def as_source(given: ArraySource | FeatureStore | Path | str) -> ArraySource:
-    """The source that ``given`` names: itself, a sealed store, or a ``.npy``.
+def as_source(given: Source | FeatureStore | Path | str) -> Source:
+    """The source that ``given`` names: itself, a sealed store's, or that of a ``.npy``.
 
     A ``.npy`` with a manifest beside it is read as that store (so that bfloat16 is seen as such).
     Raises as `ArraySource.npy` and `FeatureStore.open`.
     """
-    if isinstance(given, ArraySource):
-        return given
     store = store_of(given)
-    if store is None:
-        assert isinstance(given, (str, Path))
+    if store is not None:
+        return ArraySource.of_locator(store.locator())
+    if isinstance(given, (str, Path)):
         return ArraySource.npy(given)
-    return ArraySource.of_locator(store.locator())
+    return cast("Source", given)
 
 
-def store_of(given: ArraySource | FeatureStore | Path | str) -> FeatureStore | None:
+def store_of(given: Source | FeatureStore | Path | str) -> FeatureStore | None:
     """The sealed store that ``given`` is or names; None for a file or source without a manifest."""
     from raypipe.store import FeatureStore
 
-    if isinstance(given, ArraySource):
-        return None
     if isinstance(given, FeatureStore):
         return given
+    if not isinstance(given, (str, Path)):
+        return None
     path = Path(given)
     has_manifest = path.with_name(f"{path.stem}.manifest.json").exists()
     return FeatureStore.open(path) if has_manifest else None

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from raypipe.errors import ConfigError
+from raypipe.stream.reading import OpenRows
 
 
 def _ignore(record: dict[str, Any]) -> None:
@@ -42,6 +43,7 @@ class WorkerContext:
     ``should_stop``: asked on every rank after each step; one True stops all, with a checkpoint.
     ``on_step``: rank 0, each step's record (for a progress bar). ``say``: rank 0, text for people.
     ``clock``: seconds from any start, never backwards; rank 0's decides when a checkpoint is due.
+    ``open_rows``: how this worker opens a source of rows; None: each opens itself.
     """
 
     run_dir: Path
@@ -53,6 +55,7 @@ class WorkerContext:
     on_step: Callable[[dict[str, Any]], None] = _ignore
     say: Callable[[str], None] = _say
     clock: Callable[[], float] = time.monotonic
+    open_rows: OpenRows | None = None
 
     def __post_init__(self) -> None:
         if self.world < 1 or not 0 <= self.rank < self.world:

@@ -18,7 +18,8 @@ import numpy as np
 from torch import Tensor
 
 from raypipe.errors import ConfigError
-from raypipe.stream import ArraySource, Cursor, Gatherer, StepSlice, StreamPlan, split_micro
+from raypipe.stream import Cursor, Gatherer, StepSlice, StreamPlan, split_micro
+from raypipe.stream.reading import Source
 from raypipe.train import checkpoint
 from raypipe.train.config import TrainConfig
 from raypipe.train.task import Task
@@ -85,7 +86,7 @@ def stream_record(
     }
 
 
-def source_fingerprints(sources: Mapping[str, ArraySource]) -> dict[str, str]:
+def source_fingerprints(sources: Mapping[str, Source]) -> dict[str, str]:
     """What each source says of its content, by name; those that say nothing are left out."""
     return {name: source.fingerprint for name, source in sources.items() if source.fingerprint}
 

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from raypipe.errors import ConfigError, WorkerFailed
 from raypipe.memory import guard
-from raypipe.stream import ArraySource, Cursor, Gatherer, StepSlice
+from raypipe.stream import Cursor, Gatherer, StepSlice
 from raypipe.stream.gather import ring_bytes
+from raypipe.stream.reading import Source
 from raypipe.train import checkpoint, rng
 from raypipe.train.config import TrainConfig
 from raypipe.train.context import WorkerContext
@@ -63,7 +64,7 @@ class _Pending:
     notes: StepNotes
 
 
-def buffer_bytes(sources: Mapping[str, ArraySource], batch_size: int) -> int:
+def buffer_bytes(sources: Mapping[str, Source], batch_size: int) -> int:
     """Host bytes of the batches that `fit` gathers ahead: a ring to train, one to validate."""
     return 2 * ring_bytes(sources, batch_size, _DEPTH)
 
@@ -166,7 +167,8 @@ class _Fit:
     def _open(self, stack: ExitStack) -> tuple[Gatherer, Gatherer]:
         """For training, and for validation: one ring has a batch of the next epoch in it by then."""
         sources, device = self.task.sources(), self.ctx.torch_device
-        new = (Gatherer(sources, self.cfg.batch_size, device, _DEPTH) for _ in range(2))
+        size, opener = self.cfg.batch_size, self.ctx.open_rows
+        new = (Gatherer(sources, size, device, _DEPTH, open_rows=opener) for _ in range(2))
         train, val = (stack.enter_context(gatherer) for gatherer in new)
         return train, val
 

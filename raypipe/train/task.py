@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from raypipe.errors import ConfigError
-from raypipe.stream.source import ArraySource
+from raypipe.stream.reading import Source
 
 Batch = Mapping[str, Tensor]
 
@@ -37,8 +37,8 @@ class Task(Protocol):
         """A new model on the CPU, weights drawn from torch's global generator."""
         ...
 
-    def sources(self) -> Mapping[str, ArraySource]:
-        """The arrays of a batch, by the names that ``loss`` uses; all share their row numbers."""
+    def sources(self) -> Mapping[str, Source]:
+        """The rows of a batch, by the names that ``loss`` uses; all share their row numbers."""
         ...
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
