@@ -20,12 +20,14 @@ import numpy as np
 from raypipe.encoding import data
 from raypipe.encoding.apply import Applied, open_applied
 from raypipe.encoding.config import ApplyConfig, EvaluateConfig, FitConfig, PredictConfig
+from raypipe.encoding.frozen import release
 from raypipe.encoding.predictions import PredictionFile
 from raypipe.encoding.prepare import Prepared, prepare
 from raypipe.encoding.readout import HEMIS
 from raypipe.errors import ConfigError, MissingInput
 from raypipe.memory.attend import attend
 from raypipe.memory.config import ResolvedMemory, resolve
+from raypipe.memory.guard import relieve
 from raypipe.provenance import run_record
 from raypipe.read import available_subjects, normalise_subject
 from raypipe.report import build_report
@@ -73,6 +75,9 @@ def fit(cfg: FitConfig, runner: Runner | None) -> FitSummary:
         for ready in prepared.values():
             print(ready.describe(cfg))
         return FitSummary(run_dir=run_dir)
+    if cfg.on_the_fly:  # the workers load their own
+        release()
+        relieve()
     if runner is None:
         raise ConfigError("fit needs a runner; open one with raypipe.launch.open_runner")
     require_space({ready.run_dir: ready.missing_bytes(cfg) for ready in prepared.values()})
@@ -129,7 +134,7 @@ def _already_fitted(cfg: FitConfig, ready: Prepared) -> FitResult | None:
         return None
     earlier = read_run(ready.run_dir)
     _check_same(earlier, ready)
-    names = tuple(ready.split_data.store.names)
+    names = ready.split_data.features.names
     data.save_split(ready.split, names, ready.run_dir / "split.json")  # refuses another one
     check_resumable(ready.task, cfg.train, cfg.workers, ready.run_dir)
     done = finished(ready.run_dir, cfg.train.epochs, ready.n_parameters())
@@ -159,8 +164,8 @@ def _claim(cfg: FitConfig, ready: Prepared, memory: ResolvedMemory) -> dict[str,
         "identity": ready.identity(),
         "inputs": {
             "data_dir": str(cfg.data_dir.resolve()),
-            "features_dir": str(cfg.features_dir.resolve()),
-            "feature": cfg.feature,
+            "features_dir": cfg.features_dir and str(cfg.features_dir.resolve()),
+            "feature": ready.feature(cfg),
         },
         "features": _features_note(ready.split_data),
         "responses": {hemi: list(source.shape) for hemi, source in ready.task.responses.items()},
@@ -172,9 +177,10 @@ def _claim(cfg: FitConfig, ready: Prepared, memory: ResolvedMemory) -> dict[str,
         "memory": memory.record(),
         "result": earlier.get("result"),
     }
-    data.save_split(ready.split, tuple(ready.split_data.store.names), split_file)
+    data.save_split(ready.split, ready.split_data.features.names, split_file)
     if cfg.resume:  # a command that training would refuse must not overwrite run.json
         check_resumable(ready.task, cfg.train, cfg.workers, ready.run_dir)
+    ready.split_data.features.keep(ready.run_dir)
     write_json(run_file, record)
     return record
 
@@ -201,14 +207,15 @@ def _check_same(found: Mapping[str, Any], ready: Prepared) -> None:
 
 
 def _features_note(opened: data.SplitData) -> dict[str, Any]:
-    manifest = opened.store.manifest
+    features = opened.features
     return {
-        "path": str(opened.store.path),
-        "shape": list(opened.store.shape),
-        "dtype": opened.store.logical_dtype,
-        "fingerprint": opened.store.fingerprint,
-        "identity": manifest.get("identity", {}),
-        "token_layout": manifest.get("token_layout", {}),
+        "path": str(features.path),
+        "on_the_fly": features.backbone is not None,
+        "shape": [opened.n_rows, *features.row_shape],
+        "dtype": features.dtype,
+        "fingerprint": features.fingerprint,
+        "identity": dict(features.identity),
+        "token_layout": dict(features.token_layout),
     }
 
 
@@ -276,10 +283,11 @@ def _evaluate_subject(cfg: EvaluateConfig, subj: str, folder: Path) -> dict[str,
     opened = applied.opened
     r = correlate(
         applied.model,
-        {"tokens": opened.tokens(), **opened.responses()},
+        {**opened.features.sources(), **opened.responses()},
         applied.rows,
         batch_size=cfg.eval_batch,
         device=applied.device,
+        backbone=opened.features.backbone,
     )
     ceiling = load_ceiling(opened.subject.noise_ceiling())
     scores = Scores(n_images=len(applied.rows), r=r, nc=ceiling)
@@ -363,10 +371,14 @@ def _write_predictions(cfg: PredictConfig, applied: Applied, out: Path) -> dict[
             )
             for hemi in HEMIS
         }
-        sources = {"tokens": applied.opened.tokens()}
-        size, device = cfg.eval_batch, applied.device
+        features = applied.opened.features
         for rows, predicted, _ in predictions(
-            applied.model, sources, applied.rows, batch_size=size, device=device
+            applied.model,
+            features.sources(),
+            applied.rows,
+            batch_size=cfg.eval_batch,
+            device=applied.device,
+            backbone=features.backbone,
         ):
             for hemi in HEMIS:
                 for row, values in zip(rows, predicted[hemi], strict=True):

@@ -57,8 +57,10 @@ class Scan:
             digest.update(f"{name}\0{one.digest}\0{bool(one.reason)}\n".encode())
         return digest.hexdigest()
 
-    def source(self, preprocess: Preprocess, readers: int | None = None) -> PixelSource:
-        """The rows that these images are."""
+    def source(
+        self, preprocess: Preprocess, readers: int | None = None, fingerprint: str | None = None
+    ) -> PixelSource:
+        """The rows that these images are; ``fingerprint``: of them with what is made of them."""
         return PixelSource(
             folder=self.folder,
             names=self.names,
@@ -66,7 +68,7 @@ class Scan:
             preprocess=preprocess,
             image_hw=self.image_hw,
             readers=readers,
-            fingerprint=self.fingerprint,
+            fingerprint=fingerprint or self.fingerprint,
         )
 
     def dumps(self) -> bytes:

@@ -34,7 +34,7 @@ from raypipe.train.config import TrainConfig
 from raypipe.train.context import WorkerContext
 from raypipe.train.engine import Engine
 from raypipe.train.feed import Micro
-from raypipe.train.task import Task
+from raypipe.train.task import Task, frozen_tensors
 
 # Not one row: operations take short cuts at size 1 (nothing to copy, nothing to broadcast).
 SIZES = (2, 3)
@@ -60,7 +60,7 @@ class Line:
 class Footprint:
     """A training step's memory on its device.
 
-    static_bytes : parameters, buffers and AdamW moments; phases : the lines that are the highest at
+    static_bytes : parameters, buffers, AdamW moments and frozen weights; phases : the lines that are the highest at
     some batch, by phase; batch_row_bytes : a row of each batch that is gathered ahead; outside :
     what the device's allocator held beyond all this (0 on the CPU); aligned : whether both sizes
     ran the same operations (otherwise a line goes through the two peaks).
@@ -142,8 +142,10 @@ def measure(task: Task, cfg: TrainConfig, device: torch.device) -> Footprint:
     raises, and torch.OutOfMemoryError.
     """
     small = False
+    frozen = frozen_tensors(task, device)  # first: another measurement may have loaded them
+    before = _allocated(device) - sum(tensor.nbytes for tensor in frozen)
     try:
-        footprint = _measured(task, cfg, device, _allocated(device))
+        footprint = _measured(task, cfg, device, before, frozen)
         small = footprint.static_bytes < _SMALL_BYTES
         return footprint
     finally:
@@ -152,14 +154,16 @@ def measure(task: Task, cfg: TrainConfig, device: torch.device) -> Footprint:
             relieve()
 
 
-def _measured(task: Task, cfg: TrainConfig, device: torch.device, before: int) -> Footprint:
+def _measured(
+    task: Task, cfg: TrainConfig, device: torch.device, before: int, frozen: list[Tensor]
+) -> Footprint:
     quiet = TrainConfig(**{**vars(cfg), "init_scale": 1.0})  # no fp16 step is skipped here
     engine = Engine(task, quiet, WorkerContext(run_dir=Path(), device=str(device)))
     engine.module.train()
     batches = list(_batches(task, device))
     for _ in _phases(engine, *batches[0], update=True):
         pass  # moments, casts' caches and libraries come into being
-    static = _static(engine)
+    static = [*_static(engine), *frozen]
     passes: list[dict[str, np.ndarray]] = []
     beyond: list[int] = []
     for rows, batch in batches:
