@@ -60,10 +60,10 @@ class Line:
 class Footprint:
     """A training step's memory on its device.
 
-    static_bytes : parameters, buffers, AdamW moments and frozen weights; phases : the lines that are the highest at
-    some batch, by phase; batch_row_bytes : a row of each batch that is gathered ahead; outside :
-    what the device's allocator held beyond all this (0 on the CPU); aligned : whether both sizes
-    ran the same operations (otherwise a line goes through the two peaks).
+    static_bytes : parameters, buffers, AdamW moments and frozen weights; phases : the lines that are
+    the highest at some batch, by phase; batch_row_bytes : a row of each batch that is gathered
+    ahead; outside : what the device's allocator held beyond all this (0 on the CPU); aligned :
+    whether both sizes ran the same operations (otherwise a line goes through the two peaks).
     """
 
     static_bytes: int

@@ -91,7 +91,7 @@ def test_another_number_of_images_is_refused(world: World, tmp_path: Path) -> No
 def test_withheld_test_responses_are_said_so(world: World, tmp_path: Path) -> None:
     changed = world.copy(tmp_path)
     shutil.rmtree(changed.data / "subj01/test_split/test_fmri")
-    place = (changed.data, changed.features, FEATURE, "01", "test")
+    place = (changed.data, data.StoresIn(changed.features, FEATURE), "01", "test")
     with pytest.raises(MissingInput, match="withholds"):
         data.open_split(*place)
     opened = data.open_split(*place, fmri=False)

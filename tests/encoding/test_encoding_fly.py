@@ -240,7 +240,7 @@ def test_images_that_change_under_a_run_are_named(fly: Fly, tmp_path: Path) -> N
     spoil(image(world, 1))
     with pytest.raises(BadImage, match="could when the run began"):
         source.open().start(rows)()
-    with pytest.raises(ConfigError, match="rows 0..99"):
+    with pytest.raises(ConfigError, match="has 32 images"):
         source.open().check(np.array([0, 99]))
 
 
@@ -271,7 +271,7 @@ def test_a_dry_run_weighs_it_against_a_store(
     fit(config(fly.world, tmp_path / "run", train=train, dry_run=True), None)
     said = capsys.readouterr().out
     assert "31 images an epoch through it, 62 in 2 epochs; a store takes 32 and 512" in said
-    assert f"a store is cheaper here: {''}" in said and f"--feature {FEATURE}" in said
+    assert "a store is cheaper here: " in said and f"--feature {FEATURE}" in said
     assert "AMP bf16" in said  # the planner's table
     assert not (tmp_path / "run").exists()
     once = replace(TRAIN, predict_memory=False, epochs=1)
