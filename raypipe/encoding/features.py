@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from raypipe import config as configs
 from raypipe.backbone.options import ITEMSIZE, FeatureOptions, feature_identity
-from raypipe.encoding.frozen import FrozenBackbone, weights_digest
+from raypipe.encoding.frozen import FrozenBackbone, frozen
 from raypipe.errors import ConfigError
 from raypipe.report.saved import write_bytes
 from raypipe.store import FeatureStore
@@ -150,16 +150,7 @@ class ComputedFeatures:
         fail = options.on_bad_image == "fail"
         found = scan(paths, spec.preprocess, threads=options.decode_threads, known=known, fail=fail)
         layout = layouts(spec, found.image_hw)[layer]
-        weights = options.absolute_weights()
-        backbone = FrozenBackbone(
-            spec=spec,
-            layer=layer,
-            weights=weights,
-            weights_sha256=weights_digest(spec, weights, options.precision),
-            precision=options.precision,
-            dtype=options.store_dtype,
-            row_shape=(layout.n_tokens, layout.dim),
-        )
+        backbone = frozen(spec, layer, options, (layout.n_tokens, layout.dim))
         return cls(found, options, backbone, layout.describe())
 
     @property

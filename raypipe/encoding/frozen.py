@@ -16,6 +16,7 @@ from torch import Tensor
 
 from raypipe.backbone import BackboneSpec
 from raypipe.backbone.model import Backbone, Precision, load
+from raypipe.backbone.options import FeatureOptions
 from raypipe.errors import InputError, StoreError
 
 
@@ -30,6 +31,7 @@ class FrozenBackbone:
     layer: str
     weights: str
     weights_sha256: str
+    n_parameters: int
     precision: Precision
     dtype: str
     row_shape: tuple[int, int]
@@ -70,9 +72,24 @@ class FrozenBackbone:
         return [*model.parameters(), *model.buffers()]
 
 
-def weights_digest(spec: BackboneSpec, weights: str, precision: Precision) -> str:
-    """sha256 of the weights that these name. Raises as `backbone.model.load`."""
-    return _loaded(spec, weights, "cpu", precision).weights_sha256
+def frozen(
+    spec: BackboneSpec, layer: str, options: FeatureOptions, row_shape: tuple[int, int]
+) -> FrozenBackbone:
+    """That layer of ``spec`` with the weights that ``options`` name, which are loaded to see which
+    they are. Raises as `backbone.model.load`.
+    """
+    weights = options.absolute_weights()
+    found = _loaded(spec, weights, "cpu", options.precision)
+    return FrozenBackbone(
+        spec=spec,
+        layer=layer,
+        weights=weights,
+        weights_sha256=found.weights_sha256,
+        n_parameters=found.n_parameters,
+        precision=options.precision,
+        dtype=options.store_dtype,
+        row_shape=row_shape,
+    )
 
 
 @lru_cache(maxsize=1)  # one a process: subjects of one command share it

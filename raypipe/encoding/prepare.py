@@ -114,11 +114,11 @@ class Prepared:
         if not isinstance(features, ComputedFeatures):
             return []
         rows, epochs = len(self.split.train) + len(self.split.val), cfg.train.epochs
-        spec, free = features.backbone.spec, free_bytes(self.run_dir)
+        bone, free = features.backbone, free_bytes(self.run_dir)
         lines = [
-            f"  backbone {spec.name}, frozen, in each worker: {rows} images an epoch through it,"
-            f" {rows * epochs} in {epochs} epochs; a store takes {len(features.names)} and"
-            f" {format_bytes(features.store_bytes)} of disk"
+            f"  backbone {bone.spec.name}, frozen, {format_bytes(4 * bone.n_parameters)} of weights in"
+            f" each worker: {rows} images an epoch through it, {rows * epochs} in {epochs} epochs; a"
+            f" store takes {len(features.names)} and {format_bytes(features.store_bytes)} of disk"
         ]
         if epochs > 1 and free is not None and free > features.store_bytes:
             lines.append(

@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,8 @@ def fit(cfg: FitConfig, runner: Runner | None) -> FitSummary:
     responses do not belong together), ConfigError (the folder holds another run), NoSpace, and what
     training raises; StoreLocked when another fit works in the run folder or in a subject's.
     """
+    # Workers and later commands have other working directories.
+    cfg = replace(cfg, images=replace(cfg.images, weights=cfg.images.absolute_weights()))
     subjects = _subjects(cfg)
     run_dir = cfg.run_dir.resolve()
     folders = {s: run_dir / f"subj{s}" if len(subjects) > 1 else run_dir for s in subjects}
@@ -187,11 +189,18 @@ def _claim(cfg: FitConfig, ready: Prepared, memory: ResolvedMemory) -> dict[str,
 
 def _notes(cfg: FitConfig) -> list[str]:
     """What the report must say about these data."""
+    notes = []
+    if cfg.on_the_fly:
+        notes.append(
+            "Features were computed on the fly from the images, rounded as a store would round them;"
+            " no store was made or read."
+        )
     if not (cfg.data_dir / "planted.json").is_file():
-        return []
+        return notes
     return [
+        *notes,
         "The responses are planted, not measured: each vertex is a known function of the image plus"
-        " noise of known size (planted.json), so the noise ceiling is exact."
+        " noise of known size (planted.json), so the noise ceiling is exact.",
     ]
 
 

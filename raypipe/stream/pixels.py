@@ -11,8 +11,9 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -147,12 +148,13 @@ class PixelReader:
             for place, row in enumerate(rows.tolist())
         ]
 
-        def wait() -> np.ndarray:
-            for job in jobs:
-                job.result()
-            return pixels
+        return partial(self._wait, jobs, pixels)
 
-        return wait
+    def _wait(self, jobs: list[Future[None]], pixels: np.ndarray) -> np.ndarray:
+        """Bound to the reader: who waits keeps its threads, whatever becomes of its owner."""
+        for job in jobs:
+            job.result()
+        return pixels
 
 
 def decode(

@@ -315,3 +315,14 @@ def test_one_layer_at_a_time(fly: Fly) -> None:
     )
     with pytest.raises(ConfigError, match="2 layers"):
         prepare(config(fly.world, Path("unused"), images=images), "01", Path("unused"))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.usefixtures("ray_session")
+def test_on_ray_actors_decode_and_the_losses_are_the_same(fly: Fly, tmp_path: Path) -> None:
+    from raypipe.cluster.runner import RayRunner
+
+    fit(config(fly.world, tmp_path), RayRunner(joined=False, on_event=print))
+    np.testing.assert_allclose(losses(tmp_path), losses(fly.flown), rtol=TOLERANCE)
+    assert list((tmp_path / "memory").glob("decoder-*.csv"))
