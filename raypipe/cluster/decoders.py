@@ -204,16 +204,20 @@ def decoder_share(free_cpus: float, world: int, wanted: int | None) -> Share:
 class RowOpener:
     """How a Train worker opens sources (`WorkerContext.open_rows`): images by actors, which training
     and validation share; everything else by ``otherwise``, or as it opens itself.
+
+    cpus : that each of ``world`` workers has for itself.
     """
 
     def __init__(
         self,
         world: int,
+        cpus: float,
         memory: ResolvedMemory | None = None,
         run_dir: Path | None = None,
         otherwise: OpenRows | None = None,
     ) -> None:
-        self._world, self._memory, self._run_dir = world, memory, run_dir
+        self._world, self._cpus = world, cpus
+        self._memory, self._run_dir = memory, run_dir
         self._otherwise = otherwise
         self._open: dict[str, Decoders] = {}
 
@@ -221,10 +225,15 @@ class RowOpener:
         if not isinstance(source, PixelSource):
             return self._otherwise(source) if self._otherwise else source.open()
         if source.fingerprint not in self._open:
-            mine = float(ray.get_runtime_context().get_assigned_resources().get("CPU", 0.0))
-            free = float(ray.cluster_resources().get("CPU", 1.0)) - mine * self._world
+            all_cpus = float(ray.cluster_resources().get("CPU", 1.0))
+            free = all_cpus - self._cpus * self._world
             share = decoder_share(free, self._world, source.readers)
             self._open[source.fingerprint] = Decoders(
                 source, share.count, share.cpus, memory=self._memory, run_dir=self._run_dir
             )
         return self._open[source.fingerprint]
+
+
+def own_cpus() -> float:
+    """What Ray gave this worker."""
+    return float(ray.get_runtime_context().get_assigned_resources().get("CPU", 0.0))

@@ -27,7 +27,7 @@ from raypipe.cluster.budget import (
     verdicts,
 )
 from raypipe.cluster.datasets import PlanDataConfig, plan_dataset, read_slices
-from raypipe.cluster.decoders import RowOpener
+from raypipe.cluster.decoders import RowOpener, own_cpus
 from raypipe.errors import MemoryBudgetExceeded, RaypipeError, WorkerFailed
 from raypipe.memory.attend import FOLDER
 from raypipe.memory.guard import Guard
@@ -246,7 +246,9 @@ def _train(setup: TrainSetup, batch_limit: int | None) -> FitResult:
         report=lambda metrics: ray_train.report(metrics),
         should_stop=lambda: context.get_world_rank() == 0 and stop_wished(setup.run_dir),
         say=log_to(setup.run_dir),
-        open_rows=RowOpener(context.get_world_size(), setup.memory.memory, setup.run_dir),
+        open_rows=RowOpener(
+            context.get_world_size(), own_cpus(), setup.memory.memory, setup.run_dir
+        ),
     )
     shard = ray_train.get_dataset_shard("train")
 

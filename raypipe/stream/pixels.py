@@ -9,6 +9,7 @@ Which images can be read at all is found by `raypipe.stream.scan`; tokens are th
 from __future__ import annotations
 
 import os
+import platform
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -170,8 +171,8 @@ def decode(
     if isinstance(image, Undecodable):
         if not image.digest:  # it was listed, and not even its bytes can be had
             raise InputError(
-                f"{path} cannot be opened here ({image.reason}); put --data-dir on a disk that every "
-                "machine mounts, or mend or remove the file"
+                f"{platform.node()} cannot open {path} ({image.reason}); put --data-dir on a disk that "
+                "every machine mounts, or mend or remove the file"
             )
         return image
     if preprocess.resize is None and image.pixels.shape[:2] != image_hw:

@@ -118,7 +118,7 @@ def test_an_actor_that_never_comes_is_said_and_given_up(
 
 def test_only_images_go_to_actors(source: PixelSource, tmp_path: Path) -> None:
     np.save(tmp_path / "plain.npy", np.zeros((3, 2), np.float32))
-    opener = RowOpener(1)
+    opener = RowOpener(1, 1.0)
     assert isinstance(opener(ArraySource.npy(tmp_path / "plain.npy")), MappedRows)
     assert opener(source) is opener(source)  # training and validation share them
 

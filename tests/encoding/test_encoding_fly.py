@@ -19,6 +19,7 @@ import torch
 from encoding_kit import World
 
 from raypipe.backbone.options import FeatureOptions
+from raypipe.config import parse
 from raypipe.encoding import (
     EvaluateConfig,
     FitConfig,
@@ -307,6 +308,21 @@ def test_the_planner_counts_the_frozen_weights(fly: Fly) -> None:
 def test_stored_or_on_the_fly_and_not_both(fly: Fly, fields: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="--on-the-fly and neither"):
         config(fly.world, Path("run"), **fields)
+
+
+def test_flags_and_a_file_say_the_same(tmp_path: Path) -> None:
+    flags = "--on-the-fly --data-dir d --run-dir r --backbone clip --enc-layer 3 --layers 2"
+    asked = parse(FitConfig, [*flags.split(), "--store-dtype", "bfloat16"], prog="encode fit")
+    file = tmp_path / "fit.yaml"
+    file.write_text(
+        "on_the_fly: true\ndata_dir: d\nrun_dir: r\nencoder: {layers: 2}\n"
+        "images: {backbone: clip, enc_layer: 3, store_dtype: bfloat16}\n"
+    )
+    assert asked == parse(FitConfig, ["--config", str(file)], prog="encode fit")
+    assert (asked.images.backbone, asked.images.enc_layer, asked.encoder.layers) == ("clip", 3, 2)
+    extracting = ["--data-dir", "d", "--output-dir", "o", "--backbone", "clip", "--enc-layer", "3"]
+    stored = parse(ExtractConfig, [*extracting, "--store-dtype", "bfloat16"], prog="extract")
+    assert stored.spec() == asked.images.spec()
 
 
 def test_one_layer_at_a_time(fly: Fly) -> None:
