@@ -28,9 +28,10 @@ from raypipe.encoding import (
     PredictConfig,
     make_planted_dataset,
 )
+from raypipe.encoding.assess import evaluate, predict
 from raypipe.encoding.frozen import FrozenBackbone, release
 from raypipe.encoding.prepare import prepare
-from raypipe.encoding.run import evaluate, fit, predict
+from raypipe.encoding.run import fit
 from raypipe.errors import BadImage, ConfigError, InputError, Interrupted
 from raypipe.extract.config import ExtractConfig
 from raypipe.extract.run import extract
