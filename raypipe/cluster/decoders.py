@@ -86,8 +86,9 @@ class Decoders:
         *,
         memory: ResolvedMemory | None = None,
         run_dir: Path | None = None,
+        say: Callable[[str], None] = logger.warning,
     ) -> None:
-        self.source = source
+        self.source, self._say = source, say
         self._args = (ray.put(source), memory, run_dir)
         # Spread: decoding is what CPU nodes can do for GPU nodes.
         options = {"num_cpus": cpus, "scheduling_strategy": "SPREAD", "max_restarts": 0}
@@ -141,7 +142,8 @@ class Decoders:
                     raise cause from None  # Ray's own text would hide which image it was
                 raise
             except RayActorError as error:
-                logger.warning("a decode actor died (%s); a new one takes its place", error)
+                first = str(error).strip().splitlines()[0]
+                self._say(f"a decode actor died ({first}); a new one takes its place")
                 part.actor = self._replaced(part.seat, part.actor)
                 part.ref = part.actor.decode.remote(rows)
         raise WorkerFailed(
@@ -164,7 +166,7 @@ class Decoders:
                     raise WorkerFailed(
                         f"{text}; look at --data-dir there, or give fewer --decode-threads"
                     ) from None
-                logger.warning(text)
+                self._say(text)
 
     def _replaced(self, seat: int, dead: Any) -> Any:
         """The actor in ``seat``, a new one if it is still the dead one."""
@@ -214,9 +216,10 @@ class RowOpener:
         cpus: float,
         memory: ResolvedMemory | None = None,
         run_dir: Path | None = None,
+        say: Callable[[str], None] = logger.warning,
         otherwise: OpenRows | None = None,
     ) -> None:
-        self._world, self._cpus = world, cpus
+        self._world, self._cpus, self._say = world, cpus, say
         self._memory, self._run_dir = memory, run_dir
         self._otherwise = otherwise
         self._open: dict[str, Decoders] = {}
@@ -229,7 +232,12 @@ class RowOpener:
             free = all_cpus - self._cpus * self._world
             share = decoder_share(free, self._world, source.readers)
             self._open[source.fingerprint] = Decoders(
-                source, share.count, share.cpus, memory=self._memory, run_dir=self._run_dir
+                source,
+                share.count,
+                share.cpus,
+                memory=self._memory,
+                run_dir=self._run_dir,
+                say=self._say,
             )
         return self._open[source.fingerprint]
 

@@ -238,17 +238,16 @@ def _train(setup: TrainSetup, batch_limit: int | None) -> FitResult:
     if setup.torch_threads:  # Ray sets OMP_NUM_THREADS=1 for workers of less than two CPUs
         torch.set_num_threads(setup.torch_threads)
     context = ray_train.get_context()
+    world, say = context.get_world_size(), log_to(setup.run_dir)
     ctx = WorkerContext(
         rank=context.get_world_rank(),
-        world=context.get_world_size(),
+        world=world,
         device=str(get_device()),
         run_dir=setup.run_dir,
         report=lambda metrics: ray_train.report(metrics),
         should_stop=lambda: context.get_world_rank() == 0 and stop_wished(setup.run_dir),
-        say=log_to(setup.run_dir),
-        open_rows=RowOpener(
-            context.get_world_size(), own_cpus(), setup.memory.memory, setup.run_dir
-        ),
+        say=say,
+        open_rows=RowOpener(world, own_cpus(), setup.memory.memory, setup.run_dir, say),
     )
     shard = ray_train.get_dataset_shard("train")
 

@@ -99,21 +99,27 @@ class Deadly(PixelSource):
         os._exit(1)
 
 
-def test_images_that_end_every_actor_end_the_run(source: PixelSource) -> None:
-    reader = Decoders(Deadly(**vars(source)), 1, 0.1)
-    with pytest.raises(WorkerFailed, match=r"died 4 times with images 02\.png to 03\.png"):
+def test_images_that_end_every_actor_end_the_run(
+    source: PixelSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoders, "MAX_TRIES", 2)
+    said: list[str] = []
+    reader = Decoders(Deadly(**vars(source)), 1, 0.1, say=said.append)
+    with pytest.raises(WorkerFailed, match=r"died 2 times with images 02\.png to 03\.png"):
         reader.start(rows(2, 3))()
+    assert len(said) == 2 and all("a new one takes its place" in text for text in said)
 
 
 def test_an_actor_that_never_comes_is_said_and_given_up(
-    source: PixelSource, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    source: PixelSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    said: list[str] = []
     monkeypatch.setattr(decoders, "SAY_STALLED_S", 0.2)
     monkeypatch.setattr(decoders, "STALLED_S", 0.4)
-    reader = Decoders(source, 1, 1000.0)  # no node has as many CPUs
+    reader = Decoders(source, 1, 1000.0, say=said.append)  # no node has as many CPUs
     with pytest.raises(WorkerFailed, match=r"given nothing for 0 s, of images 00\.png"):
         reader.start(rows(0))()
-    assert "no CPU free" in caplog.text
+    assert "no CPU free" in said[0]
 
 
 def test_only_images_go_to_actors(source: PixelSource, tmp_path: Path) -> None:
