@@ -141,11 +141,10 @@ def measure(task: Task, cfg: TrainConfig, device: torch.device) -> Footprint:
     Draws from the global generators (see `raypipe.train.rng.preserved`). Raises what the task
     raises, and torch.OutOfMemoryError.
     """
+    frozen_tensors(task, device)  # loaded by now, whether or not another measurement did
     small = False
-    frozen = frozen_tensors(task, device)  # first: another measurement may have loaded them
-    before = _allocated(device) - sum(tensor.nbytes for tensor in frozen)
     try:
-        footprint = _measured(task, cfg, device, before, frozen)
+        footprint = _measured(task, cfg, device, _allocated(device))
         small = footprint.static_bytes < _SMALL_BYTES
         return footprint
     finally:
@@ -154,11 +153,11 @@ def measure(task: Task, cfg: TrainConfig, device: torch.device) -> Footprint:
             relieve()
 
 
-def _measured(
-    task: Task, cfg: TrainConfig, device: torch.device, before: int, frozen: list[Tensor]
-) -> Footprint:
+def _measured(task: Task, cfg: TrainConfig, device: torch.device, before: int) -> Footprint:
     quiet = TrainConfig(**{**vars(cfg), "init_scale": 1.0})  # no fp16 step is skipped here
     engine = Engine(task, quiet, WorkerContext(run_dir=Path(), device=str(device)))
+    frozen = frozen_tensors(task, device)
+    before -= sum(tensor.nbytes for tensor in frozen)  # they are counted with the model
     engine.module.train()
     batches = list(_batches(task, device))
     for _ in _phases(engine, *batches[0], update=True):
