@@ -58,6 +58,8 @@ class FrozenBackbone:
 
     def load(self, device: torch.device) -> Backbone:
         """The running backbone on ``device``. Raises as ``tokens``, and as `backbone.model.load`."""
+        if device.type == "cuda" and device.index is None:  # as the pixels on it name it
+            device = torch.device("cuda", torch.cuda.current_device())
         found = _loaded(self.spec, self.weights, str(device), self.precision)
         if found.weights_sha256 != self.weights_sha256:
             raise InputError(
