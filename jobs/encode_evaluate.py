@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 
 from raypipe.cli import entry
+from raypipe.encoding.assess import evaluate
 from raypipe.encoding.config import EvaluateConfig
-from raypipe.encoding.run import evaluate
 
 if __name__ == "__main__":
     sys.exit(entry(EvaluateConfig, evaluate, on_runner=False))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 
 from raypipe.cli import entry
+from raypipe.encoding.assess import predict
 from raypipe.encoding.config import PredictConfig
-from raypipe.encoding.run import predict
 
 if __name__ == "__main__":
     sys.exit(entry(PredictConfig, predict, on_runner=False))

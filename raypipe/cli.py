@@ -50,11 +50,11 @@ COMMANDS = {
         "features -> brain encoder",
     ),
     "encode evaluate": Command(
-        "raypipe.encoding.config:EvaluateConfig", "raypipe.encoding.run:evaluate", False,
+        "raypipe.encoding.config:EvaluateConfig", "raypipe.encoding.assess:evaluate", False,
         "score an encoder per vertex and ROI",
     ),
     "encode predict": Command(
-        "raypipe.encoding.config:PredictConfig", "raypipe.encoding.run:predict", False,
+        "raypipe.encoding.config:PredictConfig", "raypipe.encoding.assess:predict", False,
         "write predicted responses of a split",
     ),
     "store info": Command(

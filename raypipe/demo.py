@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
+from raypipe.encoding.assess import evaluate
 from raypipe.encoding.config import EvaluateConfig, FitConfig, ModelConfig
 from raypipe.encoding.planted import PlantedConfig, make_planted_dataset
-from raypipe.encoding.run import evaluate, fit
+from raypipe.encoding.run import fit
 from raypipe.errors import RaypipeError
 from raypipe.extract.config import ExtractConfig
 from raypipe.extract.run import extract

@@ -52,6 +52,11 @@ class Backbone:
         self._model = model.to(memory_format=torch.channels_last) if channels_last else model
         self._taps = Taps(self._model, spec)
 
+    @property
+    def model(self) -> nn.Module:
+        """The model itself: frozen, in eval mode, on its device."""
+        return self._model
+
     def forward(self, batch: Tensor) -> dict[str, Tensor]:
         """Tokens of each layer, by key.
 

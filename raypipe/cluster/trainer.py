@@ -28,6 +28,7 @@ from raypipe.cluster.budget import (
     verdicts,
 )
 from raypipe.cluster.datasets import PlanDataConfig, plan_dataset, read_slices
+from raypipe.cluster.decoders import RowOpener, own_cpus
 from raypipe.cluster.shards import Shards, open_shards
 from raypipe.errors import MemoryBudgetExceeded, RaypipeError, WorkerFailed
 from raypipe.memory.attend import FOLDER
@@ -256,20 +257,24 @@ def _train(setup: TrainSetup, batch_limit: int | None) -> FitResult:
     if setup.torch_threads:  # Ray sets OMP_NUM_THREADS=1 for workers of less than two CPUs
         torch.set_num_threads(setup.torch_threads)
     context = ray_train.get_context()
-    rank, say, shards = context.get_world_rank(), log_to(setup.run_dir), setup.shards
+    rank, world, shards = context.get_world_rank(), context.get_world_size(), setup.shards
+    say = log_to(setup.run_dir)
     assert shards is not None
     ways = shards.words(turn=rank)
     if ways:
         say(f"rank {rank} {ways}")
+    stored = partial(shards.open_rows, turn=rank, say=say)
     ctx = WorkerContext(
         rank=rank,
-        world=context.get_world_size(),
+        world=world,
         device=str(get_device()),
         run_dir=setup.run_dir,
         report=lambda metrics: ray_train.report(metrics),
         should_stop=lambda: rank == 0 and stop_wished(setup.run_dir),
         say=say,
-        open_rows=partial(shards.open_rows, turn=rank, say=say),
+        open_rows=RowOpener(
+            world, own_cpus(), setup.memory.memory, setup.run_dir, say, otherwise=stored
+        ),
     )
     shard = ray_train.get_dataset_shard("train")
 

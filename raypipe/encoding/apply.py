@@ -7,7 +7,7 @@ rows; the checkpoint the weights. What does not fit together any more is refused
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from raypipe.backbone.options import FeatureOptions
 from raypipe.encoding import data
 from raypipe.encoding.config import ApplyConfig, ModelConfig
 from raypipe.encoding.model import build_encoder
@@ -52,7 +53,7 @@ class Applied:
 
     def note(self) -> dict[str, Any]:
         """What the summary says of the encoder."""
-        features = self.opened.store
+        features = self.opened.features
         return {
             "checkpoint": self.checkpoint,
             "epoch": self.epoch,
@@ -78,7 +79,7 @@ def open_applied(cfg: ApplyConfig, run_dir: Path, *, fmri: bool) -> Applied:
     rows = all_rows[opened.valid[all_rows]]
     if not len(rows):
         raise InputError(
-            f"{opened.store.path} holds no valid {cfg.split} image to apply a model to"
+            f"{opened.features.path} holds no valid {cfg.split} image to apply a model to"
         )
     place = run_dir / cfg.checkpoint
     return Applied(
@@ -101,26 +102,39 @@ def _open_data(
         raise MissingInput(f"{run_dir} was not made by encode fit; give the folder of such a run")
     opened = data.open_split(
         cfg.data_dir or Path(inputs["data_dir"]),
-        cfg.features_dir or Path(inputs["features_dir"]),
-        inputs["feature"],
+        _place(cfg, record, inputs),
         record["subject"],
         "test" if cfg.split == "test" else "train",
         fmri=fmri,
+        kept_in=run_dir if cfg.split == "val" else None,
     )
-    fitted, found = record["features"]["identity"], opened.store.manifest.get("identity", {})
+    fitted, found = record["features"]["identity"], dict(opened.features.identity)
     if fitted != found:
         differing = sorted(k for k in {**fitted, **found} if fitted.get(k) != found.get(k))
         raise InputError(
-            f"{opened.store.path} was extracted with other {', '.join(differing)} than the features"
-            " of the fit; extract this split as the training split was"
+            f"features of {opened.features.path} are of other {', '.join(differing)} than those of the"
+            " fit; extract this split as the training split was"
         )
     return opened
+
+
+def _place(
+    cfg: ApplyConfig, record: Mapping[str, Any], inputs: Mapping[str, Any]
+) -> data.StoresIn | FeatureOptions:
+    """Stores, where there were some or ``cfg`` names some; otherwise the fit's own options."""
+    folder = cfg.features_dir or inputs["features_dir"]
+    if folder is not None:
+        return data.StoresIn(Path(folder), inputs["feature"])
+    saved = dict(record["config"]["images"])
+    saved["layer"] = tuple(saved["layer"])
+    options = FeatureOptions(**saved)
+    return replace(options, weights=cfg.weights) if cfg.weights else options
 
 
 def _check_rows(rows: NDArray[np.int64], opened: data.SplitData, run_dir: Path) -> None:
     if len(rows) and rows.max() >= opened.n_rows:
         raise InputError(
-            f"{run_dir}/split.json names row {rows.max()}, {opened.store.path} holds"
+            f"{run_dir}/split.json names row {rows.max()}, {opened.features.path} holds"
             f" {opened.n_rows}; these are not the features of the fit"
         )
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from raypipe.backbone.options import FeatureOptions
 from raypipe.errors import ConfigError
 from raypipe.memory.config import MemoryFlags
 from raypipe.train import TrainConfig
@@ -56,16 +57,20 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FitConfig:
-    """Fit a brain encoder on stored features and measured responses, one run a subject."""
+    """Fit a brain encoder on features, stored or computed from images, and measured responses."""
 
     data_dir: Path
     """Folder that holds subj01, subj02, … (Algonauts layout), or one subject's own folder."""
-    features_dir: Path
-    """Root of the feature stores, the output-dir of raypipe extract."""
-    feature: str
-    """The features' folder below features-dir, e.g. dinov2_q_last."""
     run_dir: Path
     """Folder of the run; with several subjects each gets RUN_DIR/subjXX."""
+    features_dir: Path | None = None
+    """Root of the feature stores, the output-dir of raypipe extract; not with --on-the-fly."""
+    feature: str | None = None
+    """The features' folder below features-dir, e.g. dinov2_q_last; not with --on-the-fly."""
+    on_the_fly: bool = False
+    """Train straight from the images: no store; every epoch runs them through the backbone again."""
+    images: FeatureOptions = field(default_factory=FeatureOptions)
+    """On the fly: which features, named as for raypipe extract."""
     subj: tuple[str, ...] = ()
     """Subjects, e.g. 01 02; all that are there when left out."""
     val_fraction: float = 0.1
@@ -86,6 +91,13 @@ class FitConfig:
     """Check the inputs, print the model and the disk and memory that the run will take, and stop."""
 
     def __post_init__(self) -> None:
+        named = [n for n in ("features_dir", "feature") if getattr(self, n) is not None]
+        if len(named) != (0 if self.on_the_fly else 2):
+            raise ConfigError(
+                f"given are {', '.join(named) or 'no stored features'}"
+                f"{' and on_the_fly' if self.on_the_fly else ''}; give --features-dir and --feature"
+                " for stored features, or --on-the-fly and neither"
+            )
         if not 0 < self.val_fraction < 1:
             raise ConfigError(f"val_fraction {self.val_fraction} is outside 0..1; 0.1 is usual")
         if self.split_seed < 0:
@@ -107,7 +119,10 @@ class ApplyConfig:
     data_dir: Path | None = None
     """Where the data lie now, if they were moved since the fit."""
     features_dir: Path | None = None
-    """Where the feature stores lie now, if they were moved since the fit."""
+    """Where the feature stores lie now, if they were moved since the fit; or were made after a fit
+    on the fly, which otherwise is applied on the fly too."""
+    weights: str | None = None
+    """Of a fit on the fly: where the backbone's weights lie now, if they were moved since."""
     eval_batch: int = 32
     """Images a forward pass."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -10,11 +10,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from raypipe.backbone.options import FeatureOptions
+from raypipe.encoding.features import ComputedFeatures, Features, StoredFeatures
 from raypipe.encoding.shapes import TokenShape
 from raypipe.errors import ConfigError, InputError, MissingInput, UnknownName
 from raypipe.read import AlgonautsSubject
@@ -26,28 +29,35 @@ Rows = NDArray[np.int64]
 _CHECK_BYTES = 64 * 1024**2
 
 
+class StoresIn(NamedTuple):
+    """Stores below ``features_dir``, in folders called ``feature``."""
+
+    features_dir: Path
+    feature: str
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class SplitData:
     """One split of one subject, opened and checked.
 
-    valid : (N,) bool; fmri : hemisphere -> .npy of (N, V), or None where responses are withheld
+    fmri : hemisphere -> .npy of (N, V), or None where responses are withheld
     """
 
     subject: AlgonautsSubject
     split: str
-    store: FeatureStore
+    features: Features
     shape: TokenShape
-    valid: NDArray[np.bool_]
     fmri: Mapping[str, Path] | None
+
+    @property
+    def valid(self) -> NDArray[np.bool_]:
+        """(N,) rows whose image could be read."""
+        return self.features.valid
 
     @property
     def n_rows(self) -> int:
         """Images of the split, invalid ones included."""
         return len(self.valid)
-
-    def tokens(self) -> ArraySource:
-        """The features as a source of rows."""
-        return ArraySource.of_locator(self.store.locator())
 
     def responses(self) -> dict[str, ArraySource]:
         """The responses of both hemispheres as sources of rows. Raises MissingInput."""
@@ -60,29 +70,39 @@ class SplitData:
 
 
 def open_split(
-    data_dir: Path, features_dir: Path, feature: str, subj: str, split: str, *, fmri: bool = True
+    data_dir: Path,
+    place: StoresIn | FeatureOptions,
+    subj: str,
+    split: str,
+    *,
+    fmri: bool = True,
+    kept_in: Path | None = None,
 ) -> SplitData:
     """Open and check ``split`` ("train" or "test") of a subject.
 
-    Raises MissingInput, UnknownName, StoreNotSealed, StoreCorrupt, InputError (not the same images).
+    ``place``: where its stores lie, or how to compute features from its images; of the latter
+    ``kept_in`` is the run folder that may know them. Raises MissingInput, UnknownName,
+    StoreNotSealed, StoreCorrupt, InputError (not the same images), and as `ComputedFeatures.open`.
     """
     subject = AlgonautsSubject.open(data_dir.resolve(), subj)
-    path = _shard(features_dir.resolve(), feature, subject, split)
-    store = FeatureStore.open(path)
-    _check_names(store, subject, split)
+    features: Features
+    if isinstance(place, FeatureOptions):
+        paths = subject.image_paths(split)
+        features = ComputedFeatures.open(paths, place, kept_in)
+    else:
+        path = _shard(place.features_dir.resolve(), place.feature, subject, split)
+        features = StoredFeatures(FeatureStore.open(path))
+        _check_names(features, subject, split)
     responses = subject.fmri(split) if fmri else None
     for hemi, file in (responses or {}).items():
         rows = np.load(file, mmap_mode="r").shape[0]
-        if rows != len(store):
+        if rows != len(features.names):
             raise InputError(
-                f"{file} holds {rows} images, {path} {len(store)}; {hemi} responses and features"
-                " must be of the same images: extract this subject again"
+                f"{file} holds {rows} images, {features.path} {len(features.names)}; {hemi} responses"
+                " and features must be of the same images: extract this subject again"
             )
-    shape = TokenShape.of(store.shape[1:], store.manifest.get("token_layout") or {})
-    valid = np.asarray(store.valid, bool)
-    return SplitData(
-        subject=subject, split=split, store=store, shape=shape, valid=valid, fmri=responses
-    )
+    shape = TokenShape.of(features.row_shape, features.token_layout)
+    return SplitData(subject=subject, split=split, features=features, shape=shape, fmri=responses)
 
 
 def _shard(features_dir: Path, feature: str, subject: AlgonautsSubject, split: str) -> Path:
@@ -96,13 +116,13 @@ def _shard(features_dir: Path, feature: str, subject: AlgonautsSubject, split: s
     return folder / subject.subj / f"{subject.shard_name(split)}.npy"
 
 
-def _check_names(store: FeatureStore, subject: AlgonautsSubject, split: str) -> None:
+def _check_names(features: Features, subject: AlgonautsSubject, split: str) -> None:
     """Row i of the store must be image i of the folder, as row i of the responses is."""
     try:
         images = [path.name for path in subject.image_paths(split)]
     except MissingInput:
         return  # responses can be had without the images; the number of rows is still checked
-    names = list(store.names)
+    names = list(features.names)
     if names == images:
         return
     at = next((i for i, (a, b) in enumerate(zip(names, images, strict=False)) if a != b), None)

@@ -13,8 +13,10 @@ from typing import Any
 from raypipe import config as configs
 from raypipe.encoding import data
 from raypipe.encoding.config import FitConfig
+from raypipe.encoding.features import ComputedFeatures
 from raypipe.encoding.readout import HEMIS, build_readout
 from raypipe.encoding.task import EncodingTask, token_statistics
+from raypipe.store.space import free_bytes
 from raypipe.train import TrainConfig, checkpoint
 from raypipe.train.checkpoint import on_disk_bytes
 from raypipe.units import format_bytes
@@ -34,12 +36,17 @@ class Prepared:
         """What a resumed run must share with the one that it goes on from."""
         return {
             "subject": self.subject,
-            "features": self.split_data.store.fingerprint,
+            **self.split_data.features.fingerprints(),
             **{f"{hemi} responses": self.task.responses[hemi].fingerprint for hemi in HEMIS},
             "encoder": configs.to_dict(self.task.encoder),
             "queries": list(self.task.readout.queries),
             "ROI masks": self.task.readout.digest,
         }
+
+    def feature(self, cfg: FitConfig) -> str:
+        """The folder below a root of stores that these features have, or would have."""
+        features = self.split_data.features
+        return cfg.feature or (features.folder if isinstance(features, ComputedFeatures) else "")
 
     def n_parameters(self) -> int:
         """Trainable numbers, counted without allocating them."""
@@ -96,9 +103,30 @@ class Prepared:
                 + (", with activations as below" if step else "")
                 + f". Not in it: {'' if step else 'activations, '}Python and torch themselves",
                 *(f"    {line}" for line in step),
+                *self._cost_lines(cfg),
                 "  time    not known before the first steps; training then shows it",
             )
         )
+
+    def _cost_lines(self, cfg: FitConfig) -> list[str]:
+        """On the fly: what the backbone computes again and again, against a store of its tokens."""
+        features = self.split_data.features
+        if not isinstance(features, ComputedFeatures):
+            return []
+        rows, epochs = len(self.split.train) + len(self.split.val), cfg.train.epochs
+        bone, free = features.backbone, free_bytes(self.run_dir)
+        lines = [
+            f"  backbone {bone.spec.name}, frozen, {format_bytes(4 * bone.n_parameters)} of weights in"
+            f" each worker: {rows} images an epoch through it, {rows * epochs} in {epochs} epochs; a"
+            f" store takes {len(features.names)} and {format_bytes(features.store_bytes)} of disk"
+        ]
+        if epochs > 1 and free is not None and free > features.store_bytes:
+            lines.append(
+                f"  warning  a store is cheaper here: {format_bytes(free)} are free, and the"
+                f" backbone would compute {epochs} times less. raypipe extract, with the same"
+                f" options, then --features-dir and --feature {features.folder}"
+            )
+        return lines
 
     def _step_lines(self, cfg: FitConfig) -> tuple[list[str], TrainConfig]:
         """What a step takes on this machine's own device, and the options that would be used."""
@@ -123,7 +151,10 @@ class Prepared:
 
 def prepare(cfg: FitConfig, subj: str, run_dir: Path) -> Prepared:
     """Open, check and split one subject's data, and build its task; writes nothing."""
-    opened = data.open_split(cfg.data_dir, cfg.features_dir, cfg.feature, subj, "train")
+    place = cfg.images if cfg.on_the_fly else _stores(cfg)
+    opened = data.open_split(
+        cfg.data_dir, place, subj, "train", kept_in=run_dir if cfg.resume else None
+    )
     responses = {
         hemi: replace(source, fingerprint=data.checked_digest(source.path))
         for hemi, source in opened.responses().items()
@@ -135,11 +166,19 @@ def prepare(cfg: FitConfig, subj: str, run_dir: Path) -> Prepared:
         {hemi: responses[hemi].row_shape[0] for hemi in HEMIS},
     )
     cls = cfg.encoder.model == "linear" and cfg.encoder.linear_pool == "cls"
+    features = opened.features
     statistics = None
-    if cfg.encoder.standardise:
-        statistics = token_statistics(opened.tokens(), opened.shape, split.train, cls=cls)
+    if cfg.encoder.standardise and not (cfg.on_the_fly and cfg.dry_run):  # would take its minutes
+        statistics = token_statistics(
+            features.sources(),
+            opened.shape,
+            split.train,
+            cls=cls,
+            backbone=features.backbone,
+            device=_statistics_device(cfg),
+        )
     task = EncodingTask(
-        tokens=opened.tokens(),
+        features=features.sources(),
         responses=responses,
         shape=opened.shape,
         encoder=cfg.encoder,
@@ -147,5 +186,18 @@ def prepare(cfg: FitConfig, subj: str, run_dir: Path) -> Prepared:
         train_rows=split.train,
         val_rows=split.val,
         statistics=statistics,
+        backbone=features.backbone,
     )
     return Prepared(subject=subj, run_dir=run_dir, split_data=opened, split=split, task=task)
+
+
+def _stores(cfg: FitConfig) -> data.StoresIn:
+    assert cfg.features_dir is not None and cfg.feature is not None  # FitConfig has seen to it
+    return data.StoresIn(cfg.features_dir, cfg.feature)
+
+
+def _statistics_device(cfg: FitConfig) -> str:
+    """This process's GPU for the backbone, where it has one and may."""
+    import torch
+
+    return "cuda" if cfg.on_the_fly and cfg.device != "cpu" and torch.cuda.is_available() else "cpu"

@@ -1,4 +1,4 @@
-"""The jobs of brain encoding: fit, evaluate, predict; one run folder a subject.
+"""The first job of brain encoding: fit, one run folder a subject. The others are ``assess``.
 
 A subject's folder holds run.json, split.json, metrics.jsonl, checkpoints, evaluation/ and
 report.html. The same command on the same folder goes on where it stopped; other data or another
@@ -11,25 +11,21 @@ import shutil
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from raypipe.encoding import data
-from raypipe.encoding.apply import Applied, open_applied
-from raypipe.encoding.config import ApplyConfig, EvaluateConfig, FitConfig, PredictConfig
-from raypipe.encoding.predictions import PredictionFile
+from raypipe.encoding.config import FitConfig
+from raypipe.encoding.frozen import release
 from raypipe.encoding.prepare import Prepared, prepare
-from raypipe.encoding.readout import HEMIS
-from raypipe.errors import ConfigError, MissingInput
-from raypipe.memory.attend import attend
-from raypipe.memory.config import ResolvedMemory, resolve
+from raypipe.errors import ConfigError
+from raypipe.memory.config import ResolvedMemory
+from raypipe.memory.guard import relieve
 from raypipe.provenance import run_record
 from raypipe.read import available_subjects, normalise_subject
 from raypipe.report import build_report
-from raypipe.report.saved import RUN_FILE, read_run, subject_folders, write_json
+from raypipe.report.saved import RUN_FILE, read_run, write_json
 from raypipe.runner import Runner
 from raypipe.store import require_space
 from raypipe.train import FitResult, finished
@@ -65,6 +61,8 @@ def fit(cfg: FitConfig, runner: Runner | None) -> FitSummary:
     responses do not belong together), ConfigError (the folder holds another run), NoSpace, and what
     training raises; StoreLocked when another fit works in the run folder or in a subject's.
     """
+    # Workers and later commands have other working directories.
+    cfg = replace(cfg, images=replace(cfg.images, weights=cfg.images.absolute_weights()))
     subjects = _subjects(cfg)
     run_dir = cfg.run_dir.resolve()
     folders = {s: run_dir / f"subj{s}" if len(subjects) > 1 else run_dir for s in subjects}
@@ -73,6 +71,9 @@ def fit(cfg: FitConfig, runner: Runner | None) -> FitSummary:
         for ready in prepared.values():
             print(ready.describe(cfg))
         return FitSummary(run_dir=run_dir)
+    if cfg.on_the_fly:  # the workers load their own
+        release()
+        relieve()
     if runner is None:
         raise ConfigError("fit needs a runner; open one with raypipe.launch.open_runner")
     require_space({ready.run_dir: ready.missing_bytes(cfg) for ready in prepared.values()})
@@ -129,7 +130,7 @@ def _already_fitted(cfg: FitConfig, ready: Prepared) -> FitResult | None:
         return None
     earlier = read_run(ready.run_dir)
     _check_same(earlier, ready)
-    names = tuple(ready.split_data.store.names)
+    names = ready.split_data.features.names
     data.save_split(ready.split, names, ready.run_dir / "split.json")  # refuses another one
     check_resumable(ready.task, cfg.train, cfg.workers, ready.run_dir)
     done = finished(ready.run_dir, cfg.train.epochs, ready.n_parameters())
@@ -159,8 +160,8 @@ def _claim(cfg: FitConfig, ready: Prepared, memory: ResolvedMemory) -> dict[str,
         "identity": ready.identity(),
         "inputs": {
             "data_dir": str(cfg.data_dir.resolve()),
-            "features_dir": str(cfg.features_dir.resolve()),
-            "feature": cfg.feature,
+            "features_dir": cfg.features_dir and str(cfg.features_dir.resolve()),
+            "feature": ready.feature(cfg),
         },
         "features": _features_note(ready.split_data),
         "responses": {hemi: list(source.shape) for hemi, source in ready.task.responses.items()},
@@ -172,20 +173,28 @@ def _claim(cfg: FitConfig, ready: Prepared, memory: ResolvedMemory) -> dict[str,
         "memory": memory.record(),
         "result": earlier.get("result"),
     }
-    data.save_split(ready.split, tuple(ready.split_data.store.names), split_file)
+    data.save_split(ready.split, ready.split_data.features.names, split_file)
     if cfg.resume:  # a command that training would refuse must not overwrite run.json
         check_resumable(ready.task, cfg.train, cfg.workers, ready.run_dir)
+    ready.split_data.features.keep(ready.run_dir)
     write_json(run_file, record)
     return record
 
 
 def _notes(cfg: FitConfig) -> list[str]:
     """What the report must say about these data."""
+    notes = []
+    if cfg.on_the_fly:
+        notes.append(
+            "Features were computed on the fly from the images, rounded as a store would round them;"
+            " no store was made or read."
+        )
     if not (cfg.data_dir / "planted.json").is_file():
-        return []
+        return notes
     return [
+        *notes,
         "The responses are planted, not measured: each vertex is a known function of the image plus"
-        " noise of known size (planted.json), so the noise ceiling is exact."
+        " noise of known size (planted.json), so the noise ceiling is exact.",
     ]
 
 
@@ -201,14 +210,15 @@ def _check_same(found: Mapping[str, Any], ready: Prepared) -> None:
 
 
 def _features_note(opened: data.SplitData) -> dict[str, Any]:
-    manifest = opened.store.manifest
+    features = opened.features
     return {
-        "path": str(opened.store.path),
-        "shape": list(opened.store.shape),
-        "dtype": opened.store.logical_dtype,
-        "fingerprint": opened.store.fingerprint,
-        "identity": manifest.get("identity", {}),
-        "token_layout": manifest.get("token_layout", {}),
+        "path": str(features.path),
+        "on_the_fly": features.backbone is not None,
+        "shape": [opened.n_rows, *features.row_shape],
+        "dtype": features.dtype,
+        "fingerprint": features.fingerprint,
+        "identity": dict(features.identity),
+        "token_layout": dict(features.token_layout),
     }
 
 
@@ -252,126 +262,3 @@ def _line(subject: str, result: FitResult, seconds: float) -> str:
         f"subject {subject}: {result.epochs} epochs in {format_seconds(seconds)}, best epoch"
         f" {result.best_epoch + 1}, validation loss {loss:.4f}"
     )
-
-
-def evaluate(cfg: EvaluateConfig) -> dict[str, dict[str, Any]]:
-    """Score every subject of the run on ``cfg.split`` and write the report.
-
-    Returns subject -> summary (also evaluation/SPLIT/summary.json). Raises MissingInput (no run, no
-    checkpoint, responses withheld), MemoryBudgetExceeded, and as ``raypipe.encoding.data``.
-    """
-    summaries, memory = {}, resolve(cfg.memory)
-    for subj, folder in fitted_subjects(cfg).items():
-        with attend(memory, folder, "evaluate"):
-            summaries[subj] = _evaluate_subject(cfg, subj, folder)
-        print(score_line(summaries[subj]))
-    print(f"report: {build_report(cfg.run_dir)}")
-    return summaries
-
-
-def _evaluate_subject(cfg: EvaluateConfig, subj: str, folder: Path) -> dict[str, Any]:
-    from raypipe.encoding.score import Scores, correlate, load_ceiling, save_scores
-
-    applied = open_applied(cfg, folder, fmri=True)
-    opened = applied.opened
-    r = correlate(
-        applied.model,
-        {"tokens": opened.tokens(), **opened.responses()},
-        applied.rows,
-        batch_size=cfg.eval_batch,
-        device=applied.device,
-    )
-    ceiling = load_ceiling(opened.subject.noise_ceiling())
-    scores = Scores(n_images=len(applied.rows), r=r, nc=ceiling)
-    note = {"subject": subj, "split": cfg.split, **applied.note()}
-    return save_scores(scores, applied.families(), folder / "evaluation" / cfg.split, note)
-
-
-def fitted_subjects(cfg: ApplyConfig) -> dict[str, Path]:
-    """Subject -> its run folder, once all of them have weights; says which are not fully trained.
-
-    Raises MissingInput, naming the subjects that are not fitted yet.
-    """
-    folders = subject_folders(cfg.run_dir)
-    bare = [s for s, f in folders.items() if not any(f.glob(f"{cfg.checkpoint}*/meta.json"))]
-    if bare and all(bare):  # a folder without a subject is no fit's: opening it says so
-        raise MissingInput(
-            f"{cfg.run_dir}: subject {', '.join(bare)} is not fitted yet (no {cfg.checkpoint}"
-            " checkpoint); give the same encode fit command again to finish the run"
-        )
-    for subj, folder in folders.items():
-        if read_run(folder).get("result") is None:
-            print(
-                f"subject {subj}: its training has not ended; what is applied is its state so far"
-            )
-    return folders
-
-
-def score_line(summary: Mapping[str, Any]) -> str:
-    """One subject's result in one line."""
-    left_out = summary["n_vertices"] - summary["n_scored"]
-    text = (
-        f"subject {summary['subject']}, {summary['n_images']} {summary['split']} images:"
-        f" mean r {_number(summary['mean_r'])} over {summary['n_scored']} vertices"
-        + (f" (undefined in {left_out} more)" if left_out else "")
-    )
-    if summary.get("recovered") is not None:
-        text += (
-            f"; where a ceiling is known it averages {_number(summary['mean_ceiling_r'])}, of which"
-            f" {summary['recovered']:.0%} is reached"
-        )
-        if summary["n_counted_zero"]:
-            text += f" (undefined r count as 0 there: {summary['n_counted_zero']} vertices)"
-    return text
-
-
-def _number(value: float | None) -> str:
-    return "undefined" if value is None else f"{value:.3f}"
-
-
-def predict(cfg: PredictConfig) -> dict[str, dict[str, Path]]:
-    """Write predicted responses of every subject; returns subject -> hemisphere -> file.
-
-    Rows of images that could not be read hold NaN, and are counted in what is printed. Files appear
-    whole. Raises as ``evaluate``, but needs no responses; NoSpace.
-    """
-    written, memory = {}, resolve(cfg.memory)
-    folders = fitted_subjects(cfg)
-    for subj, folder in folders.items():
-        out = folder / "predictions"
-        if cfg.output_dir is not None:
-            out = cfg.output_dir / f"subj{subj}" if len(folders) > 1 else cfg.output_dir
-        with attend(memory, folder, "predict"):
-            applied = open_applied(cfg, folder, fmri=False)
-            written[subj] = _write_predictions(cfg, applied, out)
-        missing = int((~applied.opened.valid[applied.all_rows]).sum())
-        note = f", {missing} of them unreadable and left NaN" if missing else ""
-        print(f"subject {subj}: {len(applied.all_rows)} images predicted{note}; {out}")
-    return written
-
-
-def _write_predictions(cfg: PredictConfig, applied: Applied, out: Path) -> dict[str, Path]:
-    from raypipe.encoding.score import predictions
-
-    n_rows, n_vertices = len(applied.all_rows), applied.n_vertices
-    require_space({out: sum(4 * n_rows * n for n in n_vertices.values())})
-    place_of = {int(row): place for place, row in enumerate(applied.all_rows)}
-    with ExitStack() as stack:
-        files = {
-            hemi: stack.enter_context(
-                PredictionFile(out / f"{hemi}_pred_{cfg.split}.npy", n_rows, n_vertices[hemi])
-            )
-            for hemi in HEMIS
-        }
-        sources = {"tokens": applied.opened.tokens()}
-        size, device = cfg.eval_batch, applied.device
-        for rows, predicted, _ in predictions(
-            applied.model, sources, applied.rows, batch_size=size, device=device
-        ):
-            for hemi in HEMIS:
-                for row, values in zip(rows, predicted[hemi], strict=True):
-                    files[hemi].write(place_of[int(row)], values)
-        for row in set(applied.all_rows.tolist()) - set(applied.rows.tolist()):
-            for hemi in HEMIS:
-                files[hemi].write(place_of[row], np.full(n_vertices[hemi], np.nan, np.float32))
-    return {hemi: files[hemi].path for hemi in HEMIS}

@@ -17,12 +17,14 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from raypipe.encoding.frozen import FrozenBackbone, tokens_of
 from raypipe.encoding.readout import HEMIS, NONE
 from raypipe.memory.guard import current, note, relieve
 from raypipe.memory.policy import Throttle
 from raypipe.report.metrics import PearsonSums, normalised_correlation
 from raypipe.report.saved import write_bytes, write_json, write_npy
-from raypipe.stream import ArraySource, Gatherer
+from raypipe.stream import Gatherer
+from raypipe.stream.reading import Source
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -46,11 +48,12 @@ class Scores:
 
 def predictions(
     model: nn.Module,
-    sources: Mapping[str, ArraySource],
+    sources: Mapping[str, Source],
     rows: Rows,
     *,
     batch_size: int,
     device: str,
+    backbone: FrozenBackbone | None = None,
 ) -> Iterator[tuple[Rows, dict[str, NDArray[np.float32]], dict[str, torch.Tensor]]]:
     """Yield (rows, predicted hemisphere -> (b, V) float32, the batch) in the order of ``rows``.
 
@@ -65,7 +68,7 @@ def predictions(
             limit = _next_limit(throttle, int(piece[0]))
             for lo in range(0, len(piece), limit):
                 part = {name: tensor[lo : lo + limit] for name, tensor in batch.items()}
-                predicted = model(part["tokens"])
+                predicted = model(tokens_of(part, backbone))
                 answers = {hemi: predicted[hemi].float().cpu().numpy() for hemi in HEMIS}
                 yield piece[lo : lo + limit], answers, part
 
@@ -83,15 +86,18 @@ def _next_limit(throttle: Throttle, row: int) -> int:
 
 def correlate(
     model: nn.Module,
-    sources: Mapping[str, ArraySource],
+    sources: Mapping[str, Source],
     rows: Rows,
     *,
     batch_size: int,
     device: str,
+    backbone: FrozenBackbone | None = None,
 ) -> dict[str, Floats]:
-    """Pearson's r of each vertex over ``rows``; sources : tokens, lh, rh."""
+    """Pearson's r of each vertex over ``rows``; sources : tokens (or pixels), lh, rh."""
     sums = {hemi: PearsonSums.empty(sources[hemi].row_shape[0]) for hemi in HEMIS}
-    steps = predictions(model, sources, rows, batch_size=batch_size, device=device)
+    steps = predictions(
+        model, sources, rows, batch_size=batch_size, device=device, backbone=backbone
+    )
     for _, predicted, batch in steps:
         for hemi in HEMIS:
             sums[hemi].add(predicted[hemi], batch[hemi].cpu().numpy())

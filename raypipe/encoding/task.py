@@ -15,11 +15,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from raypipe.encoding.config import ModelConfig
+from raypipe.encoding.frozen import FrozenBackbone, tokens_of
 from raypipe.encoding.model import build_encoder
 from raypipe.encoding.readout import HEMIS, Readout
 from raypipe.encoding.shapes import TokenShape
 from raypipe.report.metrics import pearson_from_sums
 from raypipe.stream import ArraySource, Gatherer
+from raypipe.stream.reading import Source
 
 Batch = Mapping[str, Tensor]
 Rows = NDArray[np.int64]
@@ -41,10 +43,11 @@ class TokenStatistics:
 class EncodingTask:
     """``raypipe.train.Task`` for brain encoding.
 
-    tokens : (N, n_tokens, dim); responses : "lh", "rh" -> (N, V); rows are shared by all three.
+    features : "tokens" -> (N, n_tokens, dim), or "pixels" -> (N, height, width, 3) for ``backbone``;
+    responses : "lh", "rh" -> (N, V); rows are shared by all three.
     """
 
-    tokens: ArraySource
+    features: Mapping[str, Source]
     responses: Mapping[str, ArraySource]
     shape: TokenShape
     encoder: ModelConfig
@@ -52,6 +55,7 @@ class EncodingTask:
     train_rows: Rows
     val_rows: Rows
     statistics: TokenStatistics | None = None
+    backbone: FrozenBackbone | None = None
 
     def build_model(self) -> nn.Module:
         """A new encoder on the CPU, from torch's global generator."""
@@ -61,17 +65,21 @@ class EncodingTask:
             model.scaler.set(mean, std)  # type: ignore[union-attr, operator]
         return model
 
-    def sources(self) -> dict[str, ArraySource]:
+    def sources(self) -> dict[str, Source]:
         """What a batch is gathered from."""
-        return {"tokens": self.tokens, **self.responses}
+        return {**self.features, **self.responses}
+
+    def frozen_tensors(self, device: torch.device) -> Sequence[Tensor]:
+        """What lies on ``device`` beside the model: the backbone's weights."""
+        return [] if self.backbone is None else self.backbone.held(device)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """(b,): mean squared error over the vertices of lh, plus that of rh."""
-        return squared_error(model(batch["tokens"]), batch)
+        return squared_error(model(tokens_of(batch, self.backbone)), batch)
 
     def val_sums(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """Sums over the rows: n, loss, and per hemisphere what Pearson's r needs, (V,) each."""
-        predicted = model(batch["tokens"])
+        predicted = model(tokens_of(batch, self.backbone))
         error = squared_error(predicted, batch).double()
         sums = {"n": torch.full_like(error, 1).sum(), "loss": error.sum()}
         for hemi in HEMIS:
@@ -112,18 +120,26 @@ def _mean(values: NDArray[np.float64]) -> float:
 
 
 def token_statistics(
-    tokens: ArraySource, shape: TokenShape, rows: Rows, *, cls: bool = False
+    features: Mapping[str, Source],
+    shape: TokenShape,
+    rows: Rows,
+    *,
+    cls: bool = False,
+    backbone: FrozenBackbone | None = None,
+    device: str = "cpu",
 ) -> TokenStatistics:
     """Channel statistics of the patch tokens (``cls``: of the first token) of training rows.
 
-    Over at most 128 of ``rows``, evenly spaced; read a few at a time, whatever the dtype.
+    Over at most 128 of ``rows``, evenly spaced; read a few at a time, whatever the dtype. Pixels go
+    through ``backbone`` on ``device``.
     """
     chosen = rows[np.linspace(0, len(rows) - 1, min(len(rows), _STATISTICS_ROWS)).astype(int)]
     pieces = [chosen[i : i + _STATISTICS_BATCH] for i in range(0, len(chosen), _STATISTICS_BATCH)]
     n, total, squares = 0, torch.zeros(shape.dim).double(), torch.zeros(shape.dim).double()
-    with Gatherer({"tokens": tokens}, _STATISTICS_BATCH) as gatherer:
+    with Gatherer(features, _STATISTICS_BATCH, device) as gatherer:
         for batch in gatherer.batches(pieces):
-            part = batch["tokens"][:, :1] if cls else batch["tokens"][:, shape.prefix :]
+            tokens = tokens_of(batch, backbone).cpu()
+            part = tokens[:, :1] if cls else tokens[:, shape.prefix :]
             flat = part.flatten(0, 1).double()
             n += len(flat)
             total += flat.sum(0)

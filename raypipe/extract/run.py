@@ -72,7 +72,6 @@ def extract(cfg: ExtractConfig, runner: Runner | None) -> ExtractSummary:
     WeightsUnavailable, DeviceUnavailable, MemoryBudgetExceeded, WorkerFailed; StoreError when the
     images are no longer those that a finished store was made from.
     """
-    check(cfg)
     cfg = _absolute(cfg)
     plan = make_plan(cfg)
     if cfg.dry_run:
@@ -110,9 +109,8 @@ def extract(cfg: ExtractConfig, runner: Runner | None) -> ExtractSummary:
 
 def _absolute(cfg: ExtractConfig) -> ExtractConfig:
     """Workers have a working directory of their own."""
-    is_file = cfg.weights != "pretrained" and not cfg.weights.startswith("random:")
-    weights = str(Path(cfg.weights).absolute()) if is_file else cfg.weights
     data_dir, output_dir = cfg.data_dir.absolute(), cfg.output_dir.absolute()
+    weights = cfg.absolute_weights()
     return replace(cfg, data_dir=data_dir, output_dir=output_dir, weights=weights)
 
 
@@ -242,11 +240,3 @@ def _say_summary(summary: ExtractSummary) -> None:
     print(text, file=sys.stderr)
     for path in summary.stores:
         print(path)
-
-
-def check(cfg: ExtractConfig) -> None:
-    """Options that only make sense together."""
-    if cfg.layer and not cfg.backbone.startswith(("timm:", "open_clip:")):
-        raise ConfigError(
-            f"--layer goes with timm:NAME and open_clip:NAME; {cfg.backbone} takes --enc-layer"
-        )

@@ -11,8 +11,9 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from raypipe.backbone import BackboneSpec, TokenLayout, resolve
+from raypipe.backbone import BackboneSpec, TokenLayout
 from raypipe.backbone.model import layouts
+from raypipe.backbone.options import ITEMSIZE, feature_identity
 from raypipe.errors import MissingInput, StoreError
 from raypipe.extract.checks import bad_rows, changed_error, changed_images
 from raypipe.extract.config import ExtractConfig
@@ -30,8 +31,6 @@ from raypipe.store import (
     space_needed,
 )
 from raypipe.units import format_bytes
-
-_ITEMSIZE = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,13 +66,7 @@ class ExtractPlan:
 
 def make_plan(cfg: ExtractConfig) -> ExtractPlan:
     """Find images and shapes, without weights and without writing."""
-    spec = resolve(
-        cfg.backbone,
-        enc_layer=cfg.enc_layer,
-        layers=cfg.layer,
-        preprocess=cfg.preprocess,
-        image_size=cfg.image_size,
-    )
+    spec = cfg.spec()
     groups = find_groups(cfg)
     hw = image_hw(groups)
     return ExtractPlan(
@@ -81,7 +74,7 @@ def make_plan(cfg: ExtractConfig) -> ExtractPlan:
         spec=spec,
         hw=hw,
         layouts=layouts(spec, hw),
-        itemsize=_ITEMSIZE[cfg.store_dtype],
+        itemsize=ITEMSIZE[cfg.store_dtype],
     )
 
 
@@ -210,14 +203,7 @@ def _shard_spec(
         dtype=cfg.store_dtype,
         names=group.names,
         grid=cfg.batch_size,
-        identity={
-            **plan.spec.identity(layer),
-            "weights_sha256": weights_sha256,
-            "precision": cfg.precision,
-            # Where weights lie does not matter, their digest does; but a seed is worth reading.
-            **({"weights": cfg.weights} if cfg.weights.startswith("random:") else {}),
-            **({"image_hw": list(plan.hw)} if plan.spec.preprocess.resize is None else {}),
-        },
+        identity=feature_identity(cfg, plan.spec, layer, weights_sha256, plan.hw),
         token_layout=plan.layouts[layer].describe(),
         provenance={**run_record(cfg), **described},
     )

@@ -35,7 +35,7 @@ from raypipe.train.config import TrainConfig
 from raypipe.train.context import WorkerContext
 from raypipe.train.engine import Engine
 from raypipe.train.feed import Micro
-from raypipe.train.task import Task
+from raypipe.train.task import Task, frozen_tensors
 
 # Not one row: operations take short cuts at size 1 (nothing to copy, nothing to broadcast).
 SIZES = (2, 3)
@@ -61,10 +61,10 @@ class Line:
 class Footprint:
     """A training step's memory on its device.
 
-    static_bytes : parameters, buffers and AdamW moments; phases : the lines that are the highest at
-    some batch, by phase; batch_row_bytes : a row of each batch that is gathered ahead; outside :
-    what the device's allocator held beyond all this (0 on the CPU); aligned : whether both sizes
-    ran the same operations (otherwise a line goes through the two peaks).
+    static_bytes : parameters, buffers, AdamW moments and frozen weights; phases : the lines that are
+    the highest at some batch, by phase; batch_row_bytes : a row of each batch that is gathered
+    ahead; outside : what the device's allocator held beyond all this (0 on the CPU); aligned :
+    whether both sizes ran the same operations (otherwise a line goes through the two peaks).
     """
 
     static_bytes: int
@@ -144,6 +144,7 @@ def measure(
     Draws from the global generators (see `raypipe.train.rng.preserved`). Raises what the task
     raises, and torch.OutOfMemoryError.
     """
+    frozen_tensors(task, device)  # loaded by now, whether or not another measurement did
     small = False
     try:
         footprint = _measured(task, cfg, device, _allocated(device), open_rows)
@@ -164,11 +165,13 @@ def _measured(
 ) -> Footprint:
     quiet = TrainConfig(**{**vars(cfg), "init_scale": 1.0})  # no fp16 step is skipped here
     engine = Engine(task, quiet, WorkerContext(run_dir=Path(), device=str(device)))
+    frozen = frozen_tensors(task, device)
+    before -= sum(tensor.nbytes for tensor in frozen)  # they are counted with the model
     engine.module.train()
     batches = list(_batches(task, device, open_rows))
     for _ in _phases(engine, *batches[0], update=True):
         pass  # moments, casts' caches and libraries come into being
-    static = _static(engine)
+    static = [*_static(engine), *frozen]
     passes: list[dict[str, np.ndarray]] = []
     beyond: list[int] = []
     for rows, batch in batches:

@@ -66,6 +66,14 @@ class Task(Protocol):
         ...
 
 
+def frozen_tensors(task: Task, device: torch.device) -> list[Tensor]:
+    """What ``task`` keeps on ``device`` beside its model, trained by nobody: the weights of a frozen
+    backbone, where its ``frozen_tensors(device)`` names any. Loads them.
+    """
+    named = getattr(task, "frozen_tensors", None)
+    return list(named(device)) if named is not None else []
+
+
 def check_per_row(loss: Tensor, rows: int) -> Tensor:
     """``loss`` as it is; raises ConfigError when it is not (rows,) and floating."""
     if loss.shape != torch.Size((rows,)) or not loss.is_floating_point():

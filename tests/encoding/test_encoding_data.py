@@ -28,7 +28,7 @@ from raypipe.stream import ArraySource
 
 
 def open_train(world: World, feature: str = FEATURE, subj: str = "01") -> data.SplitData:
-    return data.open_split(world.data, world.features, feature, subj, "train")
+    return data.open_split(world.data, data.StoresIn(world.features, feature), subj, "train")
 
 
 # ---- opening
@@ -39,9 +39,9 @@ def test_rows_and_places_fit(world: World) -> None:
     assert opened.n_rows == PLANTED.n_train and opened.valid.all()
     assert opened.shape == TokenShape(prefix=1, height=5, width=5, dim=4)
     first = AlgonautsSubject.open(world.data, "01").image_paths("train")[7]
-    np.testing.assert_allclose(opened.store[7], tokens_of(first), rtol=1e-6)
+    np.testing.assert_allclose(opened.features.store[7], tokens_of(first), rtol=1e-6)
     assert opened.responses()["lh"].shape == (PLANTED.n_train, PLANTED.vertices_per_hemi)
-    assert opened.tokens().path.is_absolute()
+    assert opened.features.sources()["tokens"].path.is_absolute()
 
 
 def test_names_that_are_not_there(world: World, tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_names_that_are_not_there(world: World, tmp_path: Path) -> None:
     with pytest.raises(UnknownName, match="subj03"):
         open_train(world, subj="03")
     with pytest.raises(MissingInput, match="raypipe extract"):
-        data.open_split(world.data, tmp_path / "none", FEATURE, "01", "train")
+        data.open_split(world.data, data.StoresIn(tmp_path / "none", FEATURE), "01", "train")
 
 
 def test_an_unfinished_store_is_refused(world: World, tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_another_number_of_images_is_refused(world: World, tmp_path: Path) -> No
 def test_withheld_test_responses_are_said_so(world: World, tmp_path: Path) -> None:
     changed = world.copy(tmp_path)
     shutil.rmtree(changed.data / "subj01/test_split/test_fmri")
-    place = (changed.data, changed.features, FEATURE, "01", "test")
+    place = (changed.data, data.StoresIn(changed.features, FEATURE), "01", "test")
     with pytest.raises(MissingInput, match="withholds"):
         data.open_split(*place)
     opened = data.open_split(*place, fmri=False)
@@ -193,14 +193,14 @@ def make_task(world: World, **options: object) -> EncodingTask:
     split = data.seeded_split(opened.valid, 0.2, 0)
     n = {"lh": PLANTED.vertices_per_hemi, "rh": PLANTED.vertices_per_hemi}
     return EncodingTask(
-        tokens=opened.tokens(),
+        features=opened.features.sources(),
         responses=opened.responses(),
         shape=opened.shape,
         encoder=cfg,
         readout=build_readout("rois_all", opened.subject.rois(), n),
         train_rows=split.train,
         val_rows=split.val,
-        statistics=token_statistics(opened.tokens(), opened.shape, split.train),
+        statistics=token_statistics(opened.features.sources(), opened.shape, split.train),
     )
 
 
@@ -286,7 +286,7 @@ def test_statistics_are_numpys(tmp_path: Path, dtype: str, cls: bool) -> None:
     )
     shape = TokenShape.of((26, 4), LAYOUT)
     valid = np.delete(np.arange(21), 4)
-    got = token_statistics(source, shape, valid, cls=cls)
+    got = token_statistics({"tokens": source}, shape, valid, cls=cls)
     part = rows[valid][:, :1] if cls else rows[valid][:, 1:]
     tolerance = {"float32": 1e-6, "float16": 2e-3, "bfloat16": 2e-2}[dtype]
     np.testing.assert_allclose(got.mean, part.mean((0, 1)), atol=10 * tolerance)

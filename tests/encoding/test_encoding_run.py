@@ -22,9 +22,10 @@ from sklearn.feature_selection import r_regression
 
 from raypipe.encoding import EvaluateConfig, FitConfig, ModelConfig, PredictConfig
 from raypipe.encoding.apply import open_applied
+from raypipe.encoding.assess import evaluate, predict
 from raypipe.encoding.predictions import PredictionFile
 from raypipe.encoding.prepare import prepare
-from raypipe.encoding.run import evaluate, fit, predict
+from raypipe.encoding.run import fit
 from raypipe.encoding.score import Scores, summarise
 from raypipe.errors import (
     ConfigError,
