@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from raypipe.cluster.node_memory import RemoteGuard, join
+from raypipe.cluster.remote_guard import RemoteGuard, join
 from raypipe.errors import InputError, StoreError
 from raypipe.memory.config import ResolvedMemory
 from raypipe.memory.limits import node_limits
