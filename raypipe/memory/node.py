@@ -132,6 +132,8 @@ class NodeMemory:
         before = self._asks.get(ask.holder)
         self._asks[ask.holder] = ask
         if isinstance(found, Queued):
+            if before is None:
+                self._someone_ended.set()  # from now on the sweep looks more often
             return self._answer("queued", self._why_waiting(ask))
         if before is None or before != ask or not self._is_watched(ask):
             self._take_in(ask)
@@ -225,7 +227,7 @@ class NodeMemory:
         process does: it would keep all behind it waiting.
         """
         while not self._closed.is_set():
-            self._someone_ended.wait(SWEEP_S if self._asks else IDLE_SWEEP_S)
+            self._someone_ended.wait(SWEEP_S if self._ledger.queue else IDLE_SWEEP_S)
             self._someone_ended.clear()
             with self._lock:
                 watched = {(one.pid, one.start_ticks) for one in self._watch.registrations}

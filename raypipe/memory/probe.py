@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -196,11 +197,23 @@ def describe(info: MemoryInfo) -> str:
     return ", ".join(parts)
 
 
-def pids_with_torch_shm() -> set[int]:
-    """Processes that have shared tensors by name: /dev/shm/torch_PID_*."""
-    try:
-        names = os.listdir("/dev/shm")  # noqa: PTH208
-    except FileNotFoundError:
-        return set()
-    pids = (name.split("_")[1] for name in names if name.startswith("torch_"))
-    return {int(pid) for pid in pids if pid.isdigit()}
+class SharedTensors:
+    """Which processes have shared tensors by name, asked again and again: /dev/shm/torch_PID_*."""
+
+    def __init__(self) -> None:
+        self._changed_ns, self._pids = -1, frozenset[int]()
+
+    def pids(self) -> frozenset[int]:
+        """Their ids; the folder is listed only after it has changed."""
+        try:
+            changed_ns = _SHM.stat().st_mtime_ns
+            if changed_ns != self._changed_ns:
+                names = os.listdir(_SHM)  # noqa: PTH208
+                pids = (name.split("_")[1] for name in names if name.startswith("torch_"))
+                self._pids = frozenset(int(pid) for pid in pids if pid.isdigit())
+                # The clock of files moves every few milliseconds: a later change may bear this time.
+                settled = time.time_ns() - changed_ns > 100_000_000
+                self._changed_ns = changed_ns if settled else -1
+        except FileNotFoundError:
+            self._pids = frozenset()
+        return self._pids

@@ -32,7 +32,7 @@ from raypipe.memory.probe import (
     ENFORCES,
     ProcessProbe,
     Reading,
-    pids_with_torch_shm,
+    SharedTensors,
     torch_shm_bytes,
 )
 from raypipe.memory.registration import Registration
@@ -49,6 +49,7 @@ from raypipe.memory.watched import (
 POLL_S = 0.005
 # Pinned memory and shared tensors: only the process, and a folder listing, can say them.
 EXTRA_EVERY_S = 0.1
+EMPTY_TICKS = 200  # with nobody there: who comes rings
 INTERPRETED, COMPILED = "interpreted", "compiled"
 
 
@@ -99,6 +100,7 @@ class Watch:
         self._compiling = False
         self._stopping = False
         self._thread: threading.Thread | None = None
+        self._sharing = SharedTensors()
         self._clerk = Clerk(on_verdict)
 
     @property
@@ -136,7 +138,7 @@ class Watch:
             tick = self._tick = self._tick + ticks
             if now >= self._extra_due:
                 self._read_extra(now)
-            due = tick + LONGEST_TICKS
+            due = tick + (LONGEST_TICKS if self._watched else EMPTY_TICKS)
             for one in self._watched.values():
                 if one.due <= tick:
                     try:
@@ -219,6 +221,7 @@ class Watch:
             return
         with self._lock:
             self._left.append(watched)
+        self._ring()
 
     # ---- the thread's side
 
@@ -228,8 +231,8 @@ class Watch:
             ready.set()
             wait = 1
             while not self._stopping:
-                passed = self._stare_at_all(wait)
-                if passed == 0:
+                passed = 0
+                if wait > NEAR_TICKS or not self._stare_at_all():
                     if self._bell.acquire(timeout=wait * self.poll_s):
                         self._rung = False
                     passed = wait
@@ -239,50 +242,51 @@ class Watch:
             on_failure()
             raise
 
-    def _stare_at_all(self, wait: int) -> int:
-        """Look in compiled code while the next look is near; returns the ticks that passed."""
-        if wait > NEAR_TICKS:
-            return 0
+    def _stare_at_all(self) -> bool:
+        """Look in compiled code until something calls for a ``tick``; False where there is none."""
         if self._stare is None:
             if not self._compiling and ENFORCES and self._watched:
                 self._compiling = True
                 threading.Thread(target=self.compile, name="raypipe-compile", daemon=True).start()
-            return 0
-        self._bell_seen_compiled[0] = 0  # whoever rang before is in the list
+            return False
+        bell = self._bell_seen_compiled
+        bell[0] = 0  # whoever rang before is in the list
         with self._lock:
-            every = list(self._watched.values())
-        left = np.zeros(len(every), np.uint8)
-        seen_ns = np.array([int(one.looked_at * 1e9) for one in every], np.int64)
-        passed = int(
-            self._stare(
-                np.array([one.probe.fileno() for one in every], np.int32),
-                np.array([one.every for one in every], np.int64),
-                np.array([one.quiet_from for one in every], np.int64),
-                np.array([one.quiet_below for one in every], np.int64),
-                seen_ns,
-                left,
-                self._bell_seen_compiled,
-                self._tick,
-                int(self.poll_s * 1e9),
-                LONGEST_TICKS,
+            all_ = list(self._watched.values())
+        fds = np.array([one.probe.fileno() for one in all_], np.int32)
+        every = np.array([one.every for one in all_], np.int64)
+        low = np.array([one.quiet_from for one in all_], np.int64)
+        high = np.array([one.quiet_below for one in all_], np.int64)
+        seen_ns = np.array([int(one.looked_at * 1e9) for one in all_], np.int64)
+        left, poll_ns = np.zeros(len(all_), np.uint8), int(self.poll_s * 1e9)
+        began, most, changed = self._tick, int(EXTRA_EVERY_S / self.poll_s), False
+        while not changed and not left.any() and not bell[0]:
+            passed = self._stare(
+                fds, every, low, high, seen_ns, left, bell, self._tick, poll_ns, most
             )
-        )
-        if passed == 0:  # rung at once, or the next look is further away than was thought
-            return 0
-        for one, has_left, at in zip(every, left.tolist(), seen_ns.tolist(), strict=True):
-            one.seen(self._tick + passed, at / 1e9)
-            if has_left:
-                one.due = self._tick + passed
-        return passed
+            if passed == 0:
+                break
+            self._tick += passed
+            if (now := time.monotonic()) >= self._extra_due:
+                with self._lock:
+                    changed = self._read_extra(now)
+        if self._tick == began:
+            return False
+        for one, has_left, at in zip(all_, left.tolist(), seen_ns.tolist(), strict=True):
+            one.seen(self._tick, at / 1e9)
+            if has_left or one.quiet_below == 0:
+                one.due = self._tick
+        return True
 
-    def _read_extra(self, now: float) -> None:
-        """Once for all, and rarely: listing a folder costs as much as ten looks."""
+    def _read_extra(self, now: float) -> bool:
+        """Once for all, and rarely; returns whether anybody's charge changed by it."""
         self._extra_due = now + EXTRA_EVERY_S
-        sharing = pids_with_torch_shm()
+        sharing, changed = self._sharing.pids(), False
         for pid, one in self._watched.items():
             one.slot.beat()
             shm_bytes = torch_shm_bytes(pid) if pid in sharing else 0
-            one.charge_beside(one.slot.pinned_bytes, shm_bytes)
+            changed |= one.charge_beside(one.slot.pinned_bytes, shm_bytes)
+        return changed
 
     def _look(self, one: Watched, now: float) -> None:
         """Raises ProcessLookupError when it has ended."""

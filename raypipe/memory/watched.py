@@ -54,12 +54,14 @@ class Watched:
     extra_bytes: int = 0
     pinned_bytes: int = 0
 
-    def charge_beside(self, pinned_bytes: int, shm_bytes: int) -> None:
-        """Pinned host memory and shared tensors, from now on."""
+    def charge_beside(self, pinned_bytes: int, shm_bytes: int) -> bool:
+        """Pinned host memory and shared tensors, from now on; returns whether they changed."""
         self.pinned_bytes = pinned_bytes
-        if self.extra_bytes != pinned_bytes + shm_bytes:
-            self.extra_bytes = pinned_bytes + shm_bytes
-            self.quiet_below = 0  # those were pages beside the extra bytes of before
+        if self.extra_bytes == pinned_bytes + shm_bytes:
+            return False
+        self.extra_bytes = pinned_bytes + shm_bytes
+        self.quiet_below = 0  # those were pages beside the extra bytes of before
+        return True
 
     def pace(self, usage_bytes: int, reach_bytes: int) -> None:
         """Set interval and quiet range; reach_bytes : what can be allocated in one tick."""

@@ -24,6 +24,7 @@ from raypipe.memory.probe import (
     Charge,
     MemoryMonitor,
     ProcessProbe,
+    SharedTensors,
     anon_bytes,
     charge,
     charge_bytes,
@@ -387,3 +388,21 @@ def test_shared_tensors_of_an_older_process_of_the_same_number_are_not_charged(
     assert torch_shm_bytes() == 1 << 20
     monkeypatch.setattr("raypipe.memory.probe._began_at", lambda pid: time.time() + 60)
     assert torch_shm_bytes() == 0
+
+
+def test_processes_that_share_tensors_are_found_as_they_come_and_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("raypipe.memory.probe._SHM", tmp_path)
+    sharing = SharedTensors()
+    assert sharing.pids() == set()
+    for name in ("torch_12_1", "torch_12_2", "torch_7_1", "torch_x_1", "sem.mp-1"):
+        (tmp_path / name).touch()
+        sharing.pids()
+    assert sharing.pids() == {7, 12}
+    time.sleep(0.15)
+    assert sharing.pids() == {7, 12}
+    (tmp_path / "torch_7_1").unlink()
+    assert sharing.pids() == {12}
+    monkeypatch.setattr("raypipe.memory.probe._SHM", tmp_path / "gone")
+    assert sharing.pids() == set()
