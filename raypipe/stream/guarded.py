@@ -5,10 +5,14 @@ rest of a map that `guard` was told of, and marks it: whoever copied from it loo
 the copy, and gives nothing of it away. Any other SIGBUS is left to the handler that was there
 before (none: the process ends; faulthandler's, Ray's), by putting it back and returning.
 
-It is Python: a fault is synchronous, in a copy whose thread holds no lock but perhaps the GIL. Only
-what reads a map in such copies may guard it: `raypipe.stream.mapped`, which needs no handler where
-there is none (another system than Linux with glibc on x86-64 or arm64). Signal handlers are not
-shared politely: another one that is set later has the maps unguarded until the next is opened.
+The handler is Python, which waits for the GIL. In a copy from a guarded map it may: the fault is
+synchronous, and the thread holds no lock but perhaps the GIL itself. So only what reads a map in
+such copies may guard it: `raypipe.stream.mapped`. Where there is no guard (anything but Linux with
+glibc on x86-64 and arm64) it reads in another way.
+
+Limits: a handler that somebody sets later has the maps unguarded until the next is opened. A thread
+that ends by SIGBUS elsewhere while it holds a lock that the GIL's holder waits for hangs instead.
+Ctrl-C that comes in the very copy of the main thread that faults is printed and lost.
 """
 
 from __future__ import annotations

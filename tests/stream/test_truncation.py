@@ -317,6 +317,9 @@ def test_a_file_that_grew_back_is_not_trusted_until_it_is_opened_again(
             taken(mapped, rows)
     np.save(path.with_name("b.npy"), array)
     path.write_bytes(path.with_name("b.npy").read_bytes())
+    mapped.give_back()
+    mapped.ask_for(rows)
+    mapped.resident(rows)
     for asked in (rows, np.array([1])):
         with pytest.raises(StoreCorrupt, match=f"cut short while .* has {whole} bytes again"):
             taken(mapped, asked)
