@@ -10,8 +10,8 @@ synchronous, and the thread holds no lock but perhaps the GIL itself. So only wh
 such copies may guard it: `raypipe.stream.mapped`. Where there is no guard (anything but Linux with
 glibc on x86-64 and arm64) it reads in another way.
 
-Limits: a handler that somebody sets later has the maps unguarded until the next is opened. A thread
-that ends by SIGBUS elsewhere while it holds a lock that the GIL's holder waits for hangs instead.
+Limits: a handler that somebody sets in the middle of a copy has that copy unguarded. A thread that
+is hit by SIGBUS elsewhere, while it holds a lock that the GIL's holder waits for, hangs instead.
 Ctrl-C that comes in the very copy of the main thread that faults is printed and lost.
 """
 
@@ -23,12 +23,12 @@ import functools
 import mmap
 import os
 import platform
-import signal
 import sys
 
 # Of Linux, the same on both machines.
 _MACHINES = ("x86_64", "aarch64")
 _SA_SIGINFO = 4
+_SIGBUS = 7
 _BUS_ADRERR = 2  # si_code: a page that the file does not have, or the disk does not give
 _MAP_FIXED = 16
 _SI_CODE, _SI_ADDR = 8, 16  # bytes into siginfo_t
@@ -40,9 +40,12 @@ class GuardedRange:
     cut_at : the address of the last fault, from whose page on there are zeros; None: no fault yet.
     """
 
-    def __init__(self, start: int, end: int) -> None:
+    def __init__(self, start: int, end: int, handler: _Handler) -> None:
         self.start, self.end = start, end
         self.cut_at: int | None = None
+        #: Put the handler in place again if another has been set (faulthandler.enable, ray.init).
+        #: To be called before a copy: it takes 1 to 2 microseconds.
+        self.renew = handler.install
 
     def release(self) -> None:
         """The addresses may be used for something else from here on."""
@@ -56,14 +59,13 @@ _ranges: dict[int, GuardedRange] = {}
 def guard(start: int, n_bytes: int) -> GuardedRange | None:
     """Have SIGBUS in the map of ``n_bytes`` from the address ``start`` on become zeros and a mark.
 
-    None: not on this system. Sees to it that the handler is in place, also when one was before.
+    None: not on this system.
     """
     handler = _handler()
     if handler is None or not handler.install():
         return None
-    found = GuardedRange(
-        start, start + (n_bytes + mmap.PAGESIZE - 1) // mmap.PAGESIZE * mmap.PAGESIZE
-    )
+    page = mmap.PAGESIZE
+    found = GuardedRange(start, start + (n_bytes + page - 1) // page * page, handler)
     _ranges[id(found)] = found
     return found
 
@@ -84,7 +86,8 @@ class _Handler:
 
     def __init__(self) -> None:
         libc = ctypes.CDLL(None)
-        self._sigaction, self._raise, self._mmap = libc.sigaction, libc["raise"], libc.mmap
+        self._raise, self._mmap = libc["raise"], libc.mmap
+        self._sigaction = ctypes.PyDLL(None).sigaction  # so short that the GIL is kept
         self._sigaction.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
         self._mmap.argtypes = [
             *(ctypes.c_void_p, ctypes.c_size_t),
@@ -99,6 +102,8 @@ class _Handler:
         # Who was there before, the latest last. Each is put back once: two handlers that each
         # remember the other would call each other for ever.
         self._previous: list[_Action] = []
+        self._now = _Action()
+        self._place = ctypes.byref(self._now)
         atexit.register(self._leave)
 
     def install(self) -> bool:
@@ -106,7 +111,7 @@ class _Handler:
         if self._is_present():
             return True
         ours, old = _Action(handler=self._address, flags=_SA_SIGINFO), _Action()
-        if self._sigaction(signal.SIGBUS, ctypes.byref(ours), ctypes.byref(old)):
+        if self._sigaction(_SIGBUS, ctypes.byref(ours), ctypes.byref(old)):
             return False
         if old.handler != self._address:  # another thread was faster
             others = [action for action in self._previous if action.handler != old.handler]
@@ -114,8 +119,8 @@ class _Handler:
         return self._is_present()
 
     def _is_present(self) -> bool:
-        now = _Action()
-        failed = self._sigaction(signal.SIGBUS, None, ctypes.byref(now))
+        failed = self._sigaction(_SIGBUS, None, self._place)
+        now = self._now
         return not failed and now.handler == self._address and bool(now.flags & _SA_SIGINFO)
 
     def _on_fault(self, number: int, info: int, context: int) -> None:
@@ -144,9 +149,9 @@ class _Handler:
     def _pass_on(self, *, sent: bool) -> None:
         """Put the previous handler back: a fault comes again, what was ``sent`` is sent again."""
         previous = self._previous.pop() if self._previous else _Action()  # zeros: SIG_DFL
-        self._sigaction(signal.SIGBUS, ctypes.byref(previous), None)
+        self._sigaction(_SIGBUS, ctypes.byref(previous), None)
         if sent:  # blocked until this handler returns
-            self._raise(signal.SIGBUS)
+            self._raise(_SIGBUS)
 
     def _leave(self) -> None:
         """No Python in a handler after the interpreter's end."""

@@ -120,6 +120,8 @@ class MappedRows:
                 f"rows {rows.min()}..{rows.max()} asked of {self.source.path}, which has "
                 f"{self.source.n_rows}; was the split made for another store?"
             )
+        if self._guard is not None:
+            self._guard.renew()
         self._check_whole()
 
     def resident(self, rows: np.ndarray) -> bool | None:

@@ -4,6 +4,7 @@ process_vm_readv of this process itself (Linux): a page that is gone, because th
 meanwhile, is an error of the call, where the processor's own access would end the process. It lets
 go of the GIL once a call, where a pread for each row does so a row. For maps that cannot be guarded
 (`raypipe.stream.guarded`); large rows are then read by pread (`raypipe.stream.mapped`).
+A file that is cut and written again within one call of either may give zeros that nobody notices.
 
 GB a processor-second on one core of a busy machine, rows in random order in the page cache; memcpy
 reads no file, np.take reads the map:
