@@ -24,6 +24,7 @@ import mmap
 import os
 import platform
 import sys
+import threading
 
 # Of Linux, the same on both machines.
 _MACHINES = ("x86_64", "aarch64")
@@ -54,6 +55,7 @@ class GuardedRange:
 
 # Changed by single operations only, which no fork and no finalizer can find half done.
 _ranges: dict[int, GuardedRange] = {}
+_making = threading.Lock()  # two handlers would take turns to be in place
 
 
 def guard(start: int, n_bytes: int) -> GuardedRange | None:
@@ -61,7 +63,8 @@ def guard(start: int, n_bytes: int) -> GuardedRange | None:
 
     None: not on this system.
     """
-    handler = _handler()
+    with _making:
+        handler = _handler()
     if handler is None or not handler.install():
         return None
     page = mmap.PAGESIZE
@@ -102,18 +105,19 @@ class _Handler:
         # Who was there before, the latest last. Each is put back once: two handlers that each
         # remember the other would call each other for ever.
         self._previous: list[_Action] = []
+        self._left = False
         self._now = _Action()
         self._place = ctypes.byref(self._now)
         atexit.register(self._leave)
 
     def install(self) -> bool:
         """Make it the present handler, if it is not; whether it is."""
-        if self._is_present():
-            return True
+        if self._left or self._is_present():
+            return not self._left
         ours, old = _Action(handler=self._address, flags=_SA_SIGINFO), _Action()
         if self._sigaction(_SIGBUS, ctypes.byref(ours), ctypes.byref(old)):
             return False
-        if old.handler != self._address:  # another thread was faster
+        if old.handler != self._address:  # no other thread was faster
             others = [action for action in self._previous if action.handler != old.handler]
             self._previous = [*others, old]
         return self._is_present()
@@ -155,6 +159,7 @@ class _Handler:
 
     def _leave(self) -> None:
         """No Python in a handler after the interpreter's end."""
+        self._left = True
         if self._is_present():
             self._pass_on(sent=False)
 

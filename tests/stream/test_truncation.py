@@ -83,7 +83,7 @@ CHILD = """
 
 
 @pytest.mark.parametrize(
-    ("way", "cuts"), [pytest.param("guarded", 60, marks=needs_guard), ("kernel", 20)]
+    ("way", "cuts"), [pytest.param("guarded", 60, marks=needs_guard), ("kernel", 12)]
 )
 def test_a_file_cut_in_the_middle_of_a_copy_is_an_error_and_not_a_signal(
     tmp_path: Path, way: str, cuts: int
@@ -102,7 +102,7 @@ def test_a_file_cut_in_the_middle_of_a_copy_is_an_error_and_not_a_signal(
 
 # `outside` is SIGBUS in no guarded map.
 CASES = """
-    import ctypes, faulthandler, mmap, os, resource, signal, sys
+    import atexit, ctypes, faulthandler, mmap, os, resource, signal, sys
     import numpy as np
     from raypipe.errors import StoreCorrupt
     from raypipe.stream import ArraySource, guarded
@@ -129,6 +129,14 @@ CASES = """
 DIES = {
     "nobody was there": "mapped = source.open(); outside()",
     "faulthandler was": "faulthandler.enable(); mapped = source.open(); outside()",
+    "the interpreter is at its end": """
+        def end():
+            assert source.open()._guard is None
+            outside()
+
+        atexit.register(end)  # called after what is registered later
+        mapped = source.open()
+    """,
     "faulthandler came and the next map is guarded": """
         first = source.open()
         faulthandler.enable()
