@@ -136,8 +136,7 @@ class Table:
         made |= {"best_peer": None, "best_peer_gbps": None, "rounds_done": len(self.rounds)}
         for name in OURS:
             made[f"{name}_gbps"] = gbps.get(name)
-            for key in ("to_limit", "to_limit_from_map"):
-                made[f"{name}_{key}"] = self._median(name, lambda s, k=key: s.marks["paired"][k])
+            made[f"{name}_to_limit"] = self._median(name, lambda s: s.marks["paired"]["to_limit"])
         for key in ("limit_gbps", "limit_cached_gbps", "limit_threads"):
             made[key] = self._median("plain", lambda s, k=key: s.marks["paired"][k])
         made["plain_to_limit_by_threads"] = self._by_threads()

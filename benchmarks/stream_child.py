@@ -73,13 +73,10 @@ def beside_limit(turn: Turn, batches: Iterator[Any], ours: Any, seconds: float) 
     """Ours and the memory copy in short turns of as many bytes: noise disturbs both.
 
     The limit is the best of 1 to as many threads as ours gathers with, each measured in every turn;
-    so is our loader with each of these numbers, beside its default, and with rows copied from the
-    map, which is not safe (`raypipe.stream.mapped`).
+    so is our loader with each of these numbers, beside its default.
     """
     import numpy as np
     from stream_ours import Memcpy, gather_threads
-
-    from raypipe.stream import mapped
 
     threads = gather_threads()
     limit = Memcpy(turn.rows.batch_bytes, threads, turn.n * turn.rows.row_bytes)
@@ -90,15 +87,11 @@ def beside_limit(turn: Turn, batches: Iterator[Any], ours: Any, seconds: float) 
     gbps, _ = rate(batches, TURN_S)
     count = max(SKIP, round(gbps * 1e9 * TURN_S / turn.rows.batch_bytes))
     copied, by_threads = ({ways: list[float]() for ways in given} for given in (counts, others))
-    default = mapped.FROM_MAP_BYTES
-    found, from_map = list[float](), list[float]()
+    found = list[float]()
     for _ in range(max(5, round(seconds / TURN_S / (threads + 1)))):
         for ways, rates in copied.items():
             rates.append(limit.gbps(count, ways))
         found.append(rate_of(batches, count))
-        mapped.FROM_MAP_BYTES = range(2**62)
-        from_map.append(rate_of(batches, count))
-        mapped.FROM_MAP_BYTES = default
         for ways, loader in others.items():
             by_threads[ways].append(rate_of(loader, count))
     best = max(copied, key=lambda ways: np.median(copied[ways]))
@@ -107,7 +100,6 @@ def beside_limit(turn: Turn, batches: Iterator[Any], ours: Any, seconds: float) 
         "gbps": float(np.median(found)),
         "to_limit": _ratio(found, copied[best]),
         "to_limit_by_threads": {k: _ratio(v, copied[best]) for k, v in by_threads.items()},
-        "to_limit_from_map": _ratio(from_map, copied[best]),
         "limit_cached_gbps": limit.gbps(count, best, cached=True),
         "limit_threads": best,
         "threads": threads,

@@ -48,7 +48,6 @@ def copy_rows(block: Readable, rows: np.ndarray, places: np.ndarray, target: Tar
     """
     if rows.size == 0:
         return
-    block.check(rows)
     _, lines, width = target.wide.shape
     if target.cast:
         copy = _in_pieces if lines * width > _STAGE // 2 else _staged
@@ -61,6 +60,7 @@ def copy_rows(block: Readable, rows: np.ndarray, places: np.ndarray, target: Tar
     elif block.source.row_bytes < _LARGE_ROW_BYTES:
         _staged(block, rows, places, target)
     elif whole[0].flags.c_contiguous:
+        block.check(rows)  # as `part` does not
         for row, place in zip(rows.tolist(), places.tolist(), strict=True):
             block.part(row, 0, target.raw[place].reshape(-1))
     else:
@@ -90,6 +90,7 @@ def _staged(block: Readable, rows: np.ndarray, places: np.ndarray, target: Targe
 
 def _in_pieces(block: Readable, rows: np.ndarray, places: np.ndarray, target: Target) -> None:
     """Large rows, a piece of one at a time: whole lines, or part of one."""
+    block.check(rows)  # as `part` does not
     _, lines, width = target.wide.shape
     size = block.source.stored_dtype.itemsize
     columns = min(width, _STAGE)

@@ -1,23 +1,22 @@
 """A source's file, open and mapped read-only in this process; rows are copied out without the GIL.
 
-Touching a map beyond the end of a file that was cut short is SIGBUS, which ends the process. So
-rows are not copied from the map by the processor's own hand: the kernel copies them
-(`raypipe.stream.scatter`), and where there is nothing to copy it says so. What remains is `array`,
-for those who index it themselves. The map also tells which rows are in memory.
+Touching a map beyond the end of a file that was cut short is SIGBUS, which ends the process. So the
+map is a guarded one (`raypipe.stream.guarded`), and after each copy it is asked whether it was cut.
+Where there is no guard, the kernel copies the rows (pread, `raypipe.stream.scatter`), which is
+slower, small rows the more so, and says where there is nothing to copy. Either way a file that was
+seen cut short is not trusted again until it is opened again.
 
-The price, in GB a processor-second of one loader thread on a busy machine whose memory copy made
-4.0, 5.4 and 7.1 of the same batches (kernel: as it is, map: `FROM_MAP_BYTES` of all):
+GB a processor-second of `take` in one thread, rows in random order in the page cache; memcpy reads
+no file, np.take reads a map and nothing else:
 
-===============  ======  ====
-row, batch       kernel  map
-===============  ======  ====
-962x768 f16, 16    3.24  4.41
-257x768 f32, 16    3.31  3.85
-768 f32, 256       0.76  1.51
-===============  ======  ====
-
-A map's first pass also fills page tables, which pread does not need. benchmarks/stream.py measures
-both beside the memory copy (plain_to_limit, plain_to_limit_from_map).
+===============  ======  =======  =======  ======
+row, batch       memcpy  np.take  guarded  kernel
+===============  ======  =======  =======  ======
+962x768 f16, 16    7.03     7.44     7.61    5.73
+257x768 f32, 16    8.12     7.95     7.78    6.09
+768 f32, 256       7.49     5.03     4.93    1.66
+768 f16, 256       9.77     7.08     6.16    1.30
+===============  ======  =======  =======  ======
 
 Cold pages are asked for ahead by `ask_for`. It uses posix_fadvise: for a file, madvise(WILLNEED) is
 the same request to the kernel, but Python's holds the GIL meanwhile.
@@ -26,6 +25,7 @@ the same request to the kernel, but Python's holds the GIL meanwhile.
 from __future__ import annotations
 
 import ctypes
+import functools
 import mmap
 import os
 import sys
@@ -36,6 +36,7 @@ import numpy as np
 from raypipe.errors import ConfigError, MissingInput, StoreCorrupt
 from raypipe.memory.guard import on_relief
 from raypipe.store.checksum import read_full
+from raypipe.stream.guarded import guard
 from raypipe.stream.rows import runs_of
 from raypipe.stream.scatter import consecutive, copy_scattered
 from raypipe.stream.source import ArraySource
@@ -45,10 +46,6 @@ from raypipe.stream.source import ArraySource
 _REQUEST = 128 << 10
 # From here on a run of neighbours is read by a call of its own: below, calls cost too much.
 _LARGE_RUN_BYTES = 32 << 10
-#: Rows of so many bytes are copied from the map: range(32 << 10) are the small ones, range(0) none.
-#: Then a file that is cut short between the look at its size and the end of the next row's copy (a
-#: batch's, for rows below 32 KiB) is SIGBUS; cut at any other time, it is StoreCorrupt as ever.
-FROM_MAP_BYTES = range(0)
 # Rows looked at to tell whether a batch is in the page cache: 2 us each.
 _SAMPLE = 4
 
@@ -66,50 +63,55 @@ class MappedRows:
         try:
             self._map = mmap.mmap(self._fd, 0, access=mmap.ACCESS_READ)
         except ValueError as error:  # an empty file cannot be mapped
-            raise StoreCorrupt(_truncated(source, 0)) from error
-        self._check_size()
-        count = source.n_rows * source.row_bytes
-        flat = np.frombuffer(self._map, np.uint8, count, source.offset)
-        # As bytes: one path for all dtypes, and np.take copies a misaligned array whole.
-        self.bytes = flat.reshape(source.n_rows, source.row_bytes)
+            raise StoreCorrupt(_too_short(source, 0)) from error
+        self._maps = [self._map]
+        self._seen_short = False
+        # As bytes: one path for all dtypes, and np.take copies a misaligned array whole. In nobody
+        # else's hands: who does not look at the guard after a copy would take zeros for rows.
+        self._bytes = _rows_of(self._map, source)
+        self._start = self._bytes.ctypes.data - source.offset
+        self._guard = guard(self._start, len(self._map))
+        if self._guard is not None:
+            # Called before the attributes are let go of, and with the last of them the map.
+            weakref.finalize(self, self._guard.release)
         self._mincore = _mincore(self._fd)
         on_relief(self)
 
-    @property
+    @functools.cached_property
     def array(self) -> np.ndarray:
         """The rows, (n_rows, *row_shape) of the stored dtype, read-only, not copied.
 
-        A file that is cut short under it is SIGBUS.
+        A map of its own, without a guard: a file that is cut short under it is SIGBUS, not zeros.
+        Raises StoreCorrupt.
         """
-        return self.bytes.view(self.source.stored_dtype).reshape(self.source.shape)
+        self._check_whole()
+        self._maps.append(mmap.mmap(self._fd, 0, access=mmap.ACCESS_READ))
+        rows = _rows_of(self._maps[-1], self.source)
+        return rows.view(self.source.stored_dtype).reshape(self.source.shape)
 
     def take(self, rows: np.ndarray, out: np.ndarray) -> None:
         """Copy ``rows`` (n,) into ``out`` (n, row_bytes) uint8, contiguous.
 
         Raises ConfigError for a row that the file does not have, StoreCorrupt when the file was cut
-        short since it was mapped, even in the middle of this call, or when the disk fails.
+        short since it was mapped, even in the middle of this call, or when the disk fails; ``out``
+        then holds anything.
         """
         if rows.size == 0:
             return
         self.check(rows)
-        if self._from_map:
-            self._copy_from_map(rows, out)
-            return
-        width, runs = self.source.row_bytes, consecutive(rows)
-        small = out.nbytes < len(runs) * _LARGE_RUN_BYTES
-        if small and copy_scattered(self.bytes, rows, out):
-            return
-        for lo, hi in runs:  # what is wrong after a failed copy is told by the read
-            self._read(self.source.offset + int(rows[lo]) * width, out[lo:hi])
+        if self._guard is None:
+            self._take_by_kernel(rows, out)
+        else:  # the range was checked: mode "raise" would copy through a second buffer
+            self._bytes.take(rows, axis=0, out=out, mode="clip")
+        self._check_whole()
 
     def part(self, row: int, first: int, out: np.ndarray) -> None:
         """Copy bytes of ``row``, from its byte ``first`` on, to ``out`` (bytes,); as `take`."""
-        if self._from_map:
-            self._check_size()
-            out[:] = self.bytes[row, first : first + out.size]
-            self._check_size()
-        else:
+        if self._guard is None:
             self._read(self.source.offset + row * self.source.row_bytes + first, out)
+        else:
+            out[:] = self._bytes[row, first : first + out.size]
+        self._check_whole()
 
     def check(self, rows: np.ndarray) -> None:
         """Raise as `take` unless ``rows`` (n,), n > 0, can be read now."""
@@ -118,7 +120,9 @@ class MappedRows:
                 f"rows {rows.min()}..{rows.max()} asked of {self.source.path}, which has "
                 f"{self.source.n_rows}; was the split made for another store?"
             )
-        self._check_size()
+        if self._guard is not None:
+            self._guard.renew()
+        self._check_whole()
 
     def resident(self, rows: np.ndarray) -> bool | None:
         """Whether ``rows`` seem to be in the page cache, by a sample of them; None: cannot tell.
@@ -128,7 +132,7 @@ class MappedRows:
         if self._mincore is None or rows.size == 0:
             return None
         sample = rows[:: max(1, rows.size // _SAMPLE)][:_SAMPLE]
-        start, page = self.bytes.ctypes.data, mmap.PAGESIZE
+        start, page = self._bytes.ctypes.data, mmap.PAGESIZE
         held = ctypes.c_ubyte()
         for row in self._inside(sample).tolist():
             place = start + row * self.source.row_bytes + self.source.row_bytes // 2
@@ -156,40 +160,48 @@ class MappedRows:
     def give_back(self) -> None:
         """Let go of the pages that this process has touched; they are read again when needed."""
         if hasattr(mmap, "MADV_DONTNEED"):
-            self._map.madvise(mmap.MADV_DONTNEED)
+            for each in self._maps:
+                each.madvise(mmap.MADV_DONTNEED)
 
     def _inside(self, rows: np.ndarray) -> np.ndarray:
         """The rows that there are: for hints, which report nothing."""
         return rows[(rows >= 0) & (rows < self.source.n_rows)]
 
-    @property
-    def _from_map(self) -> bool:
-        return self.source.row_bytes in FROM_MAP_BYTES
-
-    def _copy_from_map(self, rows: np.ndarray, out: np.ndarray) -> None:
-        """A look at the size before each piece and after the last, whose page may end in zeros."""
-        each = 1 if self.source.row_bytes >= _LARGE_RUN_BYTES else rows.size
-        for lo in range(0, rows.size, each):
-            self._check_size()
-            # The range was checked: mode "raise" would copy through a second buffer.
-            picked = rows[lo : lo + each]
-            np.take(self.bytes, picked, axis=0, out=out[lo : lo + each], mode="clip")
-        self._check_size()
+    def _take_by_kernel(self, rows: np.ndarray, out: np.ndarray) -> None:
+        width, runs = self.source.row_bytes, consecutive(rows)
+        small = out.nbytes < len(runs) * _LARGE_RUN_BYTES
+        if small and copy_scattered(self._bytes, rows, out):
+            return
+        for lo, hi in runs:  # what is wrong after a failed copy is told by the read
+            self._read(self.source.offset + int(rows[lo]) * width, out[lo:hi])
 
     def _read(self, at: int, out: np.ndarray) -> None:
         try:
             count = read_full(self._fd, memoryview(out.reshape(-1).data), at)
         except OSError as error:
-            raise StoreCorrupt(
-                f"{self.source.path} cannot be read at byte {at} ({error.strerror}); extract or "
-                "copy it again"
-            ) from error
+            raise StoreCorrupt(_unreadable(self.source, at, error)) from error
         if count < out.size:
-            raise StoreCorrupt(_truncated(self.source, self._map.size()))
+            self._seen_short = True
+            self._check_whole()
 
-    def _check_size(self) -> None:
-        if self._map.size() < self.source.end_byte:
-            raise StoreCorrupt(_truncated(self.source, self._map.size()))
+    def _check_whole(self) -> None:
+        """Raise StoreCorrupt if the file is too short, or was when somebody looked or copied."""
+        size = self._map.size()
+        cut_at = None if self._guard is None else self._guard.cut_at
+        if size < self.source.end_byte:
+            self._seen_short = True
+            raise StoreCorrupt(_too_short(self.source, size))
+        if cut_at is not None and not self._seen_short:  # or the disk has failed
+            try:
+                os.pread(self._fd, 1, cut_at - self._start)
+            except OSError as error:
+                at = cut_at - self._start
+                raise StoreCorrupt(_unreadable(self.source, at, error)) from error
+        if cut_at is not None or self._seen_short:
+            raise StoreCorrupt(
+                f"{self.source.path} was cut short while it was open and has {size} bytes again; "
+                "extract or copy it again and open it again"
+            )
 
 
 def reads_too_much(row_bytes: int, file_bytes: int, ram_bytes: int) -> bool:
@@ -217,7 +229,19 @@ def _mincore(fd: int) -> ctypes._NamedFuncPointer | None:
     return function
 
 
-def _truncated(source: ArraySource, size: int) -> str:
+def _rows_of(whole: mmap.mmap, source: ArraySource) -> np.ndarray:
+    """The rows in the map of a file: (n_rows, row_bytes) uint8. Raises StoreCorrupt (truncated)."""
+    if len(whole) < source.end_byte:  # as it was when it was mapped
+        raise StoreCorrupt(_too_short(source, len(whole)))
+    flat = np.frombuffer(whole, np.uint8, source.n_rows * source.row_bytes, source.offset)
+    return flat.reshape(source.n_rows, source.row_bytes)
+
+
+def _unreadable(source: ArraySource, at: int, error: OSError) -> str:
+    return f"{source.path} cannot be read at byte {at} ({error.strerror}); extract or copy it again"
+
+
+def _too_short(source: ArraySource, size: int) -> str:
     return (
         f"{source.path} holds {size} bytes, its {source.n_rows} rows need {source.end_byte}; "
         "it was cut short: extract or copy it again"

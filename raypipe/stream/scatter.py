@@ -2,11 +2,12 @@
 
 process_vm_readv of this process itself (Linux): a page that is gone, because the file was cut short
 meanwhile, is an error of the call, where the processor's own access would end the process. It lets
-go of the GIL once a call, where a pread for each row does so a row. Large rows are read by pread
-(`raypipe.stream.mapped`).
+go of the GIL once a call, where a pread for each row does so a row. For maps that cannot be guarded
+(`raypipe.stream.guarded`); large rows are then read by pread (`raypipe.stream.mapped`).
+A file that is cut and written again within one call of either may give zeros that nobody notices.
 
-Safety has a price for small rows. GB a processor-second on one core of a busy machine, rows in
-random order in the page cache; memcpy reads no file, and np.take on the map is not safe:
+GB a processor-second on one core of a busy machine, rows in random order in the page cache; memcpy
+reads no file, np.take reads the map:
 
 ===============  ======  =======  =====  =========
 row              memcpy  np.take  pread  scattered

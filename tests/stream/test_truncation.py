@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import platform
+import signal
 import subprocess
 import sys
 import textwrap
@@ -12,43 +15,58 @@ import numpy as np
 import pytest
 
 from raypipe.errors import StoreCorrupt
-from raypipe.stream import ArraySource, scatter
-from raypipe.stream.mapped import MappedRows
+from raypipe.stream import ArraySource, Gatherer, MappedRows, guarded, scatter
 
-# Reads without a pause while a thread cuts the file and makes it whole again, at random moments.
+GUARDED = guarded._handler() is not None
+needs_guard = pytest.mark.skipif(not GUARDED, reason="no guard on this system")
+
+# Reads without a pause while a thread cuts the file, at random moments and whole pages, and writes
+# the rest again: whenever the file is as long as it should be, it holds ones.
 CHILD = """
     import os, sys, threading, time
     import numpy as np
     from raypipe.errors import StoreCorrupt
-    from raypipe.stream import Gatherer, Join
+    from raypipe.stream import ArraySource, Gatherer, Join, guarded, mapped
 
-    CUTS = 60
-    small, large, rng = *sys.argv[1:], np.random.default_rng(0)
+    cuts, rng, faults = int(sys.argv[4]), np.random.default_rng(0), []
+    check = sys.argv[3] == "guarded"  # the kernel pins pages that it copies, and zeroes them
+    if not check:
+        mapped.guard = lambda start, n_bytes: None
+    cover = guarded._Handler._cover
+    guarded._Handler._cover = lambda self, at: faults.append(at) or cover(self, at)
 
     def cut(path, stop):
-        times, whole = np.random.default_rng(1), os.path.getsize(path)
-        for size in times.integers(4096, whole, CUTS).tolist():
-            time.sleep(times.uniform(0, 0.004))
-            os.truncate(path, size)
-            time.sleep(times.uniform(0, 0.002))
-            os.truncate(path, whole)
+        times, whole = np.random.default_rng(1), path.read_bytes()
+        with open(path, "r+b", buffering=0) as file:
+            for size in (times.integers(1, len(whole) >> 12, cuts) << 12).tolist():
+                time.sleep(times.uniform(0, 0.012))
+                file.truncate(size)
+                time.sleep(times.uniform(0, 0.002))
+                assert os.pwrite(file.fileno(), whole[size:], size) == len(whole) - size
         stop.set()
 
-    def read(path, batch, **more):
-        n, caught, stop = len(np.load(path, mmap_mode="r")), 0, threading.Event()
-        with Gatherer({"a": path, "b": path}, batch, threads=2, **more) as gatherer:
-            thread = threading.Thread(target=cut, args=(path, stop))
-            thread.start()
-            while not stop.is_set():
-                try:
-                    for _ in gatherer.batches(rng.integers(0, n, batch) for _ in range(50)):
-                        pass
-                except StoreCorrupt as error:
-                    assert "cut short" in str(error), error
-                    caught += 1
-            thread.join()
+    def read(source, batch, **more):
+        caught, stop = 0, threading.Event()
+        Gatherer({"a": source, "b": source}, batch, **more).close()  # imports what it needs
+        thread = threading.Thread(target=cut, args=(source.path, stop))
+        thread.start()
+        while not stop.is_set():
+            try:
+                with Gatherer({"a": source, "b": source}, batch, threads=2, **more) as gatherer:
+                    asked = (rng.integers(0, source.n_rows, batch) for _ in range(10**9))
+                    for tensors in gatherer.batches(asked):
+                        if check:
+                            assert all(tensor.min() == 1 for tensor in tensors.values())
+                        if stop.is_set():
+                            break
+            except StoreCorrupt as error:
+                assert "cut short" in str(error), error
+                caught += 1
+                time.sleep(0.001)
+        thread.join()
         return caught
 
+    small, large = map(ArraySource.npy, sys.argv[1:3])
     joined = {"x": Join(("a", "b"))}
     print(
         read(small, 1024),
@@ -59,23 +77,192 @@ CHILD = """
         read(large, 8, sort_reads=True),
         read(large, 8, join=joined),
     )
+    print(len(faults))
     sys.exit(3)
 """
 
 
-def test_a_file_cut_in_the_middle_of_a_copy_is_an_error_and_not_a_signal(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("way", "cuts"), [pytest.param("guarded", 60, marks=needs_guard), ("kernel", 12)]
+)
+def test_a_file_cut_in_the_middle_of_a_copy_is_an_error_and_not_a_signal(
+    tmp_path: Path, way: str, cuts: int
+) -> None:
     files = [tmp_path / "small.npy", tmp_path / "large.npy"]
     for path, row in zip(files, [(768,), (300, 768)], strict=True):
         count = 6_000_000 // (2 * int(np.prod(row)))
         np.save(path, np.ones((count, *row), np.float16))
-    child = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(CHILD), *map(str, files)],
+    child = run(CHILD, *files, way, cuts)
+    assert child.returncode == 3, (child.returncode, child.stderr)
+    assert child.stderr == ""
+    caught, faults = child.stdout.splitlines()
+    assert all(int(count) > 0 for count in caught.split()), child.stdout
+    assert (int(faults) > 0) == (way == "guarded")
+
+
+# `outside` is SIGBUS in no guarded map.
+CASES = """
+    import atexit, ctypes, faulthandler, mmap, os, resource, signal, sys
+    import numpy as np
+    from raypipe.errors import StoreCorrupt
+    from raypipe.stream import ArraySource, guarded
+
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    path, other = sys.argv[1:]
+    source = ArraySource.npy(path)
+
+    def outside():
+        view = np.memmap(other, np.uint8, "r")
+        os.truncate(other, 0)
+        return int(view[5000])
+
+    def is_guarded(mapped):
+        whole = os.path.getsize(path)
+        check = mapped.check
+        mapped.check = lambda rows: check(rows) or os.truncate(path, 4096)
+        try:
+            mapped.take(np.arange(mapped.source.n_rows), np.empty_like(mapped._bytes))
+        except StoreCorrupt:
+            os.truncate(path, whole)
+            return mapped._guard.cut_at is not None
+"""
+DIES = {
+    "nobody was there": "mapped = source.open(); outside()",
+    "faulthandler was": "faulthandler.enable(); mapped = source.open(); outside()",
+    "the interpreter is at its end": """
+        def end():
+            assert source.open()._guard is None
+            outside()
+
+        atexit.register(end)  # called after what is registered later
+        mapped = source.open()
+    """,
+    "faulthandler came and the next map is guarded": """
+        first = source.open()
+        faulthandler.enable()
+        second = source.open()
+        assert is_guarded(second)
+        outside()
+    """,
+    "faulthandler came and the present map is guarded": """
+        mapped = source.open()
+        faulthandler.enable()
+        mapped.take(np.arange(2), np.empty_like(mapped._bytes[:2]))
+        assert guarded._handler()._is_present()
+        outside()
+    """,
+    "faulthandler came twice": """
+        for _ in range(2):
+            first = source.open()
+            faulthandler.enable()
+            second = source.open()
+            faulthandler.disable()
+        third = source.open()
+        assert is_guarded(third)
+        faulthandler.enable()
+        fourth = source.open()
+        outside()
+    """,
+    "sent, nobody was there": "mapped = source.open(); os.kill(os.getpid(), signal.SIGBUS)",
+    "sent, faulthandler was": """
+        faulthandler.enable()
+        mapped = source.open()
+        os.kill(os.getpid(), signal.SIGBUS)
+    """,
+    "the view of the user": """
+        mapped = source.open()
+        view = mapped.array
+        os.truncate(path, 4096)
+        print(view[-1], file=sys.stderr)
+    """,
+    "a map where a guarded one was": """
+        mapped = source.open()
+        start, size = mapped._start, len(mapped._map)
+        assert is_guarded(source.open())
+        del mapped
+        libc = ctypes.CDLL(None)
+        libc.mmap.restype = ctypes.c_void_p
+        libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+        fixed = mmap.MAP_SHARED | 16
+        at = libc.mmap(start, size, mmap.PROT_READ, fixed, os.open(other, os.O_RDONLY), 0)
+        assert at == start
+        os.truncate(other, 0)
+        print(ctypes.string_at(start, 1), file=sys.stderr)
+    """,
+}
+
+
+@needs_guard
+@pytest.mark.parametrize("case", DIES)
+def test_sigbus_that_is_not_ours_goes_to_whoever_was_there(case: str, tmp_path: Path) -> None:
+    path, other = tmp_path / "a.npy", tmp_path / "other"
+    np.save(path, np.ones((300, 768), np.float16))
+    other.write_bytes(bytes(1 << 20))
+    child = run(CASES + textwrap.indent(textwrap.dedent(DIES[case]), " " * 4), path, other)
+    assert child.returncode == -signal.SIGBUS, (child.returncode, child.stderr)
+    if "faulthandler" in case:
+        assert child.stderr.count("Fatal Python error: Bus error") == 1, child.stderr
+        assert 'File "<string>"' in child.stderr
+    else:
+        assert child.stderr == ""
+
+
+@needs_guard
+def test_a_handler_of_the_program_is_called_when_it_is_sent(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.ones((300, 768), np.float16))
+    child = run(
+        CASES
+        + """
+    signal.signal(signal.SIGBUS, lambda *given: print("called"))
+    mapped = source.open()
+    os.kill(os.getpid(), signal.SIGBUS)
+    os.kill(os.getpid(), signal.SIGBUS)
+    assert is_guarded(source.open())
+    """,
+        tmp_path / "a.npy",
+        tmp_path,
+    )
+    assert (child.returncode, child.stdout) == (0, "called\ncalled\n"), child.stderr
+
+
+@needs_guard
+def test_a_forked_process_is_guarded_as_well(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.ones((300, 768), np.float16))
+    child = run(
+        CASES
+        + """
+    mapped = source.open()
+    if (pid := os.fork()) == 0:
+        os._exit(5 if is_guarded(mapped) else 6)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 5
+    assert mapped._guard.cut_at is None
+    mapped.take(np.arange(2), np.empty_like(mapped._bytes[:2]))
+    """,
+        tmp_path / "a.npy",
+        tmp_path,
+    )
+    assert child.returncode == 0, child.stderr
+
+
+def run(script: str, *given: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), *map(str, given)],
         capture_output=True,
         text=True,
         timeout=200,
     )
-    assert child.returncode == 3, (child.returncode, child.stderr)
-    assert all(int(caught) > 0 for caught in child.stdout.split()), child.stdout
+
+
+@pytest.fixture
+def kernel_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raypipe.stream.mapped.guard", lambda start, n_bytes: None)
+
+
+@pytest.fixture(params=[pytest.param("guarded", marks=needs_guard), "kernel"])
+def way(request: pytest.FixtureRequest) -> str:
+    if request.param == "kernel":
+        request.getfixturevalue("kernel_copies")
+    return str(request.param)
 
 
 @pytest.fixture
@@ -91,61 +278,161 @@ def taken(mapped: MappedRows, rows: np.ndarray) -> np.ndarray:
     return out.view(mapped.source.stored_dtype)
 
 
-@pytest.mark.parametrize("system", ["as it is", "forbids it", "has no such call"])
-def test_scattered_rows_are_read_with_and_without_the_systems_help(
+ASKED = (
+    np.random.default_rng(1).integers(0, 3000, 2500),  # more than one call of the kernel takes
+    np.arange(1000, 2999),
+    np.array([7, 8, 9, 3, 4, 2999]),
+    np.array([5]),
+)
+
+
+@pytest.mark.usefixtures("way")
+def test_rows_and_parts_of_them_are_read(small: tuple[MappedRows, np.ndarray]) -> None:
+    mapped, array = small
+    for rows in ASKED:
+        assert np.array_equal(taken(mapped, rows), array[rows])
+    part = np.empty(1000, np.uint8)
+    mapped.part(5, 2, part)
+    assert np.array_equal(part, array[5].view(np.uint8)[2:1002])
+
+
+@pytest.mark.usefixtures("kernel_copies")
+@pytest.mark.parametrize("system", ["forbids it", "has no such call"])
+def test_scattered_rows_are_read_without_the_systems_help(
     small: tuple[MappedRows, np.ndarray], system: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if system != "as it is":
-        monkeypatch.setattr(
-            scatter, "_copy", None if system == "has no such call" else lambda *given: -1
-        )
+    monkeypatch.setattr(
+        scatter, "_copy", None if system == "has no such call" else lambda *given: -1
+    )
     mapped, array = small
-    for rows in (
-        np.random.default_rng(1).integers(0, 3000, 2500),  # more than one call takes
-        np.arange(1000, 2999),
-        np.array([7, 8, 9, 3, 4, 2999]),
-        np.array([5]),
-    ):
+    for rows in ASKED:
         assert np.array_equal(taken(mapped, rows), array[rows])
 
 
-def test_rows_copied_from_the_map_are_the_same_and_the_size_is_looked_at_after(
+@pytest.mark.usefixtures("way")
+def test_a_cut_after_the_look_at_the_size_is_told(
     small: tuple[MappedRows, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("raypipe.stream.mapped.FROM_MAP_BYTES", range(1536, 1537))
-    mapped, array = small
-    rows, part = np.array([7, 8, 2999, 3]), np.empty(1000, np.uint8)
-    assert np.array_equal(taken(mapped, rows), array[rows])
-    mapped.part(5, 2, part)
-    assert np.array_equal(part, array[5].view(np.uint8)[2:1002])
-    whole = mapped.source.path.stat().st_size
-    monkeypatch.setattr(mapped, "check", lambda rows: os.truncate(mapped.source.path, whole - 9))
-    with pytest.raises(StoreCorrupt, match="cut short"):
-        taken(mapped, rows)
-
-
-def test_what_is_missing_is_told_where_the_size_seemed_right(
-    small: tuple[MappedRows, np.ndarray], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    mapped, array = small
-    monkeypatch.setattr(mapped, "_check_size", lambda: None)  # as if cut just after the look
-    os.truncate(mapped.source.path, 128 + 100 * 1536)
-    assert np.array_equal(taken(mapped, np.array([1, 99])), array[[1, 99]])
+    mapped, _ = small
+    size = 128 + 100 * 1536
+    monkeypatch.setattr(mapped, "check", lambda rows: os.truncate(mapped.source.path, size))
     for rows in (np.array([1, 2000]), np.arange(90, 110)):
-        with pytest.raises(StoreCorrupt, match=f"holds {128 + 100 * 1536} bytes"):
+        with pytest.raises(StoreCorrupt, match=f"holds {size} bytes.*cut short"):
             taken(mapped, rows)
     with pytest.raises(StoreCorrupt, match="cut short"):
         mapped.part(2000, 0, np.empty(10, np.uint8))
 
 
+@pytest.mark.usefixtures("way")
+def test_a_file_that_grew_back_is_not_trusted_until_it_is_opened_again(
+    small: tuple[MappedRows, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mapped, array = small
+    path, whole, rows = mapped.source.path, mapped.source.end_byte, np.array([1, 2000])
+    with monkeypatch.context() as patch:
+        patch.setattr(mapped, "check", lambda rows: os.truncate(path, 128 + 100 * 1536))
+        with pytest.raises(StoreCorrupt):
+            taken(mapped, rows)
+    np.save(path.with_name("b.npy"), array)
+    path.write_bytes(path.with_name("b.npy").read_bytes())
+    mapped.give_back()
+    mapped.ask_for(rows)
+    mapped.resident(rows)
+    for asked in (rows, np.array([1])):
+        with pytest.raises(StoreCorrupt, match=f"cut short while .* has {whole} bytes again"):
+            taken(mapped, asked)
+        with pytest.raises(StoreCorrupt, match="open it again"):
+            mapped.part(1, 0, np.empty(10, np.uint8))
+    assert np.array_equal(taken(mapped.source.open(), rows), array[rows])
+
+
+@pytest.mark.usefixtures("way")
+def test_other_files_and_runs_do_not_suffer(
+    small: tuple[MappedRows, np.ndarray], tmp_path: Path
+) -> None:
+    mapped, array = small
+    np.save(tmp_path / "b.npy", array)
+    other, rows = ArraySource.npy(tmp_path / "b.npy"), np.arange(2000, 2300)
+    orders = [rows] * 40
+    with Gatherer({"b": other}, 300) as going, Gatherer({"a": mapped.source}, 300) as cut:
+        batches = going.batches(orders)
+        next(batches)
+        with pytest.raises(StoreCorrupt, match="cut short"):
+            for _ in cut.batches(orders):
+                os.truncate(mapped.source.path, 4096)
+        left = [np.array_equal(batch["b"].numpy(), array[rows]) for batch in batches]
+        assert left == [True] * 39
+
+
+@needs_guard
+def test_addresses_are_let_go_of_before_they_are_unmapped(
+    small: tuple[MappedRows, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def maps() -> str:
+        return Path("/proc/self/maps").read_text()
+
+    first, array = small
+    release, seen = guarded.GuardedRange.release, list[str]()
+    monkeypatch.setattr(
+        guarded.GuardedRange, "release", lambda self: (seen.append(maps()), release(self))
+    )
+    mapped = first.source.open()
+    range_, view = mapped._guard, mapped.array
+    assert range_ is not None and id(range_) in guarded._ranges
+    line = f"{range_.start:x}-{range_.end:x} "
+    del mapped
+    gc.collect()
+    assert id(range_) not in guarded._ranges
+    assert len(seen) == 1 and line in seen[0] and line not in maps()
+    assert np.array_equal(view, array)  # a map of its own
+
+
+@pytest.mark.usefixtures("kernel_copies")
 def test_a_disk_that_fails_is_an_error_of_the_file(
     small: tuple[MappedRows, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(*given: object) -> int:
-        raise OSError(5, "Input/output error")
-
     mapped, _ = small
     monkeypatch.setattr(scatter, "_copy", None)
     monkeypatch.setattr(os, "preadv", fails)
     with pytest.raises(StoreCorrupt, match=r"a\.npy cannot be read at byte .*Input/output"):
         taken(mapped, np.array([1, 2]))
+
+
+@needs_guard
+def test_a_fault_in_a_whole_file_is_an_error_of_the_disk(
+    small: tuple[MappedRows, np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mapped, _ = small
+    assert mapped._guard is not None
+    mapped._guard.cut_at = mapped._guard.start + 5000
+    monkeypatch.setattr(os, "pread", fails)
+    with pytest.raises(StoreCorrupt, match=r"cannot be read at byte 5000 \(Input/output"):
+        taken(mapped, np.array([1, 2]))
+
+
+def fails(*given: object) -> int:
+    raise OSError(5, "Input/output error")
+
+
+@pytest.mark.parametrize("lacks", ["linux", "glibc", "machine", "its place"])
+def test_where_there_is_no_guard_the_kernel_copies(
+    lacks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(name: str) -> str:
+        raise ValueError(name)
+
+    if lacks == "linux":
+        monkeypatch.setattr(sys, "platform", "darwin")
+    elif lacks == "glibc":
+        monkeypatch.setattr(os, "confstr", unknown)
+    elif lacks == "machine":
+        monkeypatch.setattr(platform, "machine", lambda: "riscv64")
+    if lacks == "its place":
+        monkeypatch.setattr(guarded._Handler, "install", lambda self: False)
+    else:
+        monkeypatch.setattr(guarded, "_handler", guarded._handler.__wrapped__)
+    array = np.arange(3000).reshape(30, 100)
+    np.save(tmp_path / "a.npy", array)
+    mapped = ArraySource.npy(tmp_path / "a.npy").open()
+    assert mapped._guard is None
+    assert np.array_equal(taken(mapped, np.array([7, 29, 3])), array[[7, 29, 3]])
