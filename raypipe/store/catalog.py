@@ -155,6 +155,8 @@ def _change(store: Path, fingerprint: str, change: Callable[[Catalog], Catalog])
         found = read_catalog(store)
         known = found is not None and found.fingerprint == fingerprint
         new = change(found if found and known else Catalog(fingerprint=fingerprint))
+        if found and not known and not found.shared:
+            _check_superseded(file, found, new)
         fields: dict[str, Any] = {
             "format": _FORMAT,
             "version": _VERSION,
@@ -169,6 +171,17 @@ def _change(store: Path, fingerprint: str, change: Callable[[Catalog], Catalog])
                 "offset": new.contents.offset,
             }
         write_atomic(file, json.dumps(fields, indent=1).encode() + b"\n")
+
+
+def _check_superseded(file: Path, found: Catalog, new: Catalog) -> None:
+    """Only who makes a store anew where it lay may replace what ``file`` says of the old one."""
+    others = sorted(set(found.places) - set(new.places))
+    if others or new.shared:
+        raise ConfigError(
+            f"{file} is of another store ({found.fingerprint[:12]}, this one is "
+            f"{new.fingerprint[:12]}), which lies on {', '.join(p.node for p in others) or 'nodes'}; "
+            "give this store a catalog of its own, or remove that file if the other is out of date"
+        )
 
 
 def place_on(store: Path, fingerprint: str, node: str) -> Place | None:

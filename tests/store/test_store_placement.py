@@ -117,3 +117,29 @@ def test_the_command(
         place(PlaceConfig(store=tmp_path / "none"))
     with pytest.raises(ConfigError, match="--node is empty"):
         PlaceConfig(store=root, node="")
+
+
+def test_a_catalog_of_another_store_is_not_replaced_in_silence(
+    store: FeatureStore, tmp_path: Path
+) -> None:
+    at = tmp_path / "seen-by-all" / "train.npy"
+    declare(store, "A", at=at)
+    path = tmp_path / "disk" / "clip" / "train.npy"
+    path.parent.mkdir()
+    np.save(path, np.ones((6, 4), np.float32))
+    adopt(plan_adoption(path))
+    other = FeatureStore.open(path)
+    with pytest.raises(ConfigError, match=r"is of another store .* lies on A; give this"):
+        declare(other, "B", at=at)
+    with pytest.raises(ConfigError, match="is of another store"):
+        add_place(at, other.fingerprint, Place("B", path))
+    found = read_catalog(at)
+    assert found is not None and found.fingerprint == store.fingerprint
+    # Made anew where it lay, it may: nothing that is listed is left of the old one.
+    store.path.unlink()
+    store.path.with_name("train.manifest.json").unlink()
+    np.save(store.path, np.zeros((6, 4), np.float32))
+    adopt(plan_adoption(store.path))
+    declare(FeatureStore.open(store.path), "A", at=at)
+    found = read_catalog(at)
+    assert found is not None and found.fingerprint != store.fingerprint
