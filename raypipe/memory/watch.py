@@ -49,6 +49,8 @@ from raypipe.memory.watched import (
 POLL_S = 0.005
 # Pinned memory and shared tensors: only the process, and a folder listing, can say them.
 EXTRA_EVERY_S = 0.1
+# A watch that takes over from a dead one has its processes back first.
+COMPILE_AFTER_S = 2.0
 EMPTY_TICKS = 200  # with nobody there: who comes rings
 INTERPRETED, COMPILED = "interpreted", "compiled"
 
@@ -84,7 +86,7 @@ class Watch:
     ) -> None:
         self.poll_s = poll_s if ENFORCES else max(poll_s, 1.0)  # psutil's USS takes milliseconds
         self.priority = "not started"
-        self.looks = INTERPRETED
+        self.looks, self.compile_after_s = INTERPRETED, COMPILE_AFTER_S
         self._kill, self._on_gone, self._on_verdict = kill, on_gone, on_verdict
         self._probe = probe
         self._watched: dict[int, Watched] = {}
@@ -120,6 +122,11 @@ class Watch:
             self._watched[registration.pid] = watched
         self._let_go(before)
         self._ring()
+        if ENFORCES and self._thread is not None and not self._compiling:
+            self._compiling = True
+            later = threading.Timer(self.compile_after_s, self.compile)
+            later.daemon = True
+            later.start()
 
     def unregister(self, pid: int) -> None:
         """Look at it no more; an unknown pid is nobody."""
@@ -184,8 +191,8 @@ class Watch:
     def compile(self) -> None:
         """Have looks near limits taken in compiled code; ``looks`` says what came of it.
 
-        The thread has it done aside, once somebody is near: a node where nobody ever is needs
-        neither the half second nor LLVM's 100 MiB.
+        Done aside, soon after the first registration and not when somebody is near his limit:
+        loading LLVM holds the GIL for tens of milliseconds at a time.
         """
         self._compiling = True
         try:
@@ -245,12 +252,11 @@ class Watch:
     def _stare_at_all(self) -> bool:
         """Look in compiled code until something calls for a ``tick``; False where there is none."""
         if self._stare is None:
-            if not self._compiling and ENFORCES and self._watched:
-                self._compiling = True
-                threading.Thread(target=self.compile, name="raypipe-compile", daemon=True).start()
             return False
         bell = self._bell_seen_compiled
         bell[0] = 0  # whoever rang before is in the list
+        if self._stopping:
+            return False
         with self._lock:
             all_ = list(self._watched.values())
         fds = np.array([one.probe.fileno() for one in all_], np.int32)

@@ -102,6 +102,8 @@ def open_watched(
             probe=probe,
             pidfd=pidfd,
             slot=slot,
+            # Told by a watch before this one: it is for us to take back.
+            pressed_since=time.monotonic() if slot.pressure else None,
             opened=opened.pop_all(),
         )
 

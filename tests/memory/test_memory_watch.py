@@ -278,19 +278,32 @@ def test_a_process_that_outgrows_its_budget_is_ended_below_it(
     assert verdict.usage_bytes >= Limits.of(GIB).hard_bytes
 
 
-def test_once_somebody_is_near_its_limit_looks_are_compiled(tmp_path: Path) -> None:
+def test_looks_are_compiled_soon_after_the_first_registration(tmp_path: Path) -> None:
     watch = Watch()
+    watch.compile_after_s = 0.3
     watch.start()
-    with hog("0") as far, hog("0", held="bytearray(b'1') * (700 << 20)") as near:
-        for process, looks in ((far, INTERPRETED), (near, COMPILED)):
-            (tmp_path / looks).mkdir()
-            watch.register(registration_of(process, tmp_path / looks))
-            deadline = time.monotonic() + (60 if looks == COMPILED else 0.3)
-            while watch.looks != COMPILED and time.monotonic() < deadline:
-                time.sleep(0.01)
-            assert watch.looks == looks
-            process.kill()
+    time.sleep(0.5)
+    assert watch.looks == INTERPRETED, "nobody is there"
+    with hog("0") as process:
+        watch.register(registration_of(process, tmp_path))
+        assert watch.looks == INTERPRETED
+        deadline = time.monotonic() + 60
+        while watch.looks != COMPILED and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert watch.looks == COMPILED
+        process.kill()
     watch.stop()
+
+
+def test_pressure_that_a_watch_before_left_behind_is_taken_back(desk: Desk) -> None:
+    desk.watch.unregister(os.getpid())
+    desk.slot.pressure = True
+    desk.probe = ScriptedProbe(os.getpid())
+    desk.watch.register(desk.registration)
+    desk.see(LIMITS.resume_bytes)
+    assert desk.slot.pressure, "not yet below where it ends"
+    desk.see(GIB)
+    assert not desk.slot.pressure
 
 
 def test_compiled_looks_hear_of_who_comes_and_goes_and_leave_nothing_open(tmp_path: Path) -> None:
