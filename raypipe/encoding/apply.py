@@ -74,6 +74,7 @@ def open_applied(cfg: ApplyConfig, run_dir: Path, *, fmri: bool) -> Applied:
     if cfg.split == "val":
         all_rows = data.load_split(run_dir / "split.json").val
         _check_rows(all_rows, opened, run_dir)
+        _check_images(all_rows, record, opened, run_dir)
     else:
         all_rows = np.arange(opened.n_rows, dtype=np.int64)
     rows = all_rows[opened.valid[all_rows]]
@@ -136,6 +137,22 @@ def _check_rows(rows: NDArray[np.int64], opened: data.SplitData, run_dir: Path) 
         raise InputError(
             f"{run_dir}/split.json names row {rows.max()}, {opened.features.path} holds"
             f" {opened.n_rows}; these are not the features of the fit"
+        )
+
+
+def _check_images(
+    rows: NDArray[np.int64], record: Mapping[str, Any], opened: data.SplitData, run_dir: Path
+) -> None:
+    """Row numbers mean the images of the fit: others may have been trained on."""
+    fitted = record["identity"].get("images")
+    found = opened.features.fingerprints().get("images")
+    other = fitted is not None and found is not None and fitted != found
+    names = [opened.features.names[row] for row in rows]
+    if other or names != data.val_names(run_dir / "split.json"):
+        raise InputError(
+            f"{opened.features.path} holds other images than the fit in {run_dir} was made of (some "
+            "were added, removed, renamed or changed); put them back to apply it to its validation "
+            "split, or fit again"
         )
 
 

@@ -27,6 +27,7 @@ from raypipe.stream import ArraySource, KeyedPermutation
 
 Rows = NDArray[np.int64]
 _CHECK_BYTES = 64 * 1024**2
+_REFIT = "it is written by encode fit: fit this run again"
 
 
 class StoresIn(NamedTuple):
@@ -208,9 +209,15 @@ def save_split(split: Split, names: tuple[str, ...], path: Path) -> None:
     write_json(path, fields)
 
 
+def val_names(path: Path) -> list[str]:
+    """File names of the validation rows of a run. Raises as `load_split`."""
+    fields = read_json(path, _REFIT)
+    return [str(name) for name in fields["val_names"]]
+
+
 def load_split(path: Path) -> Split:
     """The split of a run. Raises MissingInput, StoreCorrupt."""
-    fields = read_json(path, "it is written by encode fit: fit this run again")
+    fields = read_json(path, _REFIT)
     return Split(
         train=np.array(fields["train_rows"], np.int64),
         val=np.array(fields["val_rows"], np.int64),

@@ -216,6 +216,8 @@ def test_other_images_do_not_resume_and_those_elsewhere_do(fly: Fly, tmp_path: P
     shutil.copyfile(image(moved, 9), image(moved, 8))
     with pytest.raises(ConfigError, match="run of other images"):
         fit(config(moved, run_dir), LocalRunner())
+    with pytest.raises(InputError, match="holds other images than the fit"):
+        evaluate(EvaluateConfig(run_dir=run_dir, data_dir=data, split="val", device="cpu"))
     (run_dir / "run.json").unlink()  # the checkpoint knows by itself
     with pytest.raises(ConfigError, match="was trained on other pixels"):
         fit(config(moved, run_dir), LocalRunner())
