@@ -21,12 +21,12 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
+from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayTaskError
 
 from raypipe.errors import RaypipeError, WorkerFailed
 from raypipe.memory.attend import attend
 from raypipe.memory.config import ResolvedMemory
-from raypipe.memory.guard import note
+from raypipe.memory.guard import current, note
 from raypipe.stream.mapped import MappedRows
 from raypipe.stream.pixels import MOST_THREADS, PixelSource
 from raypipe.stream.reading import OpenRows, RowReader, Source
@@ -56,8 +56,12 @@ class DecodeActor:
             note(phase="decode")
 
     def decode(self, rows: np.ndarray) -> np.ndarray:
-        """(n, height, width, 3) uint8; raises as `PixelSource.decode_row`."""
-        return self._source.decode_rows(rows)
+        """(n, height, width, 3) uint8; raises as `PixelSource.decode_row`, and MemoryBudgetExceeded
+        when this process has outgrown its budget, as it sees it itself: between two parts.
+        """
+        pixels = self._source.decode_rows(rows)
+        current().pressure()
+        return pixels
 
     def pid(self) -> int:
         """This process."""
@@ -141,7 +145,7 @@ class Decoders:
                 if isinstance(cause, RaypipeError):
                     raise cause from None  # Ray's own text would hide which image it was
                 raise
-            except RayActorError as error:
+            except (RayActorError, ObjectLostError) as error:  # or its node, with what it had made
                 first = str(error).strip().splitlines()[0]
                 self._say(f"a decode actor died ({first}); a new one takes its place")
                 part.actor = self._replaced(part.seat, part.actor)

@@ -221,10 +221,11 @@ class _Request:
         self._reader = reader
         self.left, self.asked = deque(pieces), deque[_Piece]()
         self._rows = sum(piece.size for piece in pieces)
+        self._pieces = len(pieces)
 
     def __call__(self) -> np.ndarray:
         """Wait; (n, row_bytes) uint8, read-only where it came as one piece."""
-        if len(self.left) + len(self.asked) == 1:
+        if self._pieces == 1:
             return self._reader._next(self)
         whole = np.empty((self._rows, self._reader.source.row_bytes), np.uint8)
         at = 0
