@@ -20,7 +20,7 @@ import pytest
 import ray
 from hypothesis import given
 from hypothesis import strategies as st
-from ray.exceptions import ActorUnavailableError, ActorUnschedulableError
+from ray.exceptions import ActorUnavailableError, ActorUnschedulableError, RayActorError
 
 from raypipe.cluster import remote_rows
 from raypipe.cluster.remote_rows import PIECE_BYTES, Copy, Patience, RemoteRows, Share, divide
@@ -217,6 +217,9 @@ class TestOneNode:
         wait = reader.start(np.arange(8))
         wait()
         ray.kill(server)
+        with pytest.raises(RayActorError):  # it may answer a little longer
+            while True:
+                ray.get(server.ready.remote())
         with pytest.raises(WorkerFailed, match=r"x: .*x.npy on node .* gone for good.*replicate"):
             reader.start(np.arange(8))()
         with open_shards({"x": source}, batch_rows=8, workers=1, memory=None, say=print) as anew:
