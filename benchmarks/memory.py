@@ -14,6 +14,7 @@ actor_cpu_share_16    : of one core, all threads of the actor, with 16 workers t
                         each wake-up is one of a sleeping core; _at_soft, _at_half: working, 550 MiB
                         and 1792 MiB away, as at the soft limit and half of a budget of 4 GiB;
                         _none: nobody is watched, only Ray's own threads, on idle cores
+watch_cpu_share_16    : the part of it that is the watch: the thread that polls
 false_kills           : of processes that map and read a file of 4 times their budget
 throughput_ratio_on_off : batches with budgets on against off, 100 turns of 0.4 s each; _spread:
                         half of its 95 % interval
@@ -35,7 +36,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import common
 import ray
@@ -64,6 +65,13 @@ class Kill:
 
     peak_bytes: int
     latency_s: float
+
+
+class Shares(NamedTuple):
+    """Of one core: all threads of the actor, and the one that looks."""
+
+    actor: float
+    watch: float
 
 
 class Hog:
@@ -129,6 +137,21 @@ class Node:
         finally:
             ray.get(self.actor.leave.remote(ask.holder), timeout=WAIT_S)
 
+    def shares(self, seconds: float) -> Shares:
+        """Over the next ``seconds``."""
+        before, began = self._cpu_s(), time.perf_counter()
+        time.sleep(seconds)
+        after, took = self._cpu_s(), time.perf_counter() - began
+        return Shares(*((b - a) / took for a, b in zip(before, after, strict=True)))
+
+    def _cpu_s(self) -> tuple[float, float]:
+        """Processor seconds of all threads of the actor and of the one that looks, kernel time
+        included, by the scheduler.
+        """
+        tasks = Path(f"/proc/{self.state['pid']}/task").iterdir()
+        used = {task.name: int((task / "schedstat").read_text().split()[0]) / 1e9 for task in tasks}
+        return sum(used.values()), used[str(self.state["watch_thread"])]
+
     def verdict(self, told: Registration) -> Verdict | None:
         """On a process that has ended."""
         ray.get(self.actor.verdict_of.remote(told.pid), timeout=WAIT_S)  # waits for the writing
@@ -186,7 +209,7 @@ def _overshoot_mib(found: Sequence[Kill]) -> list[float]:
 
 def cpu_share(
     node: Node, budget_bytes: int, headroom_bytes: int, seconds: float, kind: str = "churn"
-) -> float:
+) -> Shares:
     """Of one core, the actor's with 16 workers that far from their hard limits."""
     probe = Hog("hold", 0)
     held = max(0, Limits.of(budget_bytes).hard_bytes - headroom_bytes - probe.anon_bytes)
@@ -199,19 +222,11 @@ def cpu_share(
             hog.go()
             hog.line()
         time.sleep(2.0)  # looks near a limit are compiled by then
-        before, began = _cpu_s(node.state["pid"]), time.perf_counter()
-        time.sleep(seconds)
-        share = (_cpu_s(node.state["pid"]) - before) / (time.perf_counter() - began)
+        shares = node.shares(seconds)
         for hog in hogs:
             hog.process.kill()
             hog.wait()
-    return share
-
-
-def _cpu_s(pid: int) -> float:
-    """Processor seconds of all threads of a process, kernel time included, by the scheduler."""
-    tasks = Path(f"/proc/{pid}/task").iterdir()
-    return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
+    return shares
 
 
 def false_kills(node: Node, count: int, folder: Path) -> int:
@@ -246,12 +261,18 @@ def main() -> None:
     with open_session(), tempfile.TemporaryDirectory() as folder:
         node = Node(Path(folder))
         common.say(f"the actor watches with {node.state['priority']}")
+        nobody = node.shares(options.seconds)
         share = partial(cpu_share, node, seconds=options.seconds)
-        metrics["actor_cpu_share_none"] = _idle_share(node, options.seconds)
-        metrics["actor_cpu_share_16"] = share(GIB, 70 * MIB)
-        metrics["actor_cpu_share_16_idle"] = share(GIB, 70 * MIB, kind="hold")
-        metrics["actor_cpu_share_16_at_soft"] = share(GIB, 550 * MIB)
-        metrics["actor_cpu_share_16_at_half"] = share(2 * GIB + 128 * MIB, 1792 * MIB)
+        cases = {
+            "": share(GIB, 70 * MIB),
+            "_idle": share(GIB, 70 * MIB, kind="hold"),
+            "_at_soft": share(GIB, 550 * MIB),
+            "_at_half": share(2 * GIB + 128 * MIB, 1792 * MIB),
+        }
+        metrics["actor_cpu_share_none"] = nobody.actor
+        for case, found in cases.items():
+            metrics[f"actor_cpu_share_16{case}"] = found.actor
+            metrics[f"watch_cpu_share_16{case}"] = found.watch
         common.say(str(metrics))
         metrics |= kills(node, options.kills)
         metrics["false_kills"] = false_kills(node, options.maps, Path(folder))
@@ -261,13 +282,6 @@ def main() -> None:
         metrics |= {"throughput_ratio_on_off": ratio, "throughput_ratio_spread": spread}
     metrics["priority"] = node.state["priority"]
     common.emit("memory", metrics, options.json)
-
-
-def _idle_share(node: Node, seconds: float) -> float:
-    """What the actor costs with nobody under it: Ray's own threads and an idle watch."""
-    before, began = _cpu_s(node.state["pid"]), time.perf_counter()
-    time.sleep(seconds)
-    return (_cpu_s(node.state["pid"]) - before) / (time.perf_counter() - began)
 
 
 if __name__ == "__main__":

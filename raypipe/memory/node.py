@@ -158,6 +158,7 @@ class NodeMemory:
                 "pid": os.getpid(),
                 "priority": self._watch.priority,
                 "looks": self._watch.looks,
+                "watch_thread": self._watch.thread_id,
                 "capacity_bytes": self._ledger.capacity_bytes,
                 "free_bytes": self._ledger.free_bytes,
                 "leases": {str(self._pid(lease)): lease.n_bytes for lease in self._ledger.leases},

@@ -106,6 +106,11 @@ class Watch:
         self._clerk = Clerk(on_verdict)
 
     @property
+    def thread_id(self) -> int | None:
+        """The system's number of the thread that looks, for those who measure it."""
+        return self._thread.native_id if self._thread is not None else None
+
+    @property
     def registrations(self) -> tuple[Registration, ...]:
         """What is watched now."""
         with self._lock:
