@@ -4,9 +4,6 @@
 
 overshoot_mib_p100    : the largest true peak of a killed process (the kernel's own high-water mark,
                         file pages taken off) less its budget, in MiB; below 0 it stayed inside
-stop_ms_p100          : how long a process went on allocating past its hard limit, at its kind's rate;
-                        overshoot_mib_at_10_gb_s: what that makes at 10 GB/s, which no kind of
-                        allocation reaches on most machines: computed, not measured
 kill_latency_ms_p50   : from the last look that found it inside its limit until it is gone
 actor_cpu_share_16    : of one core, all threads of the actor, with 16 workers that work (take and
                         give back memory without a pause), so near their hard limits that each is
@@ -180,7 +177,6 @@ def kills(node: Node, count: int) -> dict[str, float]:
     """``count`` kills of each kind."""
     metrics: dict[str, float] = {}
     every: list[Kill] = []
-    stops: list[float] = []  # ms
     for kind in KINDS:
         free = Hog(kind, WANTED // 4)
         free.go()
@@ -188,16 +184,11 @@ def kills(node: Node, count: int) -> dict[str, float]:
         free.wait()
         found = [kill(node, kind) for _ in range(count)]
         every += found
-        past = max(one.peak_bytes for one in found) - Limits.of(BUDGET).hard_bytes
-        stops.append(max(0, past) / metrics[f"allocation_gb_s_{kind}"] / 1e6)
         metrics[f"overshoot_mib_p100_{kind}"] = max(_overshoot_mib(found))
     latencies = sorted(one.latency_s * 1e3 for one in every)
     return metrics | {
         "kills": len(every),
         "overshoot_mib_p100": max(_overshoot_mib(every)),
-        "stop_ms_p100": max(stops),
-        "overshoot_mib_at_10_gb_s": (Limits.of(BUDGET).hard_bytes - BUDGET + max(stops) * 1e7)
-        / MIB,
         "kill_latency_ms_p50": statistics.median(latencies),
         "kill_latency_ms_p100": latencies[-1],
     }
