@@ -10,15 +10,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from raypipe.backbone.spec import safe_name
-from raypipe.errors import BadImage, ConfigError, InputError, MemoryBudgetExceeded, MissingInput
+from raypipe.errors import ConfigError, InputError, MemoryBudgetExceeded, MissingInput
 from raypipe.extract.config import ExtractConfig
 from raypipe.read import (
     AlgonautsSubject,
     ImageFolder,
     available_subjects,
+    first_size,
     list_images,
     normalise_subject,
-    read_image,
 )
 
 # A work item is about this many bytes of rows: large enough that its fdatasync is hidden behind
@@ -127,16 +127,7 @@ def image_hw(groups: Sequence[Group]) -> tuple[int, int]:
     """Height and width in pixels of the first image that can be read; others must equal it,
     unless the backbone resizes. Raises BadImage when none can be read.
     """
-    reason = "no images"
-    for group in groups:
-        for path in group.paths:
-            try:
-                height, width, _ = read_image(path).pixels.shape
-            except BadImage as error:
-                reason = str(error)
-                continue
-            return height, width
-    raise BadImage(f"not one image can be read; the last: {reason}")
+    return first_size(path for group in groups for path in group.paths)
 
 
 def cut_items(

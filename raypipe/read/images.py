@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -147,3 +148,18 @@ def _one_line(error: BaseException) -> str:
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     text = " ".join(text.split()) or "no reason given"
     return f"{type(error).__name__}: {text}"[:200]
+
+
+def first_size(paths: Iterable[Path]) -> tuple[int, int]:
+    """Height and width in pixels of the first image that can be read. Raises BadImage when none
+    can be.
+    """
+    reason = "no images"
+    for path in paths:
+        try:
+            height, width, _ = read_image(path).pixels.shape
+        except BadImage as error:
+            reason = str(error)
+            continue
+        return height, width
+    raise BadImage(f"not one image can be read; the last: {reason}")

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from raypipe.backbone.preprocess import Preprocess
 from raypipe.errors import BadImage, InputError, MissingInput
 from raypipe.progress import Progress
-from raypipe.read import Undecodable, read_image
+from raypipe.read import Undecodable, first_size
 from raypipe.stream.pixels import MOST_THREADS, PixelSource, decode
 
 
@@ -150,15 +150,6 @@ def _state(path: Path) -> tuple[int, int]:
 
 
 def _first_size(paths: Sequence[Path]) -> tuple[int, int]:
-    """Height and width of the first image that can be read."""
     if not paths:
         raise MissingInput("no images to look at; give a folder that holds some")
-    reason = "no images"
-    for path in paths:
-        try:
-            height, width, _ = read_image(path).pixels.shape
-        except BadImage as error:
-            reason = str(error)
-            continue
-        return height, width
-    raise BadImage(f"not one image can be read; the last: {reason}")
+    return first_size(paths)
