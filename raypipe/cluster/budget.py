@@ -1,7 +1,8 @@
 """A worker's budget on the node where it lands: what it was given, or its share of that node.
 
 Nodes differ, so the share is computed there. A budget that a person stated is kept or refused; one
-that the machine's size suggested shrinks until all workers of the node fit.
+that the machine's size suggested shrinks until all workers of the node fit, beside the processes
+that help them (decoders, row servers), whose budgets are computed from what they hold.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from raypipe.units import format_bytes
 
 # A lease that does not come in this time will not: the node's other work outlasts ours.
 LEASE_WAIT_S = 600.0
+# Who helps was counted when the workers' budgets were: it waits for a predecessor's end at most.
+HELPER_WAIT_S = 120.0
 GATHER_S = 15.0
 # With less no worker that uses torch gets far; an automatic budget shrinks to this where others
 # hold the rest of the machine.
@@ -35,11 +38,15 @@ PER_PROCESS = "max_memory_per_process_gb"
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerMemory:
-    """What travels to a worker. per_node : workers of this run that may land on one node."""
+    """What travels to a worker. per_node : workers of this run that may land on one node.
+
+    beside_bytes : leases of the run's other processes there, which workers must leave to them
+    """
 
     memory: ResolvedMemory
     per_node: int
     run_dir: Path | None
+    beside_bytes: int = 0
 
     @property
     def verdict_dir(self) -> Path | None:
@@ -56,23 +63,32 @@ class Share:
     least_bytes: int | None
 
 
-def worker_share(memory: ResolvedMemory, per_node: int, limits: NodeLimits) -> Share:
-    """The budget of one worker of ``per_node`` on a node.
+def worker_share(
+    memory: ResolvedMemory, per_node: int, limits: NodeLimits, beside_bytes: int = 0
+) -> Share:
+    """The budget of one worker of ``per_node`` on a node; beside_bytes : see ``WorkerMemory``.
 
-    Raises MemoryBudgetExceeded when so many workers of a stated budget do not fit the node.
+    Raises MemoryBudgetExceeded when so many workers of a stated budget do not fit the node, or what
+    is beside them leaves nothing.
     """
     capacity = memory.config.capacity_bytes(limits)
     stated = not memory.sources[PER_PROCESS].startswith("auto")
     budget = (memory.config if stated else MemoryConfig.auto(limits)).budget_bytes
-    if stated and budget * per_node > capacity:
+    if beside_bytes >= capacity or (stated and budget * per_node + beside_bytes > capacity):
+        helpers = (
+            f" and {format_bytes(beside_bytes)} for the decoders and row servers beside them"
+            if beside_bytes
+            else ""
+        )
         raise MemoryBudgetExceeded(
             f"{per_node} worker(s) of {format_bytes(budget)} ({memory.sources[PER_PROCESS]}) need "
-            f"{format_bytes(budget * per_node)}, this node can give {format_bytes(capacity)} "
+            f"{format_bytes(budget * per_node)}{helpers}, this node can give "
+            f"{format_bytes(capacity)} "
             f"({format_bytes(limits.limit_bytes)} by {limits.limit_source}, "
             f"{memory.config.available_memory_buffer:.0%} kept free); give fewer --workers or a "
             "smaller --max-memory-per-process"
         )
-    budget = min(budget, capacity // per_node)
+    budget = min(budget, (capacity - beside_bytes) // per_node)
     least = None if stated else min(budget, LEAST_BYTES)
     return Share(budget_bytes=budget, capacity_bytes=capacity, least_bytes=least)
 
@@ -87,10 +103,12 @@ def is_younger(guard: Guard, than: float) -> bool:
 
 
 @contextmanager
-def budgeted(order: WorkerMemory, name: str, wait_s: float = LEASE_WAIT_S) -> Iterator[Guard]:
-    """This worker under its node's memory actor, with its lease, for the length of the block."""
-    limits = node_limits()
-    share = worker_share(order.memory, order.per_node, limits)
+def leased(
+    order: WorkerMemory, name: str, share: Share, limits: NodeLimits, wait_s: float
+) -> Iterator[Guard]:
+    """This process under its node's memory actor, with ``share`` as its lease, for the length of the
+    block; its log is ``name`` and its number. Raises as `remote_guard.join`.
+    """
     if order.verdict_dir:
         order.verdict_dir.mkdir(parents=True, exist_ok=True)
     with (
@@ -105,6 +123,32 @@ def budgeted(order: WorkerMemory, name: str, wait_s: float = LEASE_WAIT_S) -> It
         ) as guard,
         attend(order.memory, order.run_dir, f"{name}-{os.getpid()}", guard),
     ):
+        yield guard
+
+
+@contextmanager
+def budgeted(order: WorkerMemory, name: str, wait_s: float = LEASE_WAIT_S) -> Iterator[Guard]:
+    """A worker with its share of the node. Raises as ``worker_share`` and ``leased``."""
+    limits = node_limits()
+    share = worker_share(order.memory, order.per_node, limits, order.beside_bytes)
+    with leased(order, name, share, limits, wait_s) as guard:
+        yield guard
+
+
+@contextmanager
+def helping(
+    order: WorkerMemory,
+    name: str,
+    budget_bytes: int,
+    *,
+    least_bytes: int | None = None,
+    wait_s: float = HELPER_WAIT_S,
+) -> Iterator[Guard]:
+    """A process beside the workers, with a budget that was computed. Raises as ``leased``."""
+    limits = node_limits()
+    capacity = order.memory.config.capacity_bytes(limits)
+    share = Share(budget_bytes=budget_bytes, capacity_bytes=capacity, least_bytes=least_bytes)
+    with leased(order, name, share, limits, wait_s) as guard:
         yield guard
 
 

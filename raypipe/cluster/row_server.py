@@ -10,14 +10,13 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from raypipe.cluster.remote_guard import RemoteGuard, join
+from raypipe.cluster.budget import WorkerMemory, helping
 from raypipe.errors import InputError, StoreError
-from raypipe.memory.config import ResolvedMemory
-from raypipe.memory.limits import node_limits
 from raypipe.store import Place, Placement
 from raypipe.stream import ArraySource
 from raypipe.stream.mapped import MappedRows
@@ -26,7 +25,6 @@ from raypipe.stream.mapped import MappedRows
 THREADS = 4
 # Ray, numpy and the maps of such a process were 0.1 GiB; a lease's last 256 MiB cannot be used.
 BASE_BYTES = 768 << 20
-LEASE_WAIT_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -43,19 +41,27 @@ class Held:
         return replace(self.source, path=self.place.path, node=self.place.node)
 
 
+def budget_bytes(piece_bytes: int, most_bytes: int) -> int:
+    """Bytes of a server that reads pieces of ``piece_bytes``; never above ``most_bytes``, the run's
+    budget per process.
+    """
+    return min(most_bytes, BASE_BYTES + THREADS * piece_bytes)
+
+
 class RowServer:
     """Reads rows of ``files``, which lie on this node. An ordinary class: `shards` makes it an actor.
 
-    ``piece_bytes``: the most that is read at once. ``memory``: of the run; None: no lease is taken.
+    ``budget_bytes``: of its lease, see `budget_bytes`. ``order``: the run's memory; None: no lease is
+    taken.
     """
 
     def __init__(
-        self, files: Sequence[Held], piece_bytes: int, memory: ResolvedMemory | None
+        self, files: Sequence[Held], budget_bytes: int, order: WorkerMemory | None
     ) -> None:
-        self._files, self._memory = tuple(files), memory
-        self._budget_bytes = BASE_BYTES + THREADS * piece_bytes
+        self._files, self._order = tuple(files), order
+        self._budget_bytes = budget_bytes
         self._maps: dict[ArraySource, MappedRows] | None = None
-        self._guard: RemoteGuard | None = None
+        self._held: ExitStack | None = None
         self._lock = threading.Lock()
 
     def ready(self) -> int:
@@ -65,7 +71,7 @@ class RowServer:
         """
         with self._lock:
             if self._maps is None:
-                self._guard = self._guard or self._join()
+                self._held = self._held or self._watched()
                 self._maps = {held.there: _opened(held) for held in self._files}
         return os.getpid()
 
@@ -82,21 +88,14 @@ class RowServer:
 
     def close(self) -> None:
         """Give the lease back."""
-        if self._guard is not None:
-            self._guard.close()
+        if self._held is not None:
+            self._held.close()
 
-    def _join(self) -> RemoteGuard | None:
-        if self._memory is None:
-            return None
-        limits = node_limits()
-        return join(
-            self._budget_bytes,
-            "row-server",
-            capacity_bytes=self._memory.config.capacity_bytes(limits),
-            shared_by=limits.shared_by,
-            verdict_dir=None,
-            wait_s=LEASE_WAIT_S,
-        )
+    def _watched(self) -> ExitStack:
+        stack = ExitStack()
+        if self._order is not None:
+            stack.enter_context(helping(self._order, "row-server", self._budget_bytes))
+        return stack
 
 
 def _opened(held: Held) -> MappedRows:

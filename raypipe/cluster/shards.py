@@ -8,6 +8,7 @@ node that has them (`remote_rows`).
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,10 +19,10 @@ import ray
 from ray.exceptions import ActorUnschedulableError, RayActorError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from raypipe.cluster.budget import WorkerMemory
 from raypipe.cluster.remote_rows import Copy, Patience, RemoteRows, Share, divide
-from raypipe.cluster.row_server import THREADS, Held, RowServer
+from raypipe.cluster.row_server import THREADS, Held, RowServer, budget_bytes
 from raypipe.errors import MissingInput, RaypipeError, WorkerFailed
-from raypipe.memory.config import ResolvedMemory
 from raypipe.store import Placement, Way, this_node
 from raypipe.stream import ArraySource
 from raypipe.stream.mapped import MappedRows
@@ -38,7 +39,8 @@ RESTARTS = 3
 @dataclass(frozen=True, kw_only=True)
 class Shards:
     """Small and picklable. ``names``, ``placements``, ``shares``: by source; ``servers``: the actor
-    handle of each node that rows are read on, by raypipe's node id.
+    handle of each node that rows are read on, by raypipe's node id; ``server_bytes``: the largest of
+    their leases.
     """
 
     names: Mapping[ArraySource, str]
@@ -46,6 +48,7 @@ class Shards:
     shares: Mapping[ArraySource, Share] = field(default_factory=dict)
     servers: Mapping[str, Any] = field(default_factory=dict)
     patience: Patience = field(default_factory=Patience)
+    server_bytes: int = 0
 
     def way(self, source: ArraySource, turn: int = 0) -> Way:
         """The way from this node to a source's rows; nothing is opened."""
@@ -98,7 +101,7 @@ def open_shards(
     *,
     batch_rows: int,
     workers: int,
-    memory: ResolvedMemory | None,
+    memory: WorkerMemory | None,
     say: Callable[[str], None],
     patience: Patience | None = None,
 ) -> Iterator[Shards]:
@@ -125,11 +128,14 @@ def open_shards(
     room = _smallest_object_store()
     shares = {source: divide(room, readers, source.row_bytes, batch_rows) for source in far}
     servers: dict[str, Any] = {}
+    leases = [0]
     try:
         for node in sorted({place.node for source in far for place in placed[source].places}):
             held = _held_on(node, {source: placed[source] for source in far})
             piece_bytes = max(shares[h.source].piece_rows * h.source.row_bytes for h in held)
-            servers[node] = _start_server(nodes[node], held, piece_bytes, memory)
+            most_bytes = memory.memory.config.budget_bytes if memory else sys.maxsize
+            leases.append(budget_bytes(piece_bytes, most_bytes))
+            servers[node] = _start_server(nodes[node], held, leases[-1], memory)
         _await_ready(servers, say)
         say(_summary(servers, shares, names, readers, room))
         yield Shards(
@@ -138,6 +144,7 @@ def open_shards(
             shares=shares,
             servers=servers,
             patience=patience or Patience(),
+            server_bytes=max(leases),
         )
     finally:
         _end(servers.values())
@@ -197,7 +204,7 @@ def _held_on(node: str, placed: Mapping[ArraySource, Placement]) -> list[Held]:
 
 
 def _start_server(
-    ray_node: str, held: Sequence[Held], piece_bytes: int, memory: ResolvedMemory | None
+    ray_node: str, held: Sequence[Held], lease_bytes: int, memory: WorkerMemory | None
 ) -> Any:
     return (
         ray.remote(RowServer)
@@ -208,7 +215,7 @@ def _start_server(
             max_task_retries=RESTARTS,
             scheduling_strategy=NodeAffinitySchedulingStrategy(ray_node, soft=False),
         )
-        .remote(held, piece_bytes, memory)
+        .remote(held, lease_bytes, memory)
     )
 
 

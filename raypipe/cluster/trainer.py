@@ -6,11 +6,12 @@ The loop is the same that runs without Ray; here it gets its rank, its device an
 from __future__ import annotations
 
 import os
+import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,12 @@ from raypipe.cluster.budget import (
     verdicts,
 )
 from raypipe.cluster.datasets import PlanDataConfig, plan_dataset, read_slices
-from raypipe.cluster.decoders import RowOpener, own_cpus
+from raypipe.cluster.decoders import RowOpener, Share, bytes_on_a_machine, plan_decoders
 from raypipe.cluster.shards import Shards, open_shards
 from raypipe.errors import MemoryBudgetExceeded, RaypipeError, WorkerFailed
 from raypipe.memory.attend import FOLDER
 from raypipe.memory.guard import Guard
+from raypipe.memory.limits import node_limits
 from raypipe.stream import Cursor, StepSlice, StreamPlan
 from raypipe.train import FitResult, Task, TrainConfig, WorkerContext, checkpoint, fit
 from raypipe.train.follow import log_to
@@ -58,7 +60,7 @@ class TrainSetup:
     """What travels to every Train worker. Locators and configuration only, never rows.
 
     name : of this call's workers, unlike any other call's, for verdicts. shards : where the rows
-    lie; `train_on_ray` finds out.
+    lie, decoders : who decodes images for a worker, by source; `train_on_ray` finds both out.
     """
 
     task: Task
@@ -68,6 +70,7 @@ class TrainSetup:
     memory: WorkerMemory
     name: str
     shards: Shards | None = None
+    decoders: Mapping[str, Share] = field(default_factory=dict)
 
     def batch_limit(self) -> int | None:
         """Half the batch at which a worker of this call was last ended for its memory, or None.
@@ -101,14 +104,26 @@ def train_on_ray(
     """
     for name, value in _RAY_TRAIN_ENV.items():
         os.environ.setdefault(name, value)
+    sources, batch_rows = setup.task.sources(), max(setup.cfg.batch_size, *SIZES)
+    decoders = plan_decoders(
+        sources.values(),
+        world=workers,
+        cpus=cpus,
+        batch_rows=batch_rows,
+        config=setup.memory.memory.config,
+        limits=node_limits(),
+    )
     with open_shards(
-        setup.task.sources(),
-        batch_rows=max(setup.cfg.batch_size, *SIZES),
+        sources,
+        batch_rows=batch_rows,
         workers=workers,
-        memory=setup.memory.memory,
+        memory=setup.memory,
         say=log_to(setup.run_dir),
     ) as shards:
-        trainer = _trainer(replace(setup, shards=shards), plan, workers, use_gpu, cpus)
+        beside = shards.server_bytes + bytes_on_a_machine(decoders, workers)
+        memory = replace(setup.memory, beside_bytes=beside)
+        setup = replace(setup, shards=shards, decoders=decoders, memory=memory)
+        trainer = _trainer(setup, plan, workers, use_gpu, cpus)
         return _fit_in_thread(trainer, tick)
 
 
@@ -273,7 +288,11 @@ def _train(setup: TrainSetup, batch_limit: int | None) -> FitResult:
         should_stop=lambda: rank == 0 and stop_wished(setup.run_dir),
         say=say,
         open_rows=RowOpener(
-            world, own_cpus(), setup.memory.memory, setup.run_dir, say, otherwise=stored
+            setup.decoders,
+            setup.memory,
+            name=f"decoder-{rank}-{secrets.token_hex(3)}",  # verdicts outlive a group of workers
+            say=say,
+            otherwise=stored,
         ),
     )
     shard = ray_train.get_dataset_shard("train")

@@ -54,3 +54,26 @@ def test_a_stated_budget_is_kept_or_refused() -> None:
     with pytest.raises(MemoryBudgetExceeded, match=r"5 worker\(s\) of 6.00 GiB.*fewer --workers"):
         worker_share(memory, 5, node(32))
     assert worker_share(replace(memory), 5, node(64)).budget_bytes == 6 * GIB
+
+
+@given(workers=st.integers(1, 16), gib=st.floats(8, 512), beside=st.integers(0, 16 * GIB))
+def test_workers_leave_their_share_to_those_beside_them(
+    workers: int, gib: float, beside: int
+) -> None:
+    memory = resolved(None, gib)
+    capacity = memory.config.capacity_bytes(node(gib))
+    if beside >= capacity:
+        with pytest.raises(MemoryBudgetExceeded, match="decoders and row servers beside them"):
+            worker_share(memory, workers, node(gib), beside)
+    else:
+        share = worker_share(memory, workers, node(gib), beside)
+        assert share.budget_bytes * workers + beside <= capacity
+
+
+def test_a_stated_budget_counts_those_beside_it() -> None:
+    memory = resolved("6GiB", 32)  # 25.6 GiB to give
+    assert worker_share(memory, 4, node(32), GIB).budget_bytes == 6 * GIB
+    with pytest.raises(
+        MemoryBudgetExceeded, match=r"need 24\.0 GiB and 2\.00 GiB for the decoders"
+    ):
+        worker_share(memory, 4, node(32), 2 * GIB)

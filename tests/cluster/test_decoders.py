@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +20,19 @@ from PIL import Image
 
 from raypipe.backbone import Preprocess
 from raypipe.cluster import decoders
-from raypipe.cluster.decoders import Decoders, RowOpener, decoder_share
-from raypipe.errors import BadImage, ConfigError, WorkerFailed
+from raypipe.cluster.budget import WorkerMemory, verdicts
+from raypipe.cluster.decode_actor import BASE_BYTES, PARTS, PICTURE_BYTES
+from raypipe.cluster.decoders import (
+    Decoders,
+    RowOpener,
+    Share,
+    bytes_on_a_machine,
+    decoder_share,
+    plan_decoders,
+)
+from raypipe.errors import BadImage, ConfigError, InputError, MemoryBudgetExceeded, WorkerFailed
+from raypipe.memory.config import MemoryConfig, MemoryFlags, resolve
+from raypipe.memory.limits import node_limits
 from raypipe.stream import ArraySource, Gatherer
 from raypipe.stream.mapped import MappedRows
 from raypipe.stream.pixels import PixelSource
@@ -44,7 +56,7 @@ def source(tmp_path: Path) -> PixelSource:
 
 @pytest.fixture
 def actors(source: PixelSource) -> Iterator[Decoders]:
-    found = Decoders(source, 2, 0.1)
+    found = Decoders(source, Share(2, 0.1))
     yield found
     for actor in found.actors:
         ray.kill(actor)
@@ -87,7 +99,7 @@ def test_an_image_that_was_spoilt_meanwhile_is_named(
         actors.start(rows(1, 4))()
     assert actors.start(rows(1, 2))().shape == (2, 24, 24, 3)  # and the actors live on
     shutil.copyfile(tmp_path / "05.png", tmp_path / "04.png")
-    with pytest.raises(decoders.RaypipeError, match="holds other bytes"):
+    with pytest.raises(InputError, match="holds other bytes"):
         actors.start(rows(4))()
 
 
@@ -104,10 +116,89 @@ def test_images_that_end_every_actor_end_the_run(
 ) -> None:
     monkeypatch.setattr(decoders, "MAX_TRIES", 2)
     said: list[str] = []
-    reader = Decoders(Deadly(**vars(source)), 1, 0.1, say=said.append)
+    reader = Decoders(Deadly(**vars(source)), Share(1, 0.1), say=said.append)
     with pytest.raises(WorkerFailed, match=r"died 2 times with images 02\.png to 03\.png"):
         reader.start(rows(2, 3))()
     assert len(said) == 2 and all("a new one takes its place" in text for text in said)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Greedy(PixelSource):
+    """Holds ``mib`` MiB while it decodes image 3."""
+
+    mib: int
+
+    def decode_rows(self, rows: np.ndarray) -> np.ndarray:
+        held = np.ones(self.mib << 20, np.uint8) if 3 in rows else None
+        time.sleep(0.5)  # several looks of the memory actor
+        assert held is None or held[-1] == 1
+        return super().decode_rows(rows)
+
+
+def order(tmp_path: Path, budget: str) -> WorkerMemory:
+    memory = resolve(MemoryFlags(max_memory_per_process=budget), environ={})
+    return WorkerMemory(memory=memory, per_node=1, run_dir=tmp_path / "run")
+
+
+def test_a_decoder_above_its_lease_is_ended_and_comes_back_with_a_larger_one(
+    source: PixelSource, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    greedy = Greedy(**vars(source), mib=600)
+    share = Share(1, 0.1, budget_bytes=700 << 20)
+    memory = order(tmp_path, "2GiB")
+    reader = Decoders(greedy, share, memory=memory, name="small", say=said.append)
+    np.testing.assert_array_equal(reader.start(rows(1, 2))(), source.open().start(rows(1, 2))())
+    assert not said
+    np.testing.assert_array_equal(reader.start(rows(3))(), source.open().start(rows(3))())
+    assert len(said) == 1 and "a new one takes its place" in said[0]
+    (verdict,) = verdicts(memory, "small-0")
+    assert verdict.budget_bytes == 700 << 20 and verdict.phase == "decode"
+    logs = sorted(path.name.rpartition("-")[0] for path in (tmp_path / "run/memory").glob("*.csv"))
+    assert logs == ["small-0", "small-1"]
+
+
+def test_an_image_that_no_budget_of_the_run_holds_ends_it(
+    source: PixelSource, tmp_path: Path
+) -> None:
+    greedy = Greedy(**vars(source), mib=900)
+    share = Share(1, 0.1, budget_bytes=600 << 20)
+    reader = Decoders(greedy, share, memory=order(tmp_path, "800MiB"), name="big", say=print)
+    with pytest.raises(
+        MemoryBudgetExceeded, match=r"images 02\.png to 03\.png takes more.*of 800 MiB.*smaller"
+    ):
+        reader.start(rows(2, 3))()
+
+
+def test_decoders_of_a_machine_are_counted_with_its_workers(source: PixelSource) -> None:
+    def plan(budget_gb: float, source: PixelSource = source) -> dict[str, Share]:
+        config = MemoryConfig(max_memory_per_process_gb=budget_gb)
+        return plan_decoders(
+            [source], world=2, cpus=0.1, batch_rows=8, config=config, limits=node_limits()
+        )
+
+    (share,) = plan(8).values()
+    assert share.count == 2  # the source says how many
+    assert share.budget_bytes == BASE_BYTES + PICTURE_BYTES + PARTS * 4 * source.row_bytes
+    assert bytes_on_a_machine(plan(8), 2) == 4 * share.budget_bytes
+    assert plan(1)[source.fingerprint].budget_bytes == 1 << 30
+
+
+@given(
+    free=st.floats(0, 64),
+    world=st.integers(1, 16),
+    room=st.integers(1 << 30, 1 << 36),
+    each=st.integers(1 << 28, 1 << 31),
+)
+def test_decoders_take_their_part_of_the_memory(
+    free: float, world: int, room: int, each: int
+) -> None:
+    share = decoder_share(free, world, None, lambda count: each, room)
+    alone = decoder_share(free, world, None)
+    assert 1 <= share.count <= alone.count and share.budget_bytes == each
+    assert share.count == 1 or world * share.count * each <= room
+    assert share.count == alone.count or world * (share.count + 1) * each > room
+    assert decoder_share(free, world, 5, lambda count: each, room).count == 5  # as was said
 
 
 def test_an_actor_that_never_comes_is_said_and_given_up(
@@ -116,7 +207,7 @@ def test_an_actor_that_never_comes_is_said_and_given_up(
     said: list[str] = []
     monkeypatch.setattr(decoders, "SAY_STALLED_S", 0.2)
     monkeypatch.setattr(decoders, "STALLED_S", 0.4)
-    reader = Decoders(source, 1, 1000.0, say=said.append)  # no node has as many CPUs
+    reader = Decoders(source, Share(1, 1000.0), say=said.append)  # no node has as many CPUs
     with pytest.raises(WorkerFailed, match=r"given nothing for 0 s, of images 00\.png"):
         reader.start(rows(0))()
     assert "no CPU free" in said[0]
@@ -124,9 +215,11 @@ def test_an_actor_that_never_comes_is_said_and_given_up(
 
 def test_only_images_go_to_actors(source: PixelSource, tmp_path: Path) -> None:
     np.save(tmp_path / "plain.npy", np.zeros((3, 2), np.float32))
-    opener = RowOpener(1, 1.0)
+    opener = RowOpener({source.fingerprint: Share(1, 0.1)})
     assert isinstance(opener(ArraySource.npy(tmp_path / "plain.npy")), MappedRows)
     assert opener(source) is opener(source)  # training and validation share them
+    with pytest.raises(WorkerFailed, match="not those that the driver planned"):
+        RowOpener({})(source)
 
 
 @given(free=st.floats(-1, 512), world=st.integers(1, 64), wanted=st.none() | st.integers(1, 32))
