@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from raypipe.encoding.config import FitConfig
 from raypipe.encoding.frozen import release
 from raypipe.encoding.prepare import Prepared, prepare
 from raypipe.errors import ConfigError
+from raypipe.memory.attend import attend
 from raypipe.memory.config import ResolvedMemory
 from raypipe.memory.guard import relieve
 from raypipe.provenance import run_record
@@ -66,7 +67,9 @@ def fit(cfg: FitConfig, runner: Runner | None) -> FitSummary:
     subjects = _subjects(cfg)
     run_dir = cfg.run_dir.resolve()
     folders = {s: run_dir / f"subj{s}" if len(subjects) > 1 else run_dir for s in subjects}
-    prepared = {subj: prepare(cfg, subj, folder) for subj, folder in folders.items()}
+    # The driver's own part, which on the fly runs a backbone: under its budget too.
+    with attend(runner.memory, None, "driver") if runner else nullcontext():
+        prepared = {subj: prepare(cfg, subj, folder) for subj, folder in folders.items()}
     if cfg.dry_run:
         for ready in prepared.values():
             print(ready.describe(cfg))

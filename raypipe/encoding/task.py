@@ -19,6 +19,7 @@ from raypipe.encoding.frozen import FrozenBackbone, tokens_of
 from raypipe.encoding.model import build_encoder
 from raypipe.encoding.readout import HEMIS, Readout
 from raypipe.encoding.shapes import TokenShape
+from raypipe.memory.guard import current, relieve
 from raypipe.report.metrics import pearson_from_sums
 from raypipe.stream import ArraySource, Gatherer
 from raypipe.stream.reading import Source
@@ -131,7 +132,7 @@ def token_statistics(
     """Channel statistics of the patch tokens (``cls``: of the first token) of training rows.
 
     Over at most 128 of ``rows``, evenly spaced; read a few at a time, whatever the dtype. Pixels go
-    through ``backbone`` on ``device``.
+    through ``backbone`` on ``device``. Raises MemoryBudgetExceeded when the process's guard does.
     """
     chosen = rows[np.linspace(0, len(rows) - 1, min(len(rows), _STATISTICS_ROWS)).astype(int)]
     pieces = [chosen[i : i + _STATISTICS_BATCH] for i in range(0, len(chosen), _STATISTICS_BATCH)]
@@ -144,6 +145,8 @@ def token_statistics(
             n += len(flat)
             total += flat.sum(0)
             squares += flat.square().sum(0)
+            if current().pressure():
+                relieve()
     mean = total / n
     variance = (squares / n - mean.square()).clamp(min=0)
     return TokenStatistics(mean=mean.float().numpy(), std=variance.sqrt().float().numpy())

@@ -22,7 +22,15 @@ from raypipe.encoding.config import ModelConfig
 from raypipe.encoding.readout import build_readout
 from raypipe.encoding.shapes import TokenShape
 from raypipe.encoding.task import EncodingTask, token_statistics
-from raypipe.errors import ConfigError, InputError, MissingInput, StoreNotSealed, UnknownName
+from raypipe.errors import (
+    ConfigError,
+    InputError,
+    MemoryBudgetExceeded,
+    MissingInput,
+    StoreNotSealed,
+    UnknownName,
+)
+from raypipe.memory.guard import InProcessGuard, guarding
 from raypipe.read import AlgonautsSubject
 from raypipe.stream import ArraySource
 
@@ -291,3 +299,15 @@ def test_statistics_are_numpys(tmp_path: Path, dtype: str, cls: bool) -> None:
     tolerance = {"float32": 1e-6, "float16": 2e-3, "bfloat16": 2e-2}[dtype]
     np.testing.assert_allclose(got.mean, part.mean((0, 1)), atol=10 * tolerance)
     np.testing.assert_allclose(got.std, part.std((0, 1)), rtol=10 * tolerance)
+
+
+def test_statistics_are_taken_within_the_budget(world: World) -> None:
+    opened = open_train(world)
+    rows = np.arange(PLANTED.n_train)
+    ballast = np.ones(257 << 20, np.uint8)
+    with (
+        guarding(InProcessGuard(512 << 20, "driver")),  # of which 256 MiB can be used
+        pytest.raises(MemoryBudgetExceeded, match="driver holds"),
+    ):
+        token_statistics(opened.features.sources(), opened.shape, rows)
+    assert ballast[-1] == 1
