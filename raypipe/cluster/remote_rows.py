@@ -19,14 +19,9 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import (
-    ActorUnavailableError,
-    ActorUnschedulableError,
-    ObjectLostError,
-    RayActorError,
-    RayTaskError,
-)
+from ray.exceptions import ActorUnavailableError, ObjectLostError, RayTaskError
 
+from raypipe.cluster.lost import ACTOR_LOST
 from raypipe.errors import ConfigError, MemoryBudgetExceeded, RaypipeError, WorkerFailed
 from raypipe.stream import ArraySource
 from raypipe.units import format_bytes
@@ -189,7 +184,7 @@ class RemoteRows:
                 request.cancelled.wait(ASK_AGAIN_S)
                 request.raise_cancelled()
                 self._ask_again(piece, None)
-            except (RayActorError, ActorUnschedulableError, ObjectLostError) as error:
+            except (*ACTOR_LOST, ObjectLostError) as error:
                 self._ask_again(piece, error)
             except RayTaskError as error:
                 if isinstance(error.cause, RaypipeError):

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnschedulableError, RayActorError, RayTaskError
+from ray.exceptions import RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from raypipe.cluster.lost import ACTOR_LOST
 from raypipe.cluster.remote_rows import Copy, Patience, RemoteRows, Share, divide
 from raypipe.cluster.row_server import THREADS, Held, RowServer
 from raypipe.errors import MissingInput, RaypipeError, WorkerFailed
@@ -224,7 +225,7 @@ def _await_ready(servers: Mapping[str, Any], say: Callable[[str], None]) -> None
                 ray.get(ref)
             except RayTaskError as error:
                 raise (error.cause if isinstance(error.cause, RaypipeError) else error) from None
-            except (RayActorError, ActorUnschedulableError) as error:
+            except ACTOR_LOST as error:
                 raise WorkerFailed(
                     f"the row server of node {node} did not start ({str(error).splitlines()[0]}); "
                     "see to that node, then run the same command again"
