@@ -24,6 +24,7 @@ from raypipe.cluster.row_server import THREADS, Held, RowServer
 from raypipe.errors import MissingInput, RaypipeError, WorkerFailed
 from raypipe.memory.config import ResolvedMemory
 from raypipe.store import Placement, Way, this_node
+from raypipe.store.placement import in_words
 from raypipe.stream import ArraySource
 from raypipe.stream.mapped import MappedRows
 from raypipe.stream.reading import RowReader, Source
@@ -57,11 +58,7 @@ class Shards:
 
     def words(self, turn: int = 0) -> str:
         """The ways from this node, for people: one line; "" when all sources are plain files."""
-        ways = {name: self.way(source, turn) for source, name in self.names.items()}
-        if all(way.kind == "shared" for way in ways.values()):
-            return ""
-        listed = "; ".join(f"{name}: {way.words}" for name, way in ways.items())
-        return f"on node {this_node()}, {listed}"
+        return in_words({name: self.way(source, turn) for source, name in self.names.items()})
 
     def open_rows(
         self, source: Source, *, turn: int, say: Callable[[str], None]

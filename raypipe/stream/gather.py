@@ -25,6 +25,7 @@ import numpy as np
 
 from raypipe.errors import ConfigError
 from raypipe.stream.ahead import Ahead
+from raypipe.stream.at_hand import open_at_hand
 from raypipe.stream.buffers import Pool, Ring, Slot
 from raypipe.stream.copy import STAGE_BYTES, copy_rows
 from raypipe.stream.fetch import Fetch
@@ -83,9 +84,10 @@ class Gatherer:
     None: 0. Batches in the ring that are seen to be cold are asked for unless it is 0.
     ``lend``: batches stay valid as long as anything refers to them (CPU; on CUDA they always do).
     ``open_rows``: opens a source, for rows that are not in a file here (`raypipe.stream.reading`);
-    None: the source opens itself. A reader is asked for every batch in the ring at once.
+    None: this process does, a copy on its node's disk where the catalog lists one. A reader is asked
+    for every batch in the ring at once.
 
-    Close it, or use it in a ``with`` block. Raises as `as_source`, `Source.open` (or ``open_rows``)
+    Close it, or use it in a ``with`` block. Raises as `as_source`, `open_at_hand` (or ``open_rows``)
     and `lay_out`, and ConfigError.
     """
 
@@ -124,7 +126,7 @@ class Gatherer:
         self._maps: dict[str, MappedRows] = {}
         self._readers: dict[str, RowReader] = {}
         for name, source in self.sources.items():
-            opened = source.open() if open_rows is None else open_rows(source)
+            opened = (open_rows or open_at_hand)(source)
             if isinstance(opened, MappedRows):
                 self._maps[name] = opened
             else:

@@ -92,7 +92,7 @@ class Cancellable(Protocol):
 
 
 OpenRows = Callable[["Source"], "MappedRows | RowReader"]
-"""How a source is opened here and now; ``None`` in its place: ``source.open()``."""
+"""How a source is opened here and now; ``None`` in its place: `raypipe.stream.at_hand`."""
 
 
 class Readable(Protocol):
