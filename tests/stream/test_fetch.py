@@ -159,9 +159,11 @@ def test_a_gatherer_goes_on_with_all_its_threads_after_a_stalled_batch(
     with opened(reader, file, threads=1) as gatherer:
         batches = gatherer.batches(np.arange(k, k + 4) for k in range(20))
         next(batches)
+        next(batches)
+        time.sleep(0.2)  # the one thread waits in the reader by now
+        began = time.monotonic()
         batches.close()
         reader._first = 10**9
-        began = time.monotonic()
         (batch,) = gatherer.batches([np.array([5, 6])])
         assert batch["near"].tolist() == [5, 6]
         assert time.monotonic() - began < SOON_S
