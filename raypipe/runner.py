@@ -155,7 +155,10 @@ class LocalRunner:
         device: str = "auto",
         resume: bool = True,
     ) -> FitResult:
-        """Train in this process. Raises ConfigError for more than one worker, Interrupted."""
+        """Train in this process. Raises ConfigError for more than one worker, Interrupted, and
+        StoreError when rows lie on other nodes' disks only, before anything is written.
+        """
+        from raypipe.stream.at_hand import ways_at_hand
         from raypipe.train import WorkerContext, checkpoint, fit, training_plan
         from raypipe.train.follow import TrainProgress, log_to
         from raypipe.train.stop import stop_on_interrupt, stop_wished, unless_stopped
@@ -165,6 +168,7 @@ class LocalRunner:
                 f"--workers {workers} needs --runner ray; --runner local trains in one"
             )
         run_dir = run_dir.resolve()
+        ways = ways_at_hand(task.sources())
         if not resume:
             checkpoint.discard(run_dir)
         plan = training_plan(task.train_rows, cfg, 1, run_dir)
@@ -181,6 +185,9 @@ class LocalRunner:
             return plan.slices(0, 1, start)
 
         with attend(self.memory, run_dir, "train"), progress, stop_on_interrupt(run_dir):
+            if ways:
+                run_dir.mkdir(parents=True, exist_ok=True)
+                ctx.say(f"read {ways}")
             return unless_stopped(fit(task, cfg, ctx, slices))
 
     def resolve_device(self, device: str) -> str:

@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from raypipe.cluster.lost import ACTOR_LOST
 from raypipe.errors import WorkerFailed
 from raypipe.memory.node import NodeMemory
 from raypipe.memory.records import clear_abandoned_folders, node_folder
@@ -94,7 +95,7 @@ def make_everywhere(timeout_s: float = START_TIMEOUT_S) -> dict[str, dict[str, A
     for ref in ready:
         try:
             states[asked[ref]] = ray.get(ref)
-        except RayActorError:  # the node was lost meanwhile
+        except ACTOR_LOST:  # the node was lost meanwhile
             continue
     return states
 
@@ -107,7 +108,7 @@ def verdict_of(node_id: str, pid: int, timeout_s: float = CALL_TIMEOUT_S) -> Ver
     try:
         actor = ray.get_actor(actor_name(node_id), namespace=NAMESPACE)
         return ray.get(actor.verdict_of.remote(pid), timeout=timeout_s)
-    except (ValueError, RayActorError, GetTimeoutError):
+    except (ValueError, *ACTOR_LOST, GetTimeoutError):
         return None
 
 
@@ -124,7 +125,7 @@ def call(
             left = max(1.0, deadline - time.monotonic())
             call = getattr(node_actor(node_id), method).remote(told)
             return ray.get(call, timeout=left)
-        except (RayActorError, GetTimeoutError) as error:
+        except (*ACTOR_LOST, GetTimeoutError) as error:
             # For some 0.1 s after its death Ray still gives out the handle of the dead one.
             if time.monotonic() >= deadline:
                 said = " ".join(str(error).split())[:300]

@@ -17,8 +17,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import GetTimeoutError
 
+from raypipe.cluster.lost import ACTOR_LOST
 from raypipe.cluster.node_memory import CALL_TIMEOUT_S, NAMESPACE, START_TIMEOUT_S, actor_name, call
 from raypipe.errors import ConfigError, MemoryBudgetExceeded, WorkerFailed
 from raypipe.memory.guard import InProcessGuard
@@ -255,7 +256,7 @@ def _leave(node_id: str, ask: Ask, slot: Slot) -> None:
         if ray.is_initialized():
             actor = ray.get_actor(actor_name(node_id), namespace=NAMESPACE)
             ray.get(actor.leave.remote(ask.holder), timeout=CALL_TIMEOUT_S)
-    except (ValueError, RayActorError, GetTimeoutError):
+    except (ValueError, *ACTOR_LOST, GetTimeoutError):
         pass
     finally:
         slot.path.unlink(missing_ok=True)

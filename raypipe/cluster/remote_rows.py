@@ -13,19 +13,15 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import (
-    ActorUnavailableError,
-    ActorUnschedulableError,
-    ObjectLostError,
-    RayActorError,
-    RayTaskError,
-)
+from ray.exceptions import ActorUnavailableError, ObjectLostError, RayTaskError
 
+from raypipe.cluster.lost import ACTOR_LOST
 from raypipe.errors import ConfigError, MemoryBudgetExceeded, RaypipeError, WorkerFailed
 from raypipe.stream import ArraySource
 from raypipe.units import format_bytes
@@ -114,7 +110,7 @@ class RemoteRows:
                 f"{self.source.n_rows}; was the split made for another store?"
             )
 
-    def start(self, rows: np.ndarray) -> Callable[[], np.ndarray]:
+    def start(self, rows: np.ndarray) -> _Request:
         """Ask for ``rows`` as far as the share allows; see `RowReader.start`."""
         step = self._share.piece_rows
         request = _Request(self, [rows[at : at + step] for at in range(0, rows.size, step)])
@@ -126,14 +122,22 @@ class RemoteRows:
     def _next(self, request: _Request) -> np.ndarray:
         """The next piece of ``request``, (n, row_bytes) uint8; in any thread."""
         with self._lock:
+            request.raise_cancelled()
             if not request.asked:  # it is waited for: now, whatever else is under way
                 request.asked.append(self._ask(request.left.popleft()))
             piece = request.asked[0]
-        block = self._wait(piece)
+        block = self._wait(piece, request)
         with self._lock:
+            request.raise_cancelled()
             request.asked.popleft()
             self._fill()
         return block
+
+    def _drop(self, request: _Request) -> None:
+        """What it has under way is nobody's share any more; the pieces are let go of."""
+        with self._lock:
+            request.left.clear()
+            request.asked.clear()
 
     def _fill(self) -> None:
         """Ask for what the share has room for, the oldest batch first."""
@@ -149,10 +153,11 @@ class RemoteRows:
         copy = self._copies[0]
         return _Piece(rows, copy, copy.server.read.remote(copy.source, rows))
 
-    def _wait(self, piece: _Piece) -> np.ndarray:
+    def _wait(self, piece: _Piece, request: _Request) -> np.ndarray:
         began = time.monotonic()
         next_word = self._patience.first_word_s
         while True:
+            request.raise_cancelled()
             waited = time.monotonic() - began
             if waited >= self._patience.give_up_s:
                 raise WorkerFailed(
@@ -167,7 +172,8 @@ class RemoteRows:
                 )
                 next_word += self._patience.again_s
             until = min(next_word, self._patience.give_up_s) - waited
-            # In turns: also a clock that was stopped with us goes on in small steps.
+            # In turns: a request may be cancelled, and a clock that was stopped with us goes on in
+            # small steps.
             ready, _ = ray.wait([piece.ref], timeout=min(1.0, max(0.01, until)))
             if not ready:
                 continue
@@ -175,9 +181,10 @@ class RemoteRows:
                 return ray.get(piece.ref)
             except ActorUnavailableError:
                 # Its node is cut off, or lost and not declared so yet: that takes Ray half a minute.
-                time.sleep(ASK_AGAIN_S)
+                request.cancelled.wait(ASK_AGAIN_S)
+                request.raise_cancelled()
                 self._ask_again(piece, None)
-            except (RayActorError, ActorUnschedulableError, ObjectLostError) as error:
+            except (*ACTOR_LOST, ObjectLostError) as error:
                 self._ask_again(piece, error)
             except RayTaskError as error:
                 if isinstance(error.cause, RaypipeError):
@@ -215,13 +222,28 @@ class _Piece:
 
 
 class _Request:
-    """One batch: ``left``, rows of the pieces to ask for yet; ``asked``, those under way."""
+    """One batch: ``left``, rows of the pieces to ask for yet; ``asked``, those under way. See
+    `raypipe.stream.reading.Cancellable`.
+    """
 
     def __init__(self, reader: RemoteRows, pieces: Sequence[np.ndarray]) -> None:
         self._reader = reader
         self.left, self.asked = deque(pieces), deque[_Piece]()
         self._rows = sum(piece.size for piece in pieces)
         self._pieces = len(pieces)
+        self.cancelled = threading.Event()
+
+    def cancel(self) -> None:
+        """Who waits hears of it within a second. The other node reads to its end what it has begun,
+        for nobody.
+        """
+        self.cancelled.set()
+        self._reader._drop(self)
+
+    def raise_cancelled(self) -> None:
+        """Raise CancelledError when the batch is not wanted any more."""
+        if self.cancelled.is_set():
+            raise CancelledError
 
     def __call__(self) -> np.ndarray:
         """Wait; (n, row_bytes) uint8, read-only where it came as one piece."""

@@ -16,14 +16,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnschedulableError, RayActorError, RayTaskError
+from ray.exceptions import RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raypipe.cluster.budget import WorkerMemory
+from raypipe.cluster.lost import ACTOR_LOST
 from raypipe.cluster.remote_rows import Copy, Patience, RemoteRows, Share, divide
 from raypipe.cluster.row_server import THREADS, Held, RowServer, budget_bytes
 from raypipe.errors import MissingInput, RaypipeError, WorkerFailed
 from raypipe.store import Placement, Way, this_node
+from raypipe.store.placement import in_words
 from raypipe.stream import ArraySource
 from raypipe.stream.mapped import MappedRows
 from raypipe.stream.reading import RowReader, Source
@@ -59,11 +61,7 @@ class Shards:
 
     def words(self, turn: int = 0) -> str:
         """The ways from this node, for people: one line; "" when all sources are plain files."""
-        ways = {name: self.way(source, turn) for source, name in self.names.items()}
-        if all(way.kind == "shared" for way in ways.values()):
-            return ""
-        listed = "; ".join(f"{name}: {way.words}" for name, way in ways.items())
-        return f"on node {this_node()}, {listed}"
+        return in_words({name: self.way(source, turn) for source, name in self.names.items()})
 
     def open_rows(
         self, source: Source, *, turn: int, say: Callable[[str], None]
@@ -231,7 +229,7 @@ def _await_ready(servers: Mapping[str, Any], say: Callable[[str], None]) -> None
                 ray.get(ref)
             except RayTaskError as error:
                 raise (error.cause if isinstance(error.cause, RaypipeError) else error) from None
-            except (RayActorError, ActorUnschedulableError) as error:
+            except ACTOR_LOST as error:
                 raise WorkerFailed(
                     f"the row server of node {node} did not start ({str(error).splitlines()[0]}); "
                     "see to that node, then run the same command again"

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -217,16 +217,22 @@ def locate(store: Path, node: str | None = None) -> StoreLocator:
     if place is None:
         catalog = read_catalog(store)
         if catalog is not None and not catalog.shared:
-            held = ", ".join(sorted({p.node for p in catalog.places})) or "no node"
-            raise StoreError(
-                f"{store} lies on the disks of {held}, not of {wanted}; copy it there with raypipe "
-                "store replicate, or train by --runner ray, which reads it from there"
-            )
+            raise elsewhere(store, catalog.places, wanted)
         return whole
     # A disk of another node is not ours to look at; the node itself will.
     if wanted == this_node():
         open_copy(store, whole.fingerprint, place)
     return replace(whole, path=place.path, node=place.node)
+
+
+def elsewhere(path: Path, places: Iterable[Place], node: str) -> StoreError:
+    """What a reader on ``node`` is told of rows that lie in ``places`` only, where nobody brings them."""
+    held = ", ".join(sorted({place.node for place in places})) or "no node"
+    return StoreError(
+        f"{path} lies on the disks of {held}, not of {node} (a node's id is its RAYPIPE_NODE, or host "
+        "name); copy it there with raypipe store replicate, or train by --runner ray, which reads it "
+        "from where it is"
+    )
 
 
 def open_copy(store: Path, fingerprint: str, place: Place) -> FeatureStore:

@@ -2,17 +2,18 @@
 
 A `Placement` is made once, by the driver, and travels to the readers; each asks it for the way from
 its own node. What the catalog says is `raypipe.store.catalog`'s, rows of another node's disk are
-brought by `raypipe.cluster.remote_rows`.
+brought by `raypipe.cluster.remote_rows`, where there is Ray (`Placement.at_hand`: where there is none).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from raypipe.errors import StoreError
-from raypipe.store.catalog import Place, open_copy, read_catalog
+from raypipe.store.catalog import Place, elsewhere, open_copy, read_catalog, this_node
 from raypipe.store.layout import ShardPaths
 
 #: shared: the source's own path. local: a copy on this node's disk. remote: other nodes' disks.
@@ -97,6 +98,18 @@ class Placement:
         first = turn % len(self.places)
         return Way("remote", self.places[first:] + self.places[:first])
 
+    def at_hand(self) -> Way:
+        """The way from this node where nobody brings rows: its own copy, checked, or the shared path.
+
+        Raises StoreError, which names the nodes, when there is neither; and as `check`.
+        """
+        way = self.way(this_node())
+        if way.kind == "remote":
+            raise elsewhere(self.path, way.places, this_node())
+        if way.kind == "local":
+            self.check(way.places[0])
+        return way
+
     def check(self, place: Place) -> None:
         """On the node of ``place``: raise StoreError unless it is a sealed copy of the store.
 
@@ -105,3 +118,11 @@ class Placement:
         plain = place.path.suffix != ".npy" or not ShardPaths.of(place.path).manifest.exists()
         if self.listed or not plain:
             open_copy(self.path, self.fingerprint, place)
+
+
+def in_words(ways: Mapping[str, Way]) -> str:
+    """The ways from this node to each source, for people: one line; "" when all are simply shared."""
+    if all(way.kind == "shared" for way in ways.values()):
+        return ""
+    listed = "; ".join(f"{name}: {way.words}" for name, way in ways.items())
+    return f"on node {this_node()}, {listed}"

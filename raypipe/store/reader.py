@@ -192,6 +192,15 @@ def _map(path: Path, manifest: Manifest) -> np.memmap:
 def _missing_text(paths: ShardPaths, manifest: Manifest | None) -> str:
     if manifest is not None:
         return f"{paths.final} is being replaced; run the extract command that does so again"
+    from raypipe.store.catalog import read_catalog  # which opens stores itself
+
+    catalog = read_catalog(paths.final)
+    if catalog is not None and not catalog.shared:
+        listed = ", ".join(f"{place.path} on node {place.node}" for place in catalog.places)
+        return (
+            f"{paths.final} stands for a store on nodes' disks: {listed or 'none any more'}; give that "
+            "path there, or copy it to this node with raypipe store replicate"
+        )
     if paths.final.exists():
         return f"{paths.final} has no manifest {paths.manifest.name}; raypipe store adopt makes one"
     return f"no store at {paths.final}; check the folder, or run raypipe extract to make it"

@@ -7,16 +7,16 @@ its errors surface where they belong.
 
 Which rows: `raypipe.stream.plan`. What a source is: `raypipe.stream.source`. Where rows that
 are in no file here come from: `raypipe.stream.reading`. What a batch is made of:
-`raypipe.stream.layout`. Reading that is ahead of the pages: `raypipe.stream.ahead`.
+`raypipe.stream.layout`. Reading that is ahead of the pages: `raypipe.stream.ahead`. How a batch on
+its way is waited for, or given up: `raypipe.stream.job`.
 """
 
 from __future__ import annotations
 
 import os
-import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,11 +25,14 @@ import numpy as np
 
 from raypipe.errors import ConfigError
 from raypipe.stream.ahead import Ahead
+from raypipe.stream.at_hand import open_at_hand
 from raypipe.stream.buffers import Pool, Ring, Slot
 from raypipe.stream.copy import STAGE_BYTES, copy_rows
+from raypipe.stream.fetch import Fetch
+from raypipe.stream.job import Job, abandon
 from raypipe.stream.layout import Join, lay_out
 from raypipe.stream.mapped import MappedRows
-from raypipe.stream.reading import Fetch, OpenRows, RowReader, Source
+from raypipe.stream.reading import OpenRows, RowReader, Source
 from raypipe.stream.source import as_source
 
 if TYPE_CHECKING:
@@ -81,9 +84,10 @@ class Gatherer:
     None: 0. Batches in the ring that are seen to be cold are asked for unless it is 0.
     ``lend``: batches stay valid as long as anything refers to them (CPU; on CUDA they always do).
     ``open_rows``: opens a source, for rows that are not in a file here (`raypipe.stream.reading`);
-    None: the source opens itself. A reader is asked for every batch in the ring at once.
+    None: this process does, a copy on its node's disk where the catalog lists one. A reader is asked
+    for every batch in the ring at once.
 
-    Close it, or use it in a ``with`` block. Raises as `as_source`, `Source.open` (or ``open_rows``)
+    Close it, or use it in a ``with`` block. Raises as `as_source`, `open_at_hand` (or ``open_rows``)
     and `lay_out`, and ConfigError.
     """
 
@@ -122,7 +126,7 @@ class Gatherer:
         self._maps: dict[str, MappedRows] = {}
         self._readers: dict[str, RowReader] = {}
         for name, source in self.sources.items():
-            opened = source.open() if open_rows is None else open_rows(source)
+            opened = (open_rows or open_at_hand)(source)
             if isinstance(opened, MappedRows):
                 self._maps[name] = opened
             else:
@@ -135,6 +139,7 @@ class Gatherer:
         self._stream = torch.cuda.Stream(self.device) if self._on_cuda else None
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="raypipe-gather")
         self._busy = False
+        self._pending: deque[Job] = deque()  # in the order of their batches
 
     @property
     def buffer_bytes(self) -> int:
@@ -149,14 +154,15 @@ class Gatherer:
         """One dict of tensors (n, *row_shape) for each array of rows (n,), in order.
 
         On the CPU the tensors are views of the ring: valid until the next one is asked for, unless
-        they are lent. An error of reading is raised in place of the batch that it befell.
+        they are lent. An error of reading is raised in place of the batch that it befell. However it
+        ends, a reader that hangs keeps it for about a second at most.
         """
         if self._busy:
             raise ConfigError("this Gatherer is already giving batches; open a second one")
         incoming = self._ahead.through(iter(row_arrays))
         # A caller that is lent batches holds one while it asks for the next: one fewer in flight.
         most = len(self._slots) - isinstance(self._turns, Pool)
-        pending: deque[_Job] = deque()
+        pending = self._pending
         self._busy = True
         try:
             while True:
@@ -165,22 +171,22 @@ class Gatherer:
                     rows = next(incoming, None)
                     if rows is None:
                         break
-                    pending.append(
-                        self._start(self._turns.next(), np.asarray(rows, dtype=np.int64))
-                    )
+                    # Known before it begins: whatever comes between finds it, to give it up.
+                    pending.append(Job(self._turns.next(), np.asarray(rows, dtype=np.int64)))
+                    self._start(pending[-1])
                 if not pending:
                     return
                 pending[0].wait()
                 yield self._hand_out(pending.popleft())
         finally:
-            for job in pending:
-                job.abandon()
-                self._turns.give(job.slot)
+            abandon(pending)
+            while pending:
+                self._turns.give(pending.popleft().slot)
             self._busy = False
 
-    def _start(self, slot: Slot, rows: np.ndarray) -> _Job:
+    def _start(self, job: Job) -> None:
         """In the caller's thread: ask the readers, put the pieces into the threads' queue."""
-        n = rows.size
+        n = job.rows.size
         total = n * sum(source.row_bytes for source in self.sources.values())
         count = max(1, min(self.threads, n, total // _PIECE_BYTES))
         try:
@@ -188,21 +194,20 @@ class Gatherer:
                 raise ConfigError(
                     f"a batch of {n} rows; this Gatherer was made for {self.max_rows}"
                 )
-            job = _Job(slot, rows, self._ahead.order(rows), count)
+            job.order, job.left = self._ahead.order(job.rows), count
             if n and self._readers:
-                asked = rows[job.order]
+                asked = job.rows[job.order]
                 for name, reader in self._readers.items():
                     job.fetches[name] = Fetch(reader, asked)
         except Exception as error:  # raised in place of this batch, after those before it
-            job = _Job(slot, rows, np.arange(0), 0)
             job.error = error
-            return job
+            job.cancel()
+            return
         cuts = [n * index // count for index in range(count + 1)]
         for lo, hi in pairwise(cuts):
             job.pieces.append(self._pool.submit(self._fill, job, lo, hi))
-        return job
 
-    def _fill(self, job: _Job, lo: int, hi: int) -> None:
+    def _fill(self, job: Job, lo: int, hi: int) -> None:
         """In a thread: one piece of a batch; the last one to finish sends it to the device."""
         if job.slot.copied is not None:
             job.slot.copied.synchronize()
@@ -231,7 +236,7 @@ class Gatherer:
             slot.copied.record(self._stream)
         return moved
 
-    def _hand_out(self, job: _Job) -> dict[str, torch.Tensor]:
+    def _hand_out(self, job: Job) -> dict[str, torch.Tensor]:
         import torch
 
         job.raise_error()
@@ -255,6 +260,7 @@ class Gatherer:
 
     def close(self) -> None:
         """Stop the threads. Batches handed out stay readable; no new ones can be asked for."""
+        abandon(self._pending)
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._ahead.close()
 
@@ -263,41 +269,6 @@ class Gatherer:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-class _Job:
-    """One batch on its way: ``order``, in which the places of ``rows`` are read."""
-
-    def __init__(self, slot: Slot, rows: np.ndarray, order: np.ndarray, count: int) -> None:
-        self.slot, self.rows, self.order = slot, rows, order
-        self.pieces: list[Future[None]] = []
-        self.fetches: dict[str, Fetch] = {}
-        self.error: Exception | None = None  # it never came to pieces
-        self.uploaded: dict[str, torch.Tensor] = {}
-        self._left = count
-        self._lock = threading.Lock()
-
-    def last(self) -> bool:
-        """One more piece is whole: whether all are now."""
-        with self._lock:
-            self._left -= 1
-            return self._left == 0
-
-    def wait(self) -> None:
-        """Until no thread writes to the slot any more."""
-        if not all(piece.done() for piece in self.pieces):  # to look is cheap, to wait is not
-            wait(self.pieces)
-
-    def raise_error(self) -> None:
-        """Raise what befell the batch or a piece of it."""
-        if self.error is not None:
-            raise self.error
-        for piece in self.pieces:
-            piece.result()
-
-    def abandon(self) -> None:
-        """Drop the pieces that no thread has begun and wait for the others."""
-        wait([piece for piece in self.pieces if not piece.cancel()])
 
 
 _LINUX = hasattr(os, "sched_getaffinity")

@@ -46,7 +46,8 @@ class FeatureLoader:
     None: all, but those that a store marks as invalid. ``rank``, ``world``: this process among
     those that share the rows. ``shuffle``: False gives ascending rows. ``window``: see `StreamPlan`.
     ``epochs``: where to stop counting epochs; None: nowhere. ``device``, ``dtype``, ``join``,
-    ``threads``, ``sort_reads``, ``read_ahead``, ``open_rows``: see `Gatherer`.
+    ``threads``, ``sort_reads``, ``read_ahead``, ``open_rows``: see `Gatherer`. A store of which the
+    catalog lists a copy on this node's disk is read from there.
 
     The order is that of ``StreamPlan(rows, seed, batch_size * world, epochs, window)``. An epoch
     ends with a smaller batch (unless ``drop_last``); a rank that gets none of its rows is given an
@@ -56,7 +57,7 @@ class FeatureLoader:
 
     A batch is the caller's as long as anything refers to it. The epoch counts up by itself;
     `set_epoch` sets it. Iterating anew ends an iteration that is under way.
-    Raises ConfigError, and as `Gatherer`.
+    Raises ConfigError, and as `Gatherer`: StoreError for a store on other nodes' disks only.
     """
 
     def __init__(

@@ -11,10 +11,8 @@ from __future__ import annotations
 import os
 import platform
 import weakref
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +25,8 @@ DIGEST_BYTES = 16
 # Beyond this one process's threads meet in Python more often than they help (PIL decodes and resizes
 # without the GIL); with Ray further actors take over.
 MOST_THREADS = 8
+# How soon a wait for an image on a disk that hangs hears that nobody wants it any more.
+_LOOK_EVERY_S = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,21 +141,39 @@ class PixelReader:
         """Raise ConfigError for rows that are not there."""
         self.source.check(rows)
 
-    def start(self, rows: np.ndarray) -> Callable[[], np.ndarray]:
+    def start(self, rows: np.ndarray) -> Decoding:
         """Begin to decode ``rows``; the call waits, and gives (n, height, width, 3) uint8."""
         pixels = np.empty((len(rows), *self.source.row_shape), np.uint8)
         jobs = [
             self._pool.submit(self.source.decode_row, row, pixels[place])
             for place, row in enumerate(rows.tolist())
         ]
+        return Decoding(self, jobs, pixels)
 
-        return partial(self._wait, jobs, pixels)
 
-    def _wait(self, jobs: list[Future[None]], pixels: np.ndarray) -> np.ndarray:
-        """Bound to the reader: who waits keeps its threads, whatever becomes of its owner."""
-        for job in jobs:
+class Decoding:
+    """A batch being decoded: `raypipe.stream.reading.Cancellable`."""
+
+    def __init__(self, reader: PixelReader, jobs: list[Future[None]], pixels: np.ndarray) -> None:
+        self._reader = reader  # who waits keeps its threads, whatever becomes of its owner
+        self._jobs, self._pixels = jobs, pixels
+        self._cancelled = False
+
+    def __call__(self) -> np.ndarray:
+        """Wait; the pixels, or the first error."""
+        for job in self._jobs:
+            while not (job.done() or self._cancelled):
+                wait([job], timeout=_LOOK_EVERY_S)
+            if self._cancelled:
+                raise CancelledError
             job.result()
-        return pixels
+        return self._pixels
+
+    def cancel(self) -> None:
+        """Images that no thread has begun are left; the block of pixels is nobody else's."""
+        self._cancelled = True
+        for job in self._jobs:
+            job.cancel()
 
 
 def decode(

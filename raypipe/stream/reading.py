@@ -2,14 +2,14 @@
 
 A `Source` says what its rows are; opened, it is `MappedRows` (a file on this node, read in place) or
 a `RowReader` (anything else: rows are asked for a batch at a time and waited for). Both end in
-`Readable`, which is all that `raypipe.stream.copy` knows: a reader's rows as a `Fetched` block.
+`Readable`, which is all that `raypipe.stream.copy` knows: a reader's rows as a `Fetched` block. How a
+batch is waited for, and how that is ended early: `raypipe.stream.fetch`.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -65,12 +65,34 @@ class RowReader(Protocol):
         What is returned is called at most once, from another thread: it waits and gives
         (n, row_bytes) uint8, or a contiguous array of as many bytes, in the order of ``rows``. It
         is let go uncalled when the batch is not wanted any more.
+
+        It should be a `Cancellable`. Any other callable will do: it is waited for in a daemon thread
+        of its own, a batch, so that nobody else has to stay when the batch is dropped; but what it
+        reads goes on being read until it comes to its own end.
+        """
+        ...
+
+
+@runtime_checkable
+class Cancellable(Protocol):
+    """What `RowReader.start` should return: the wait for a batch, and a way to end it early."""
+
+    def __call__(self) -> np.ndarray:
+        """As `RowReader.start` says."""
+        ...
+
+    def cancel(self) -> None:
+        """The batch is not wanted: let go of what was asked for, without waiting.
+
+        Called by any thread before, during or after the call, perhaps twice. A call that is under
+        way ends within about a second, one that comes later at once: both raise CancelledError (of
+        concurrent.futures), or give the rows where they have come.
         """
         ...
 
 
 OpenRows = Callable[["Source"], "MappedRows | RowReader"]
-"""How a source is opened here and now; ``None`` in its place: ``source.open()``."""
+"""How a source is opened here and now; ``None`` in its place: `raypipe.stream.at_hand`."""
 
 
 class Readable(Protocol):
@@ -119,36 +141,3 @@ class Fetched:
     def part(self, row: int, first: int, out: np.ndarray) -> None:
         """As `Readable.part`."""
         out[:] = self._bytes[row, first : first + out.size]
-
-
-class Fetch:
-    """A batch's rows on their way from ``reader``: started when made, waited for once.
-
-    Raises as `RowReader.check` and `RowReader.start`.
-    """
-
-    def __init__(self, reader: RowReader, rows: np.ndarray) -> None:
-        reader.check(rows)
-        self._source, self._rows = reader.source, rows.size
-        self._wait: Callable[[], np.ndarray] | None = reader.start(rows)
-        self._lock = threading.Lock()
-        self._block: Fetched | None = None
-        self._error: Exception | None = None
-
-    def block(self) -> Fetched:
-        """The rows, once they are there; the same block, or the same error, for every caller."""
-        with self._lock:
-            wait, self._wait = self._wait, None
-            if wait is not None:
-                try:
-                    self._block = Fetched(self._source, self._rows, wait())
-                except Exception as error:  # every piece of the batch is told
-                    self._error = error
-            if self._error is not None:
-                raise self._error
-            assert self._block is not None
-            return self._block
-
-    def forget(self) -> None:
-        """Let go of the rows, which are copied: a batch that waits its turn holds no second one."""
-        self._block = None

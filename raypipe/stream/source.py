@@ -17,7 +17,7 @@ import numpy as np
 from raypipe.errors import ConfigError, MissingInput, StoreCorrupt, StoreError
 
 if TYPE_CHECKING:
-    from raypipe.store import FeatureStore
+    from raypipe.store import FeatureStore, StoreLocator
     from raypipe.stream.mapped import MappedRows
     from raypipe.stream.reading import Source
 
@@ -139,28 +139,45 @@ class ArraySource:
 def as_source(given: Source | FeatureStore | Path | str) -> Source:
     """The source that ``given`` names: itself, a sealed store's, or that of a ``.npy``.
 
-    A ``.npy`` with a manifest beside it is read as that store (so that bfloat16 is seen as such).
-    Raises as `ArraySource.npy` and `FeatureStore.open`.
+    A ``.npy`` with a manifest beside it is read as that store (so that bfloat16 is seen as such); one
+    whose catalog says that it lies on nodes' disks, as what the catalog says. Raises as
+    `ArraySource.npy`, `FeatureStore.open` and `read_catalog`.
     """
+    if isinstance(given, (str, Path)) and not _has_manifest(Path(given)):
+        placed = _placed(Path(given))
+        return ArraySource.of_locator(placed) if placed else ArraySource.npy(given)
     store = store_of(given)
-    if store is not None:
-        return ArraySource.of_locator(store.locator())
-    if isinstance(given, (str, Path)):
-        return ArraySource.npy(given)
-    return cast("Source", given)
+    return ArraySource.of_locator(store.locator()) if store else cast("Source", given)
 
 
 def store_of(given: Source | FeatureStore | Path | str) -> FeatureStore | None:
-    """The sealed store that ``given`` is or names; None for a file or source without a manifest."""
-    from raypipe.store import FeatureStore
+    """The sealed store that ``given`` is or names; None for a file or source without a manifest.
+
+    Of one that lies on nodes' disks it is this node's copy. Raises StoreError when it has none, and
+    as `FeatureStore.open`.
+    """
+    from raypipe.store import FeatureStore, locate
 
     if isinstance(given, FeatureStore):
         return given
     if not isinstance(given, (str, Path)):
         return None
     path = Path(given)
-    has_manifest = path.with_name(f"{path.stem}.manifest.json").exists()
-    return FeatureStore.open(path) if has_manifest else None
+    if _has_manifest(path):
+        return FeatureStore.open(path)
+    return FeatureStore.open(locate(path).path) if _placed(path) else None
+
+
+def _has_manifest(path: Path) -> bool:
+    return path.with_name(f"{path.stem}.manifest.json").exists()
+
+
+def _placed(path: Path) -> StoreLocator | None:
+    """What the catalog says of a store that lies nowhere but on nodes' disks."""
+    from raypipe.store.catalog import read_catalog
+
+    catalog = read_catalog(path) if path.suffix == ".npy" and path.stem else None
+    return catalog.contents if catalog else None
 
 
 def _open_npy(path: Path) -> np.memmap:

@@ -10,7 +10,9 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import CancelledError
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -97,6 +99,43 @@ def test_a_node_cut_off_is_asked_again_and_a_lost_one_is_the_end(
     else:
         with pytest.raises(WorkerFailed, match=r"x: /x.npy on node B .* gone for good .*: no node"):
             wait()
+
+
+@pytest.mark.parametrize("cut_off", [False, True])
+@pytest.mark.usefixtures("heeded_sigint")
+def test_a_batch_that_is_not_wanted_is_let_go_of_within_seconds(
+    cut_off: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a server that gives no answer, and from a node that Ray does not reach."""
+
+    def wait(refs: list[object], timeout: float) -> tuple[list[object], list[object]]:
+        if cut_off:
+            return refs, []
+        time.sleep(timeout)
+        return [], refs
+
+    def get(ref: object) -> None:
+        raise ActorUnavailableError("cut off", None)
+
+    monkeypatch.setattr(remote_rows, "ray", SimpleNamespace(wait=wait, get=get))
+    monkeypatch.setattr(remote_rows, "ASK_AGAIN_S", 60.0)
+    server = SimpleNamespace(read=SimpleNamespace(remote=lambda source, rows: rows))
+    source = ArraySource(path=Path("/x.npy"), dtype="uint8", shape=(9, 1), offset=0, node="B")
+    reader = RemoteRows(source, "x", [Copy(source, server)], Share(2, 3), print)
+    with Gatherer({"x": source}, 8, depth=2, open_rows=lambda source: reader) as gatherer:
+        batches = gatherer.batches([np.arange(8), np.arange(8)])
+        give_up = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+        give_up.start()
+        began = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            next(batches)
+    assert time.monotonic() - began < 3.0
+    request = reader.start(np.arange(8))
+    assert len(request.asked) == 3  # the whole share: nothing of what was dropped counts
+    request.cancel()
+    assert not request.asked and not request.left
+    with pytest.raises(CancelledError):
+        request()
 
 
 @pytest.mark.ray

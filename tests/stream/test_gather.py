@@ -151,7 +151,8 @@ def test_a_misaligned_source_is_read_right_without_a_copy(tmp_path: Path) -> Non
         assert np.array_equal(batch["a"].numpy(), array[[3, 1]])
 
 
-def test_a_locator_becomes_a_source(numbers: ArraySource) -> None:
+def test_a_locator_becomes_a_source(numbers: ArraySource, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAYPIPE_NODE", "n1")  # where it is read
     locator = SimpleNamespace(
         path=str(numbers.path),
         dtype="float32",

@@ -1,0 +1,12 @@
+"""By which errors Ray says that an actor is not there: it died, or it never came to its node.
+
+An actor that is bound to one node ends in ActorUnschedulableError when the node is lost before it was
+placed, or placed again, and in RuntimeEnvSetupError when its packages cannot be had there: neither is
+a RayActorError. What an actor's own code raised is RayTaskError.
+"""
+
+from __future__ import annotations
+
+from ray.exceptions import ActorUnschedulableError, RayActorError, RuntimeEnvSetupError
+
+ACTOR_LOST = (RayActorError, ActorUnschedulableError, RuntimeEnvSetupError)
