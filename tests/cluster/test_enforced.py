@@ -160,14 +160,6 @@ def test_workers_that_are_older_than_their_nodes_actor_give_way_to_newer_ones(
     assert sorted(name.rpartition("-")[0] for name in logs) == ["worker-1", "worker-2"]
 
 
-@pytest.mark.usefixtures("late_node")
-def test_training_workers_that_are_older_begin_anew(tmp_path: Path) -> None:
-    toy = write_toy(tmp_path / "data")
-    result = runner("2GiB", []).fit(toy, config(epochs=1), tmp_path / "run", device="cpu")
-    assert result.epochs == 1
-    assert len(list((tmp_path / "run" / "memory").glob("train-worker-*.csv"))) == 2
-
-
 @dataclass(frozen=True)
 class HungryTask(ToyTask):
     """Each row of a micro batch takes ``row_mib`` for the length of its step."""
@@ -185,9 +177,11 @@ def step_losses(run_dir: Path) -> list[float]:
     return [record["loss"] for record in records if record["kind"] == "step"]
 
 
+@pytest.mark.usefixtures("late_node")
 def test_training_over_its_budget_goes_on_with_half_the_batch_and_the_same_losses(
     tmp_path: Path,
 ) -> None:
+    """Its first workers are older than their node's actor as well, and begin anew before that."""
     toy = write_toy(tmp_path / "data")
     cfg, said = config(batch_size=8, epochs=2), []
     hungry = HungryTask(toy.data, row_mib=200)  # 1.6 GiB in eights, 800 MiB in fours
@@ -196,6 +190,9 @@ def test_training_over_its_budget_goes_on_with_half_the_batch_and_the_same_losse
     verdicts = read_all(tmp_path / "run" / "memory")
     assert verdicts
     assert verdicts[0].batch == 8
+    logs = list((tmp_path / "run" / "memory").glob("train-worker-*.csv"))
+    assert len(logs) == 2 + len(verdicts), "the older one, each that was ended, and the last"
+    assert list((tmp_path / "run" / "memory").glob("*.gave-way")), "the older one did not give way"
     LocalRunner().fit(toy, cfg, tmp_path / "plain", device="cpu")
     np.testing.assert_allclose(
         step_losses(tmp_path / "run"), step_losses(tmp_path / "plain"), rtol=1e-4

@@ -113,26 +113,54 @@ def test_a_stream_left_open_is_closed_and_starts_no_second_ray(
     assert list(left) == []
 
 
-def test_one_ray_worker_trains_as_no_ray_does(
+@dataclass(frozen=True)
+class StoreTask(ToyTask):
+    """Takes x from a store."""
+
+    x: Path = Path()
+
+    def sources(self) -> Mapping[str, ArraySource]:
+        return {"x": ArraySource.of_locator(stand_in(self.x))} | {
+            name: source for name, source in super().sources().items() if name != "x"
+        }
+
+
+def test_one_ray_worker_trains_as_no_ray_does_on_this_nodes_copy_of_a_store(
     toy: ToyTask, runner: RayRunner, tmp_path: Path
 ) -> None:
-    cfg = config()
-    by_ray = runner.fit(toy, cfg, tmp_path / "ray", device="cpu")
+    """What the shared path holds is spoilt after the copy was made: training must not touch it."""
+    shared = tmp_path / "shared" / "x.npy"
+    shared.parent.mkdir()
+    shared.write_bytes((toy.data / "x.npy").read_bytes())
+    adopt(plan_adoption(shared))
+    replicate(ReplicateConfig(store=shared, to=tmp_path / "nvme", margin="0"))
+    with shared.open("r+b") as file:
+        file.seek(-np.load(toy.data / "x.npy").nbytes, os.SEEK_END)
+        file.write(bytes(np.load(toy.data / "x.npy").nbytes))
+    task, cfg = StoreTask(toy.data, x=shared), config()
+    by_ray = runner.fit(task, cfg, tmp_path / "ray", device="cpu")
     LocalRunner().fit(toy, cfg, tmp_path / "local", device="cpu")
     np.testing.assert_allclose(losses(tmp_path / "ray"), losses(tmp_path / "local"), rtol=1e-6)
     assert by_ray.epochs == 3
     assert by_ray.best_val_loss == pytest.approx(
         min(r["val_loss"] for r in records(tmp_path / "local", "epoch")), rel=1e-6
     )
+    log = (tmp_path / "ray" / "train.log").read_text()
+    assert f"x: local copy {tmp_path / 'nvme' / 'x.npy'}; y: shared {toy.data / 'y.npy'}" in log
 
 
-def test_two_workers_equal_one_with_twice_the_batch(
-    toy: ToyTask, runner: RayRunner, tmp_path: Path
+def test_a_copy_that_the_catalog_lists_and_nobody_has_is_named(
+    toy: ToyTask, tmp_path: Path
 ) -> None:
-    runner.fit(toy, config(batch_size=4), tmp_path / "two", workers=2, device="cpu")
-    # Without Ray, which the test above shows to be the same and which starts nothing.
-    LocalRunner().fit(toy, config(batch_size=8), tmp_path / "one", device="cpu")
-    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-4)
+    adopt(plan_adoption(toy.data / "x.npy"))
+    replicate(ReplicateConfig(store=toy.data / "x.npy", to=tmp_path / "nvme", margin="0"))
+    sources = StoreTask(toy.data, x=toy.data / "x.npy").sources()
+    discard_store(tmp_path / "nvme" / "x.npy")
+    with (
+        open_shards(sources, batch_rows=8, workers=1, memory=None, say=print) as shards,
+        pytest.raises(StoreError, match=r"lists a copy on .* raypipe store replicate"),
+    ):
+        shards.open_rows(sources["x"], turn=0, say=print)
 
 
 @dataclass(frozen=True)
@@ -206,45 +234,6 @@ def test_a_killed_train_worker_goes_on_from_the_last_checkpoint(
     assert resumed_at % 3 == 0 and 0 < resumed_at <= len(first)
 
 
-def test_a_replicated_store_is_read_from_this_nodes_disk(
-    toy: ToyTask, runner: RayRunner, tmp_path: Path
-) -> None:
-    """What the shared path holds is spoilt after the copy was made: training must not touch it."""
-    shared = tmp_path / "shared" / "x.npy"
-    shared.parent.mkdir()
-    shared.write_bytes((toy.data / "x.npy").read_bytes())
-    adopt(plan_adoption(shared))
-    replicate(ReplicateConfig(store=shared, to=tmp_path / "nvme", margin="0"))
-    with shared.open("r+b") as file:
-        file.seek(-64, os.SEEK_END)
-        file.write(b"\x00" * 64)
-    task = StoreTask(toy.data, x=shared)
-    runner.fit(task, config(epochs=1), tmp_path / "run", device="cpu")
-    LocalRunner().fit(toy, config(epochs=1), tmp_path / "plain", device="cpu")
-    assert losses(tmp_path / "run") == losses(tmp_path / "plain")
-    log = (tmp_path / "run" / "train.log").read_text()
-    assert f"x: local copy {tmp_path / 'nvme' / 'x.npy'}; y: shared {toy.data / 'y.npy'}" in log
-    sources = task.sources()
-    discard_store(tmp_path / "nvme" / "x.npy")
-    with (
-        open_shards(sources, batch_rows=8, workers=1, memory=None, say=print) as shards,
-        pytest.raises(StoreError, match=r"lists a copy on .* raypipe store replicate"),
-    ):
-        shards.open_rows(sources["x"], turn=0, say=print)
-
-
-@dataclass(frozen=True)
-class StoreTask(ToyTask):
-    """Takes x from a store."""
-
-    x: Path = Path()
-
-    def sources(self) -> Mapping[str, ArraySource]:
-        return {"x": ArraySource.of_locator(stand_in(self.x))} | {
-            name: source for name, source in super().sources().items() if name != "x"
-        }
-
-
 @pytest.mark.usefixtures("heeded_sigint")
 def test_ctrl_c_saves_the_step_on_every_worker_and_goes_on(
     toy: ToyTask, runner: RayRunner, tmp_path: Path
@@ -278,7 +267,18 @@ def test_our_errors_reach_the_driver_as_they_are(
     LocalRunner().fit(toy, config(epochs=1), tmp_path / "run", device="cpu")
     with pytest.raises(ConfigError, match="other options"):
         runner.fit(toy, config(epochs=1, lr=3e-2), tmp_path / "run", device="cpu")
-    runner.fit(toy, config(epochs=1, lr=3e-2), tmp_path / "run", device="cpu", resume=False)
+
+
+def test_two_workers_begin_anew_where_told_and_equal_one_with_twice_the_batch(
+    toy: ToyTask, runner: RayRunner, tmp_path: Path
+) -> None:
+    cfg = config(batch_size=4)
+    other = config(batch_size=4, epochs=1, lr=3e-2)
+    LocalRunner().fit(toy, other, tmp_path / "two", device="cpu")  # whose options do not resume
+    runner.fit(toy, cfg, tmp_path / "two", workers=2, device="cpu", resume=False)
+    # Without Ray, which starts nothing; a test above shows that it is the same.
+    LocalRunner().fit(toy, config(batch_size=8), tmp_path / "one", device="cpu")
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-4)
 
 
 def test_a_cluster_without_room_is_named_and_not_waited_for_in_silence() -> None:

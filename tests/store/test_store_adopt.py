@@ -289,8 +289,8 @@ room.adopt(room.plan_adoption(path), progress=kill)
 def test_kill_9_leaves_no_store_or_a_whole_one(tmp_path, at):
     path = saved(tmp_path, normal(40, 3))
     before = path.read_bytes()
-    process = start(KILLED, at, path)
-    assert process.wait(60) == -signal.SIGKILL
+    with start(KILLED, at, path) as process:
+        assert process.wait(60) == -signal.SIGKILL
     if at == "tidy":
         assert verify(path).ok
     else:

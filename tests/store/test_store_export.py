@@ -324,8 +324,8 @@ def test_kill_9_leaves_the_old_export_and_the_command_runs_again(tmp_path, to, a
     whole(spec)
     out = tmp_path / "out"
     export_store(plan_export(spec.path, to, out, float32=True))
-    process = start(KILLED, to, at, spec.path, out)
-    assert process.wait(60) == -signal.SIGKILL
+    with start(KILLED, to, at, spec.path, out) as process:
+        assert process.wait(60) == -signal.SIGKILL
     if at == "between" and to in FOLDERS:
         assert not out.exists()
     else:
@@ -340,8 +340,8 @@ def test_the_earlier_export_comes_back_when_the_next_one_fails(tmp_path):
     whole(spec)
     out = tmp_path / "out"
     export_store(plan_export(spec.path, "webdataset", out))
-    process = start(KILLED, "webdataset", "between", spec.path, out)
-    process.wait(60)
+    with start(KILLED, "webdataset", "between", spec.path, out) as process:
+        process.wait(60)
     assert not out.exists()
     spec.path.write_bytes(spec.path.read_bytes()[:-1] + b"\x55")
     with pytest.raises(StoreCorrupt):
@@ -373,8 +373,8 @@ def test_memory_does_not_grow_with_the_store(tmp_path, to):
     for name, rows in (("small", 64), ("large", 320)):
         np.lib.format.open_memmap(tmp_path / f"{name}.npy", "w+", "f4", (rows, 1 << 18))[::7] = 1
         adopt(plan_adoption(tmp_path / f"{name}.npy"))
-    process = start(SMALL_THEN_LARGE, to, tmp_path)
-    grown = int(process.communicate(timeout=250)[0])
+    with start(SMALL_THEN_LARGE, to, tmp_path) as process:
+        grown = int(process.communicate(timeout=250)[0])
     assert grown < 64 << 20, "256 MiB more were exported"
 
 

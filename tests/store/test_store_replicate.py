@@ -222,8 +222,8 @@ room.replicate_store(room.plan_replicas(Path(store), Path(to))[0], progress=prog
 
 @pytest.mark.parametrize("at", ["rows", "move", "write_atomic", "Manifest_write", "tidy"])
 def test_kill_9_leaves_no_copy_or_a_whole_one(tmp_path, spec, at):
-    process = start(KILLED, at, spec.path, tmp_path / "local")
-    assert process.wait(60) == -signal.SIGKILL
+    with start(KILLED, at, spec.path, tmp_path / "local") as process:
+        assert process.wait(60) == -signal.SIGKILL
     path = tmp_path / "local" / "train.npy"
     if at == "tidy":
         assert verify(path).ok
