@@ -1,19 +1,15 @@
 """Rows of files on other nodes' disks, as a `raypipe.stream.reading.RowReader`.
 
 They are read there by that node's `row_server`, and fetched through the object store, where a batch
-of one piece is not copied again. A batch is asked for in pieces: what all readers of a run have
-under way together fits half the object store of the smallest node, whatever the batch
-(`divide`). Which sources are read so: `raypipe.store.placement`; who makes the readers: `shards`.
+of one piece is not copied again. A batch is asked for in `pieces`, which bound what is under way.
+Which sources are read so: `raypipe.store.placement`; who makes the readers: `shards`.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-import weakref
-from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,13 +18,10 @@ import ray
 from ray.exceptions import ActorUnavailableError, ObjectLostError, RayTaskError
 
 from raypipe.cluster.lost import ACTOR_LOST
-from raypipe.errors import ConfigError, MemoryBudgetExceeded, RaypipeError, WorkerFailed
+from raypipe.cluster.pieces import Pieces, Request, Share
+from raypipe.errors import ConfigError, RaypipeError, WorkerFailed
 from raypipe.stream import ArraySource
-from raypipe.units import format_bytes
 
-# A server gathers a piece in memory of its own; larger batches are put together by who reads them.
-PIECE_BYTES = 64 << 20
-MOST_PIECES = 16
 ASK_AGAIN_S = 1.0
 
 
@@ -39,31 +32,6 @@ class Patience:
     first_word_s: float = 20.0
     again_s: float = 60.0
     give_up_s: float = 600.0
-
-
-@dataclass(frozen=True)
-class Share:
-    """What one reader may have under way: ``pieces`` of at most ``piece_rows`` rows."""
-
-    piece_rows: int
-    pieces: int
-
-
-def divide(store_bytes: int, readers: int, row_bytes: int, batch_rows: int) -> Share:
-    """The share of one of ``readers`` in half an object store of ``store_bytes``.
-
-    A batch is one piece where two of them fit. Raises MemoryBudgetExceeded when not a row does.
-    """
-    allowed = store_bytes // 2 // readers
-    if row_bytes > allowed:
-        raise MemoryBudgetExceeded(
-            f"a row of {format_bytes(row_bytes)} from another node, for {readers} reader(s) at once, "
-            f"is more than half of an object store of {format_bytes(store_bytes)}; give the nodes a "
-            "larger one (ray start --object-store-memory), fewer --workers, or copy the store to "
-            "their disks: raypipe store replicate"
-        )
-    piece_rows = min(batch_rows, max(1, min(PIECE_BYTES, allowed // 2) // row_bytes))
-    return Share(piece_rows, min(MOST_PIECES, allowed // (piece_rows * row_bytes)))
 
 
 @dataclass(frozen=True)
@@ -97,10 +65,9 @@ class RemoteRows:
         patience: Patience = Patience(),
     ) -> None:
         self.source, self.name = source, name
-        self._copies, self._share = list(copies), share
+        self._copies, self._lock = list(copies), threading.Lock()
         self._say, self._patience = say, patience
-        self._requests: list[weakref.ref[_Request]] = []  # in order; those dropped are gone
-        self._lock = threading.Lock()
+        self._pieces = Pieces(share, (source.row_bytes,), self._ask, self._wait)
 
     def check(self, rows: np.ndarray) -> None:
         """Raise ConfigError for a row that there is not."""
@@ -110,50 +77,15 @@ class RemoteRows:
                 f"{self.source.n_rows}; was the split made for another store?"
             )
 
-    def start(self, rows: np.ndarray) -> _Request:
+    def start(self, rows: np.ndarray) -> Request:
         """Ask for ``rows`` as far as the share allows; see `RowReader.start`."""
-        step = self._share.piece_rows
-        request = _Request(self, [rows[at : at + step] for at in range(0, rows.size, step)])
-        with self._lock:
-            self._requests.append(weakref.ref(request))
-            self._fill()
-        return request
-
-    def _next(self, request: _Request) -> np.ndarray:
-        """The next piece of ``request``, (n, row_bytes) uint8; in any thread."""
-        with self._lock:
-            request.raise_cancelled()
-            if not request.asked:  # it is waited for: now, whatever else is under way
-                request.asked.append(self._ask(request.left.popleft()))
-            piece = request.asked[0]
-        block = self._wait(piece, request)
-        with self._lock:
-            request.raise_cancelled()
-            request.asked.popleft()
-            self._fill()
-        return block
-
-    def _drop(self, request: _Request) -> None:
-        """What it has under way is nobody's share any more; the pieces are let go of."""
-        with self._lock:
-            request.left.clear()
-            request.asked.clear()
-
-    def _fill(self) -> None:
-        """Ask for what the share has room for, the oldest batch first."""
-        live = [r for ref in self._requests if (r := ref()) is not None and (r.left or r.asked)]
-        self._requests = [weakref.ref(request) for request in live]
-        room = self._share.pieces - sum(len(request.asked) for request in live)
-        for request in live:
-            while room > 0 and request.left:
-                request.asked.append(self._ask(request.left.popleft()))
-                room -= 1
+        return self._pieces.start(rows)
 
     def _ask(self, rows: np.ndarray) -> _Piece:
-        copy = self._copies[0]
+        copy = self._copies[0]  # there is always one
         return _Piece(rows, copy, copy.server.read.remote(copy.source, rows))
 
-    def _wait(self, piece: _Piece, request: _Request) -> np.ndarray:
+    def _wait(self, piece: _Piece, request: Request) -> np.ndarray:
         began = time.monotonic()
         next_word = self._patience.first_word_s
         while True:
@@ -219,40 +151,3 @@ class _Piece:
 
     def __init__(self, rows: np.ndarray, copy: Copy, ref: Any) -> None:
         self.rows, self.copy, self.ref = rows, copy, ref
-
-
-class _Request:
-    """One batch: ``left``, rows of the pieces to ask for yet; ``asked``, those under way. See
-    `raypipe.stream.reading.Cancellable`.
-    """
-
-    def __init__(self, reader: RemoteRows, pieces: Sequence[np.ndarray]) -> None:
-        self._reader = reader
-        self.left, self.asked = deque(pieces), deque[_Piece]()
-        self._rows = sum(piece.size for piece in pieces)
-        self._pieces = len(pieces)
-        self.cancelled = threading.Event()
-
-    def cancel(self) -> None:
-        """Who waits hears of it within a second. The other node reads to its end what it has begun,
-        for nobody.
-        """
-        self.cancelled.set()
-        self._reader._drop(self)
-
-    def raise_cancelled(self) -> None:
-        """Raise CancelledError when the batch is not wanted any more."""
-        if self.cancelled.is_set():
-            raise CancelledError
-
-    def __call__(self) -> np.ndarray:
-        """Wait; (n, row_bytes) uint8, read-only where it came as one piece."""
-        if self._pieces == 1:
-            return self._reader._next(self)
-        whole = np.empty((self._rows, self._reader.source.row_bytes), np.uint8)
-        at = 0
-        while at < self._rows:
-            block = self._reader._next(self)
-            whole[at : at + len(block)] = block
-            at += len(block)
-        return whole

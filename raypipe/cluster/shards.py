@@ -21,7 +21,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raypipe.cluster.budget import WorkerMemory
 from raypipe.cluster.lost import ACTOR_LOST
-from raypipe.cluster.remote_rows import Copy, Patience, RemoteRows, Share, divide
+from raypipe.cluster.pieces import Share, divide, smallest_object_store
+from raypipe.cluster.remote_rows import Copy, Patience, RemoteRows
 from raypipe.cluster.row_server import THREADS, Held, RowServer, budget_bytes
 from raypipe.errors import MissingInput, RaypipeError, WorkerFailed
 from raypipe.store import Placement, Way, this_node
@@ -123,7 +124,7 @@ def open_shards(
         placed[source] = _present(names[source], placed[source], nodes, say)
     # A worker holds two rings, one to train and one to validate, and both may be full.
     readers = 2 * workers * len(far)
-    room = _smallest_object_store()
+    room = smallest_object_store()
     shares = {source: divide(room, readers, source.row_bytes, batch_rows) for source in far}
     servers: dict[str, Any] = {}
     leases = [0]
@@ -242,11 +243,6 @@ def _await_ready(servers: Mapping[str, Any], say: Callable[[str], None]) -> None
             )
         if late and not ready:
             say(f"waiting for the row server of node {late}, which opens its files")
-
-
-def _smallest_object_store() -> int:
-    sizes = [n["Resources"].get("object_store_memory", 0) for n in ray.nodes() if n["Alive"]]
-    return int(min(sizes))
 
 
 def _summary(

@@ -29,7 +29,8 @@ from raypipe.cluster.budget import (
     verdicts,
 )
 from raypipe.cluster.datasets import PlanDataConfig, plan_dataset, read_slices
-from raypipe.cluster.decoders import RowOpener, Share, bytes_on_a_machine, plan_decoders
+from raypipe.cluster.decode_plan import Crew, bytes_on_a_machine, plan_decoders
+from raypipe.cluster.decoders import RowOpener
 from raypipe.cluster.shards import Shards, open_shards
 from raypipe.errors import MemoryBudgetExceeded, RaypipeError, WorkerFailed
 from raypipe.memory.attend import FOLDER
@@ -70,7 +71,7 @@ class TrainSetup:
     memory: WorkerMemory
     name: str
     shards: Shards | None = None
-    decoders: Mapping[str, Share] = field(default_factory=dict)
+    decoders: Mapping[str, Crew] = field(default_factory=dict)
 
     def batch_limit(self) -> int | None:
         """Half the batch at which a worker of this call was last ended for its memory, or None.

@@ -6,8 +6,10 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,14 +24,15 @@ from raypipe.backbone import Preprocess
 from raypipe.cluster import decoders
 from raypipe.cluster.budget import WorkerMemory, verdicts
 from raypipe.cluster.decode_actor import BASE_BYTES, PARTS, PICTURE_BYTES
-from raypipe.cluster.decoders import (
-    Decoders,
-    RowOpener,
-    Share,
+from raypipe.cluster.decode_plan import (
+    MOST_THREADS,
+    Crew,
     bytes_on_a_machine,
-    decoder_share,
+    decoders_each,
     plan_decoders,
 )
+from raypipe.cluster.decoders import Decoders, RowOpener
+from raypipe.cluster.pieces import Share
 from raypipe.errors import BadImage, ConfigError, InputError, MemoryBudgetExceeded, WorkerFailed
 from raypipe.memory.config import MemoryConfig, MemoryFlags, resolve
 from raypipe.memory.limits import node_limits
@@ -56,7 +59,7 @@ def source(tmp_path: Path) -> PixelSource:
 
 @pytest.fixture
 def actors(source: PixelSource) -> Iterator[Decoders]:
-    found = Decoders(source, Share(2, 0.1))
+    found = Decoders(source, Crew(2, 0.1, Share(3, 4)))
     yield found
     for actor in found.actors:
         ray.kill(actor)
@@ -77,6 +80,17 @@ def test_actors_give_the_pixels_that_threads_give(source: PixelSource, actors: D
             np.testing.assert_array_equal(batch["pixels"].numpy(), pixels)
     with pytest.raises(ConfigError, match="has 12 images"):
         actors.check(rows(12))
+
+
+def test_a_batch_that_is_given_up_is_not_waited_for(source: PixelSource) -> None:
+    reader = Decoders(source, Crew(1, 1000.0, Share(4, 4)))  # no node has as many CPUs
+    wait = reader.start(rows(0, 1))
+    timer = threading.Timer(0.3, wait.cancel)
+    timer.start()
+    began = time.monotonic()
+    with pytest.raises(CancelledError):
+        wait()
+    assert time.monotonic() - began < 10
 
 
 def test_a_dead_actor_is_replaced_and_no_row_is_lost(source: PixelSource, actors: Decoders) -> None:
@@ -116,7 +130,7 @@ def test_images_that_end_every_actor_end_the_run(
 ) -> None:
     monkeypatch.setattr(decoders, "MAX_TRIES", 2)
     said: list[str] = []
-    reader = Decoders(Deadly(**vars(source)), Share(1, 0.1), say=said.append)
+    reader = Decoders(Deadly(**vars(source)), Crew(1, 0.1, Share(4, 4)), say=said.append)
     with pytest.raises(WorkerFailed, match=r"died 2 times with images 02\.png to 03\.png"):
         reader.start(rows(2, 3))()
     assert len(said) == 2 and all("a new one takes its place" in text for text in said)
@@ -145,9 +159,9 @@ def test_a_decoder_above_its_lease_is_ended_and_comes_back_with_a_larger_one(
 ) -> None:
     said: list[str] = []
     greedy = Greedy(**vars(source), mib=600)
-    share = Share(1, 0.1, budget_bytes=700 << 20)
+    crew = Crew(1, 0.1, Share(4, 4), budget_bytes=700 << 20)
     memory = order(tmp_path, "2GiB")
-    reader = Decoders(greedy, share, memory=memory, name="small", say=said.append)
+    reader = Decoders(greedy, crew, memory=memory, name="small", say=said.append)
     np.testing.assert_array_equal(reader.start(rows(1, 2))(), source.open().start(rows(1, 2))())
     assert not said
     np.testing.assert_array_equal(reader.start(rows(3))(), source.open().start(rows(3))())
@@ -162,8 +176,8 @@ def test_an_image_that_no_budget_of_the_run_holds_ends_it(
     source: PixelSource, tmp_path: Path
 ) -> None:
     greedy = Greedy(**vars(source), mib=900)
-    share = Share(1, 0.1, budget_bytes=600 << 20)
-    reader = Decoders(greedy, share, memory=order(tmp_path, "800MiB"), name="big", say=print)
+    crew = Crew(1, 0.1, Share(4, 4), budget_bytes=600 << 20)
+    reader = Decoders(greedy, crew, memory=order(tmp_path, "800MiB"), name="big", say=print)
     with pytest.raises(
         MemoryBudgetExceeded, match=r"images 02\.png to 03\.png takes more.*of 800 MiB.*smaller"
     ):
@@ -171,16 +185,17 @@ def test_an_image_that_no_budget_of_the_run_holds_ends_it(
 
 
 def test_decoders_of_a_machine_are_counted_with_its_workers(source: PixelSource) -> None:
-    def plan(budget_gb: float, source: PixelSource = source) -> dict[str, Share]:
+    def plan(budget_gb: float, source: PixelSource = source) -> dict[str, Crew]:
         config = MemoryConfig(max_memory_per_process_gb=budget_gb)
         return plan_decoders(
             [source], world=2, cpus=0.1, batch_rows=8, config=config, limits=node_limits()
         )
 
-    (share,) = plan(8).values()
-    assert share.count == 2  # the source says how many
-    assert share.budget_bytes == BASE_BYTES + PICTURE_BYTES + PARTS * 4 * source.row_bytes
-    assert bytes_on_a_machine(plan(8), 2) == 4 * share.budget_bytes
+    (crew,) = plan(8).values()
+    assert crew.count == 2  # the source says how many
+    assert crew.under_way.piece_rows == 4  # a part for each of them
+    assert crew.budget_bytes == BASE_BYTES + PICTURE_BYTES + PARTS * 4 * source.row_bytes
+    assert bytes_on_a_machine(plan(8), 2) == 4 * crew.budget_bytes
     assert plan(1)[source.fingerprint].budget_bytes == 1 << 30
 
 
@@ -193,12 +208,12 @@ def test_decoders_of_a_machine_are_counted_with_its_workers(source: PixelSource)
 def test_decoders_take_their_part_of_the_memory(
     free: float, world: int, room: int, each: int
 ) -> None:
-    share = decoder_share(free, world, None, lambda count: each, room)
-    alone = decoder_share(free, world, None)
-    assert 1 <= share.count <= alone.count and share.budget_bytes == each
-    assert share.count == 1 or world * share.count * each <= room
-    assert share.count == alone.count or world * (share.count + 1) * each > room
-    assert decoder_share(free, world, 5, lambda count: each, room).count == 5  # as was said
+    count, _ = decoders_each(free, world, None, lambda count: each, room)
+    alone, _ = decoders_each(free, world, None)
+    assert 1 <= count <= alone
+    assert count == 1 or world * count * each <= room
+    assert count == alone or world * (count + 1) * each > room
+    assert decoders_each(free, world, 5, lambda count: each, room)[0] == 5  # as was said
 
 
 def test_an_actor_that_never_comes_is_said_and_given_up(
@@ -207,7 +222,9 @@ def test_an_actor_that_never_comes_is_said_and_given_up(
     said: list[str] = []
     monkeypatch.setattr(decoders, "SAY_STALLED_S", 0.2)
     monkeypatch.setattr(decoders, "STALLED_S", 0.4)
-    reader = Decoders(source, Share(1, 1000.0), say=said.append)  # no node has as many CPUs
+    reader = Decoders(
+        source, Crew(1, 1000.0, Share(4, 4)), say=said.append
+    )  # no node has as many CPUs
     with pytest.raises(WorkerFailed, match=r"given nothing for 0 s, of images 00\.png"):
         reader.start(rows(0))()
     assert "no CPU free" in said[0]
@@ -215,7 +232,7 @@ def test_an_actor_that_never_comes_is_said_and_given_up(
 
 def test_only_images_go_to_actors(source: PixelSource, tmp_path: Path) -> None:
     np.save(tmp_path / "plain.npy", np.zeros((3, 2), np.float32))
-    opener = RowOpener({source.fingerprint: Share(1, 0.1)})
+    opener = RowOpener({source.fingerprint: Crew(1, 0.1, Share(4, 4))})
     assert isinstance(opener(ArraySource.npy(tmp_path / "plain.npy")), MappedRows)
     assert opener(source) is opener(source)  # training and validation share them
     with pytest.raises(WorkerFailed, match="not those that the driver planned"):
@@ -224,8 +241,8 @@ def test_only_images_go_to_actors(source: PixelSource, tmp_path: Path) -> None:
 
 @given(free=st.floats(-1, 512), world=st.integers(1, 64), wanted=st.none() | st.integers(1, 32))
 def test_shares_leave_room_for_others(free: float, world: int, wanted: int | None) -> None:
-    share = decoder_share(free, world, wanted)
-    assert share.count >= 1 and 0 < share.cpus <= 1
-    assert share.count * share.cpus * world <= max(0.8 * free, 0.01 * world) + 1e-6
+    count, cpus = decoders_each(free, world, wanted)
+    assert count >= 1 and 0 < cpus <= 1
+    assert count * cpus * world <= max(0.8 * free, 0.01 * world) + 1e-6
     if wanted is None:
-        assert share.count <= decoders.MOST_THREADS
+        assert count <= MOST_THREADS

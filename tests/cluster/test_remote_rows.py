@@ -25,7 +25,8 @@ from hypothesis import strategies as st
 from ray.exceptions import ActorUnavailableError, ActorUnschedulableError, RayActorError
 
 from raypipe.cluster import remote_rows
-from raypipe.cluster.remote_rows import PIECE_BYTES, Copy, Patience, RemoteRows, Share, divide
+from raypipe.cluster.pieces import PIECE_BYTES, Share, divide
+from raypipe.cluster.remote_rows import Copy, Patience, RemoteRows
 from raypipe.cluster.shards import Shards, open_shards
 from raypipe.errors import (
     ConfigError,
@@ -57,16 +58,17 @@ def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     readers=st.integers(1, 64),
     row=st.integers(1, 1 << 28),
     rows=st.integers(1, 4096),
+    makers=st.integers(1, 8),
 )
 def test_all_readers_together_fit_half_an_object_store(
-    store: int, readers: int, row: int, rows: int
+    store: int, readers: int, row: int, rows: int, makers: int
 ) -> None:
     if row > store // 2 // readers:
         with pytest.raises(MemoryBudgetExceeded, match="raypipe store replicate"):
             divide(store, readers, row, rows)
         return
-    share = divide(store, readers, row, rows)
-    assert 1 <= share.piece_rows <= rows and share.pieces >= 1
+    share = divide(store, readers, row, rows, makers=makers)
+    assert 1 <= share.piece_rows <= -(-rows // makers) and share.pieces >= 1
     assert share.pieces * share.piece_rows * row * readers <= store // 2
     assert share.piece_rows == 1 or share.piece_rows * row <= PIECE_BYTES
 
