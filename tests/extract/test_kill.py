@@ -68,15 +68,26 @@ def command(cfg: ExtractConfig, *more: str) -> list[str]:
     return [sys.executable, "-m", "raypipe", "extract", *flags]
 
 
+def on_session(cfg: ExtractConfig) -> None:
+    """What the command would do, on the suite's Ray: no second one starts."""
+    extract(cfg, RayRunner(joined=False, on_event=print))
+
+
 @pytest.fixture(scope="module")
-def unbroken(images: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    """The bytes of a run that nobody disturbed, by the command line."""
+def unbroken_shard(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The store of a run that nobody disturbed, by the command line."""
     out = tmp_path_factory.mktemp("unbroken")
     cfg = ExtractConfig(
         data_dir=images, output_dir=out, backbone="resnet18", weights="random:0", batch_size=4
     )
     subprocess.run(command(cfg), check=True, capture_output=True, timeout=RUN_S)
-    return shard(out, images).read_bytes()
+    return shard(out, images)
+
+
+@pytest.fixture(scope="module")
+def unbroken(unbroken_shard: Path) -> bytes:
+    """Its bytes."""
+    return unbroken_shard.read_bytes()
 
 
 @pytest.mark.usefixtures("ray_session")
@@ -129,6 +140,7 @@ def _heed_sigint() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+@pytest.mark.usefixtures("ray_session")
 @pytest.mark.parametrize("to_all", [False, True], ids=["the driver", "its whole group"])
 def test_ctrl_c_exits_130_and_resumes(config: MakeConfig, unbroken: bytes, to_all: bool) -> None:
     """A terminal sends it to every process of the group."""
@@ -150,25 +162,25 @@ def test_ctrl_c_exits_130_and_resumes(config: MakeConfig, unbroken: bytes, to_al
     _, stderr = driver.communicate(timeout=RUN_S)
     assert driver.returncode == 130, stderr
     assert "the same command resumes" in stderr
-    subprocess.run(command(cfg), check=True, capture_output=True, timeout=RUN_S)
+    on_session(cfg)
     assert path.read_bytes() == unbroken
 
 
 def test_a_second_run_on_one_store_fails_at_once_and_names_the_owner(config: MakeConfig) -> None:
     cfg = config()
     path = shard(cfg.output_dir, cfg.data_dir)
-    first = subprocess.Popen(
-        command(cfg), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    wait_for(lambda: path.with_name("train.owner.json").exists(), "the first run's claim")
-    first.send_signal(signal.SIGSTOP)  # it keeps the store for as long as the second one looks
-    second = subprocess.run(
-        command(cfg, "--runner", "local"), capture_output=True, text=True, timeout=RUN_S
-    )
-    first.send_signal(signal.SIGCONT)
-    assert second.returncode == StoreLocked.exit_code
-    assert str(first.pid) in second.stderr
-    assert first.wait(timeout=RUN_S) == 0
+    with subprocess.Popen(
+        command(cfg), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as first:
+        wait_for(lambda: path.with_name("train.owner.json").exists(), "the first run's claim")
+        first.send_signal(signal.SIGSTOP)  # it keeps the store for as long as the second one looks
+        second = subprocess.run(
+            command(cfg, "--runner", "local"), capture_output=True, text=True, timeout=RUN_S
+        )
+        first.send_signal(signal.SIGCONT)
+        assert second.returncode == StoreLocked.exit_code
+        assert str(first.pid) in second.stderr
+        assert first.wait(timeout=RUN_S) == 0
     assert verify(path).ok
 
 
@@ -176,13 +188,13 @@ def test_a_second_run_on_one_store_fails_at_once_and_names_the_owner(config: Mak
 def test_a_disk_too_small_is_refused_before_a_byte_is_written(
     config: MakeConfig, small_disk: Path
 ) -> None:
-    runner = RayRunner(joined=False, on_event=print)
     with pytest.raises(NoSpace, match=r"[0-9]+ bytes.*free") as stop:
-        extract(config(output_dir=small_disk / "features"), runner)
+        on_session(config(output_dir=small_disk / "features"))
     assert stop.value.exit_code == 3
     assert not list(small_disk.rglob("*.npy*"))
 
 
+@pytest.mark.usefixtures("ray_session")
 def test_a_disk_that_fills_up_in_the_run_exits_3_and_resumes(
     config: MakeConfig, unbroken: bytes, mount: Callable[[str, str], Path]
 ) -> None:
@@ -204,34 +216,28 @@ def test_a_disk_that_fills_up_in_the_run_exits_3_and_resumes(
     assert "free" in stderr.splitlines()[-1]
     assert not path.exists()
     filler.unlink()
-    subprocess.run(command(cfg), check=True, capture_output=True, timeout=RUN_S)
+    on_session(cfg)
     assert path.read_bytes() == unbroken
 
 
-def test_numpy_alone_reads_the_store(config: MakeConfig, images: Path, tmp_path: Path) -> None:
-    cfg = config(image_size=64)
-    subprocess.run(
-        command(cfg, "--runner", "local", "--image-size", "64"), check=True, timeout=RUN_S
-    )
+def test_numpy_alone_reads_the_store(unbroken_shard: Path, tmp_path: Path) -> None:
     code = (
         "import sys, numpy as np\n"
         "assert not any('raypipe' in m for m in sys.modules)\n"
-        f"a = np.load({str(shard(cfg.output_dir, images))!r}, mmap_mode='r')\n"
+        f"a = np.load({str(unbroken_shard)!r}, mmap_mode='r')\n"
         "print(a.shape, a.dtype, type(a).__name__)"
     )
     alone = subprocess.run(
         [sys.executable, "-I", "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True
     )
-    assert alone.stdout.strip() == "(48, 4, 512) float16 memmap"
+    assert alone.stdout.strip() == "(48, 49, 512) float16 memmap"
 
 
+@pytest.mark.usefixtures("ray_session")
 def test_actors_share_the_work(config: MakeConfig, unbroken: bytes) -> None:
     """Two workers, one thread each, write into one file; the sums differ by threads alone."""
-    cfg = config()
-    done = subprocess.run(
-        command(cfg, "--workers", "2"), capture_output=True, text=True, timeout=RUN_S
-    )
-    assert done.returncode == 0, done.stderr
+    cfg = config(workers=2)
+    on_session(cfg)
     ours = np.load(shard(cfg.output_dir, cfg.data_dir))
     reference = np.load(io.BytesIO(unbroken))
     np.testing.assert_allclose(ours.astype("f4"), reference.astype("f4"), rtol=2e-3, atol=1e-3)

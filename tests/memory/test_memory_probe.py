@@ -40,15 +40,14 @@ HOLDER = "import sys; held = bytearray(int(sys.argv[1])); print('ready', flush=T
 @pytest.fixture
 def child() -> Iterator[subprocess.Popen[str]]:
     """A process that holds 64 MiB."""
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(64 * MIB)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    yield process
-    process.kill()
-    process.wait()
+    ) as process:  # fmt: skip
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        yield process
+        process.kill()
 
 
 def smaps_anonymous(pid: int) -> int:

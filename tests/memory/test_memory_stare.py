@@ -49,8 +49,10 @@ def test_what_is_no_statm_is_no_number_of_pages(text: bytes) -> None:
 
 
 def test_it_agrees_with_the_interpreted_look_and_sees_an_end() -> None:
-    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    with ProcessProbe(child.pid) as probe:
+    with (
+        subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child,
+        ProcessProbe(child.pid) as probe,
+    ):
         deadline = time.monotonic() + 10
         while (now := probe.anon_pages()) != pages_of(probe.fileno()) or now == 0:
             assert time.monotonic() < deadline

@@ -368,7 +368,7 @@ def test_where_there_is_no_pidfd_a_process_is_ended_by_its_number(
         assert find(tmp_path, hog.pid, start_ticks) is not None
     finally:
         hog.kill()
-        hog.wait()
+        hog.communicate()
 
 
 def test_a_number_that_is_another_process_now_is_not_ended() -> None:
@@ -379,4 +379,4 @@ def test_a_number_that_is_another_process_now_is_not_ended() -> None:
         assert other.poll() is None
     finally:
         other.kill()
-        other.wait()
+        other.communicate()

@@ -370,12 +370,12 @@ print(peaks[1] - peaks[0])
 @pytest.mark.parametrize("to", FORMATS)
 def test_memory_does_not_grow_with_the_store(tmp_path, to):
     need_package(to)
-    for name, rows in (("small", 64), ("large", 320)):
+    for name, rows in (("small", 32), ("large", 160)):
         np.lib.format.open_memmap(tmp_path / f"{name}.npy", "w+", "f4", (rows, 1 << 18))[::7] = 1
         adopt(plan_adoption(tmp_path / f"{name}.npy"))
     with start(SMALL_THEN_LARGE, to, tmp_path) as process:
         grown = int(process.communicate(timeout=250)[0])
-    assert grown < 64 << 20, "256 MiB more were exported"
+    assert grown < 64 << 20, "128 MiB more were exported"
 
 
 def test_command(tmp_path, capsys):
