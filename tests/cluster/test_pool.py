@@ -116,14 +116,14 @@ def test_every_item_is_reported_once(tmp_path: Path, late: bool) -> None:
     done = run(Setup(tmp_path / "log", late=late), 20)
     assert sorted(d.key for d in done) == list(range(20))
     assert all(d.payload == d.key * 10 for d in done)
-    assert {line.split()[2] for line in (tmp_path / "log").open()} == {"shared"}
+    assert {line.split()[2] for line in (tmp_path / "log").read_text().splitlines()} == {"shared"}
 
 
 def test_a_slow_worker_does_not_hold_the_others(tmp_path: Path) -> None:
     done = run(Setup(tmp_path / "log", slow_s=1.0), 30)
     assert len(done) == 30
     by_pid: dict[str, int] = {}
-    for line in (tmp_path / "log").open():
+    for line in (tmp_path / "log").read_text().splitlines():
         by_pid[line.split()[1]] = by_pid.get(line.split()[1], 0) + 1
     assert max(by_pid.values()) > 20
 
@@ -140,7 +140,7 @@ def test_the_driver_is_told_whom_to_shut_out(tmp_path: Path) -> None:
     with RayPool(setup, HALF, on_event=lambda text: None) as pool:
         done = list(pool.run([Item(i) for i in range(12)], "shared", lost.append))
     assert len(done) == 12
-    died = [line.split()[1] for line in (tmp_path / "log").open() if line.startswith("4 ")]
+    died = [line.split()[1] for line in (tmp_path / "log").read_text().splitlines() if line.startswith("4 ")]
     assert lost == [int(died[0])]
 
 
@@ -201,7 +201,7 @@ def test_rays_memory_kill_asks_for_less_until_there_is_no_less(
 def test_the_only_worker_is_replaced_and_opened_again(tmp_path: Path) -> None:
     done = run(Setup(tmp_path / "log", die_at=2, late=True), 5, Needs(workers=1))
     assert sorted(d.key for d in done) == list(range(5))
-    assert {line.split()[2] for line in (tmp_path / "log").open()} == {"shared"}
+    assert {line.split()[2] for line in (tmp_path / "log").read_text().splitlines()} == {"shared"}
 
 
 def test_an_item_that_kills_its_workers_ends_the_run_and_is_named(tmp_path: Path) -> None:
