@@ -92,7 +92,7 @@ CODE: dict[str, Callable[[], float]] = {
     "block_steps": lambda: datasets.MAX_STEPS_PER_BLOCK,
     "slot_bytes": lambda: slot._SIZE,
     "poll_s": lambda: watch.POLL_S,
-    "group_poll_s": lambda: float(trainer._RAY_TRAIN_ENV["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"]),
+    "group_poll_s": lambda: trainer.look_s(1000),
     "checkpoint_every_s": lambda: TrainConfig().checkpoint_every_s,
     "item_attempts": lambda: pool.MAX_ATTEMPTS,
     "group_restarts": lambda: trainer.MAX_FAILURES + TrainConfig().batch_size.bit_length(),

@@ -140,7 +140,11 @@ def test_the_driver_is_told_whom_to_shut_out(tmp_path: Path) -> None:
     with RayPool(setup, HALF, on_event=lambda text: None) as pool:
         done = list(pool.run([Item(i) for i in range(12)], "shared", lost.append))
     assert len(done) == 12
-    died = [line.split()[1] for line in (tmp_path / "log").read_text().splitlines() if line.startswith("4 ")]
+    died = [
+        line.split()[1]
+        for line in (tmp_path / "log").read_text().splitlines()
+        if line.startswith("4 ")
+    ]
     assert lost == [int(died[0])]
 
 
