@@ -12,6 +12,8 @@ from raypipe.units import format_seconds
 
 #: Of data passed over and masked, bytes of the whole scan a second; zlib would be half of it.
 PASS_BYTES_S = 800e6
+#: Opening a stream and its thread.
+PASS_START_S = 5e-3
 #: Of an entry written: spool, turn and flush, bytes of the entry a second.
 BUILD_BYTES_S = 500e6
 #: A mapped scan gives this many values a second: they lie a volume apart.
@@ -56,7 +58,7 @@ def choose_way(
     one_read = reads.voxels * n_volumes * itemsize / READ_BYTES_S
     if cached:
         return Way(name="cached", seconds=one_read, why="the cache has it")
-    one_pass = data_bytes / PASS_BYTES_S
+    one_pass = PASS_START_S + data_bytes / PASS_BYTES_S
     picking = reads.voxels * n_volumes / PICK_VALUES_S + n_volumes * PICK_VOLUME_S
     ways = [_way("one pass", one_pass, one_pass * reads.times, reads)]
     if not compressed:

@@ -30,6 +30,8 @@ from raypipe.store.voxels.reader import VoxelStore
 from raypipe.store.voxels.spool import Spool, cell_grid, turn
 from raypipe.units import format_bytes, format_seconds
 
+_MANIFEST_BYTES = 16 << 10  # without checksums, and what a folder takes
+
 
 @dataclass(frozen=True, kw_only=True)
 class BuildLimits:
@@ -107,7 +109,7 @@ class Making:
         paths = self._wanted.paths
         data = self._grid.file_bytes
         spool = data - len(self._header)
-        need = data + 8 * self._wanted.voxels.size + (1 << 16)
+        need = data + 8 * self._wanted.voxels.size + _MANIFEST_BYTES + 24 * len(self._grid)
         with alone(paths.cache):
             make_room(
                 paths.cache,
@@ -117,6 +119,8 @@ class Making:
                 source=self._wanted.source,
                 say=self._say,
             )
+            # What a killed build of this very entry left: `make_room` could not have its lock.
+            shutil.rmtree(paths.building, ignore_errors=True)
             paths.building.mkdir()
             self._data = self._new("data.npy", data)
             self._spool = self._new("spool", spool)

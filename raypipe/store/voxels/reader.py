@@ -37,6 +37,7 @@ class VoxelStore:
         """Of a whole entry, whose lock is shared (use `open`)."""
         self.paths, self.key = paths, paths.key
         self._lock = lock
+        self._map: np.ndarray | None = None
         self.manifest = EntryManifest.read(paths.manifest)
         self.shape, self.tr_s = self.manifest.shape, self.manifest.tr_s
         self.slope, self.inter = self.manifest.slope, self.manifest.inter
@@ -49,7 +50,6 @@ class VoxelStore:
         except BaseException:
             self.close()
             raise
-        self._map: np.ndarray | None = None
         os.utime(lock.fd)  # the time of last use: what eviction goes by
 
     @classmethod
@@ -93,6 +93,7 @@ class VoxelStore:
 
     def close(self) -> None:
         """Let go of the entry; again is no harm."""
+        self._map = None
         self._finalizer()
 
     @property
