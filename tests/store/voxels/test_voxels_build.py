@@ -89,9 +89,22 @@ def test_nibabels_functional_scan(tmp_path):
     with build(scan, flat, tmp_path / "cache", say=quiet) as store:
         found = store.scaled(flat)
     np.testing.assert_allclose(found, exact[mask], rtol=1e-6, atol=0)
-    masker = NiftiMasker(nib.Nifti1Image(mask.astype("u1"), image.affine), dtype="f8")
+    masker = NiftiMasker(
+        nib.Nifti1Image(mask.astype("u1"), image.affine), dtype="f8", standardize=None
+    )
     theirs = masker.fit_transform(path)
     np.testing.assert_allclose(found, theirs.T, rtol=1e-6, atol=0)
+
+
+def test_a_real_scan(tmp_path, real_data):
+    """Haxby et al. 2001: 40x20x1x1452 int16, one subject's half slice."""
+    folder = real_data / "haxby"
+    scan = open_scan(folder / "bold.nii.gz")
+    mask = np.asarray(nib.load(folder / "mask.nii.gz").dataobj).reshape(scan.shape[:3]) > 0
+    exact = nib.load(scan.path).get_fdata()
+    with build(scan, np.flatnonzero(mask), tmp_path / "cache", say=quiet) as store:
+        assert store.tr_s == 2.5
+        np.testing.assert_allclose(store.scaled(store.voxels), exact[mask], rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("shape", [(5, 6, 7), (5, 6, 7, 1)])

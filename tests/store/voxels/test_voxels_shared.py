@@ -60,7 +60,7 @@ def test_a_second_process_waits_for_the_first(tmp_path):
     assert second.stdout.readline() == (
         f"bold.nii.gz: waiting for pid {first.pid}, which builds its cache entry\n"
     )
-    said = first.communicate("go on\n" * 20)[0]
+    said = first.communicate("go on\n" * 60)[0]
     assert said.endswith(f"sum {sum_of(scan)}\n")
     assert second.communicate()[0] == f"sum {sum_of(scan)}\n"
 
