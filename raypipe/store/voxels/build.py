@@ -63,11 +63,11 @@ def build(
     Waits up to ``wait_s`` seconds (None: for ever) for another process that builds it, then raises
     StoreLocked. ``quota_bytes`` bounds all entries of ``cache_dir`` together.
     """
+    limits = BuildLimits(quota_bytes=quota_bytes, block_bytes=block_bytes)
     wanted = Wanted.of(scan, mask_flat, cache_dir)
     found = claim(wanted, wait_s, say)
     if isinstance(found, VoxelStore):
         return found
-    limits = BuildLimits(quota_bytes=quota_bytes, block_bytes=block_bytes)
     making = Making(wanted, found, limits, codec or find_codec(), say)
     making.gather({})
     return making.finish()
@@ -90,6 +90,7 @@ def build_and_gather(
     Where another process still builds the entry after ``wait_s``, one pass of our own answers and
     nothing is stored.
     """
+    limits = BuildLimits(quota_bytes=quota_bytes, block_bytes=block_bytes)
     wanted = Wanted.of(scan, mask_flat, cache_dir)
     try:
         found = claim(wanted, wait_s, say)
@@ -98,7 +99,6 @@ def build_and_gather(
         return Pending(gather_once(scan, rois, codec=codec), None)
     if isinstance(found, VoxelStore):
         return Pending({name: found.read(flat) for name, flat in rois.items()}, found)
-    limits = BuildLimits(quota_bytes=quota_bytes, block_bytes=block_bytes)
     making = Making(wanted, found, limits, codec or find_codec(), say)
     return Pending(making.gather(rois), _behind(making))
 

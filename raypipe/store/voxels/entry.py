@@ -135,7 +135,9 @@ def mask_voxels(scan: Scan, mask_flat: np.ndarray | None) -> np.ndarray:
     """The mask as ascending (n,) int64, each voxel once; None: all voxels of the grid."""
     if mask_flat is None:
         return np.arange(scan.volume_voxels, dtype=np.int64)
-    voxels = np.unique(in_grid(scan, mask_flat, "mask"))
+    voxels = in_grid(scan, mask_flat, "mask")
+    if not (voxels[1:] > voxels[:-1]).all():  # np.unique of a brain takes 0.2 s
+        voxels = np.unique(voxels)
     if not voxels.size:
         raise InputError(f"the mask for {scan.path} is empty: no voxel is above 0; give another")
     return voxels

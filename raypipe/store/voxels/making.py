@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from raypipe.errors import ConfigError
 from raypipe.read.nifti import SLAB_BYTES, Codec, slabs
 from raypipe.store.durable import fsync_dir, pwrite_all, write_atomic
 from raypipe.store.flocks import Flock
@@ -39,6 +40,12 @@ class BuildLimits:
 
     quota_bytes: int | None
     block_bytes: int
+
+    def __post_init__(self) -> None:
+        if self.quota_bytes is not None and self.quota_bytes < 1:
+            raise ConfigError(f"cache quota {self.quota_bytes} is not above 0; None is no quota")
+        if self.block_bytes < 1:
+            raise ConfigError(f"block_bytes {self.block_bytes} is not above 0; give e.g. 24 MiB")
 
 
 class Making:

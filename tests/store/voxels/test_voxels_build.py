@@ -18,7 +18,7 @@ from nilearn.maskers import NiftiMasker
 from nilearn.masking import apply_mask
 from voxel_kit import a_mask, a_scan, entries, litter, quiet, start
 
-from raypipe.errors import InputError, MissingInput, StoreCorrupt
+from raypipe.errors import ConfigError, InputError, MissingInput, StoreCorrupt
 from raypipe.read.nifti import find_codec, open_scan
 from raypipe.store.voxels import (
     VoxelStore,
@@ -114,6 +114,20 @@ def test_one_volume(tmp_path, shape):
     with build(scan, flat, tmp_path / "cache", say=quiet) as store:
         np.testing.assert_array_equal(store.read(flat), raw_of(scan, flat))
         assert store.read(flat).shape == (flat.size, 1)
+
+
+def test_limits_check_themselves(tmp_path):
+    for limits in ({"quota_bytes": 0}, {"block_bytes": 0}):
+        with pytest.raises(ConfigError, match="is not above 0"):
+            build(a_scan(tmp_path), None, tmp_path / "cache", say=quiet, **limits)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_mask_in_any_order_is_the_same_entry(tmp_path):
+    scan = a_scan(tmp_path)
+    with build(scan, np.array([9, 3, 3, 5]), tmp_path / "cache", say=quiet) as store:
+        np.testing.assert_array_equal(store.voxels, [3, 5, 9])
+    assert find(scan, np.array([3, 5, 9]), tmp_path / "cache").key == store.key
 
 
 def test_masks_that_do_not_fit(tmp_path):

@@ -114,6 +114,39 @@ def test_killed_in_a_build(half_built):
     assert litter(cache) == []
 
 
+KILLED_AT = """
+import sys, time
+from pathlib import Path
+from raypipe.read.nifti import open_scan
+from raypipe.store.voxels import build, making
+step = sys.argv[3]
+real = getattr(making, step)
+def stop(*args):
+    real(*args)
+    print("here", flush=True)
+    time.sleep(60)
+setattr(making, step, stop)
+build(open_scan(Path(sys.argv[1])), None, Path(sys.argv[2]), say=lambda text: None)
+"""
+
+
+@pytest.mark.parametrize(
+    ("step", "whole"),
+    [("make_room", False), ("turn", False), ("write_atomic", False), ("fsync_dir", True)],
+)
+def test_killed_after_any_step(tmp_path, step, whole):
+    scan, cache = a_scan(tmp_path), tmp_path / "cache"
+    process = start(KILLED_AT, scan.path, cache, step)
+    assert process.stdout.readline() == "here\n"
+    process.kill()
+    process.communicate()
+    assert (find(scan, None, cache) is not None) == whole
+    with build(scan, None, cache, wait_s=0, say=quiet) as store:
+        store.verify()
+        assert store.read(store.voxels).sum(dtype="i8") == sum_of(scan)
+    assert litter(cache) == []
+
+
 def test_another_build_tidies_up_too(half_built, tmp_path):
     _, cache, process = half_built
     other = a_scan(tmp_path, "other.nii.gz")
