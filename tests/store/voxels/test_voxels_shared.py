@@ -121,8 +121,8 @@ from raypipe.read.nifti import open_scan
 from raypipe.store.voxels import build, making
 step = sys.argv[3]
 real = getattr(making, step)
-def stop(*args):
-    real(*args)
+def stop(*args, **options):
+    real(*args, **options)
     print("here", flush=True)
     time.sleep(60)
 setattr(making, step, stop)
