@@ -13,6 +13,7 @@ import warnings
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import linalg, signal
+from scipy.interpolate import CubicSpline
 
 from raypipe.errors import InputError, RaypipeWarning
 from raypipe.fmri.clean.scrub import Scrub
@@ -97,26 +98,34 @@ def add_cosines(confounds: Floats | None, cosines: Floats) -> Floats | None:
 
 
 def nuisance_basis(
-    confounds: Floats, scrub: Scrub, *, detrend: bool, sos: Floats | None, standardize: bool
+    confounds: Floats,
+    scrub: Scrub,
+    *,
+    detrend: bool,
+    sos: Floats | None,
+    standardize: bool,
+    t_r_s: float,
 ) -> Floats:
     """Orthonormal (m, rank) that spans the confounds as they are after scrub, detrend and filter.
 
     sos : (n_sections, 6) of the butterworth filter, or None
     """
-    series = _scrubbed(confounds, scrub)
+    series = _scrubbed(confounds, scrub, t_r_s)
     if detrend and len(series) > 1:
         series = _detrended(series)
     if sos is not None:
-        series = signal.sosfiltfilt(sos, series, axis=0)
+        for column in series.T:
+            column[:] = signal.sosfiltfilt(sos, column)
     return _orthonormal(_scaled(series[scrub.keep], standardize))
 
 
-def _scrubbed(confounds: Floats, scrub: Scrub) -> Floats:
+def _scrubbed(confounds: Floats, scrub: Scrub, t_r_s: float) -> Floats:
     """The run's confounds on the series' volumes, scrubbed ones interpolated; a copy."""
     series = confounds[scrub.enter]
-    for i, place in enumerate(scrub.fill):
-        of = slice(scrub.start[i], scrub.start[i + 1])
-        series[place] = scrub.weight[of] @ series[scrub.source[of]]
+    if scrub.splined.size:
+        kept = scrub.volumes
+        spline = CubicSpline(kept * t_r_s, confounds[kept], extrapolate=True)
+        series[scrub.splined] = spline(scrub.enter[scrub.splined] * t_r_s)
     return series
 
 

@@ -67,6 +67,7 @@ def plan_run(
             detrend=config.detrend,
             sos=sos if butterworth else None,
             standardize=config.standardize_confounds,
+            t_r_s=config.t_r_s or 1.0,
         )
     zi = signal.sosfilt_zi(sos) if butterworth else np.empty((0, 2))
     return RunPlan(scrub=scrub, detrend=config.detrend, sos=sos, zi=zi, edge=edge, basis=basis)

@@ -31,6 +31,8 @@ class Scrub:
     keep : (m,) places in the series that are left in the end
     fill : (f,) places in the series that are interpolated; place fill[i] is the sum of weight[j] times
         place source[j] for j in [start[i], start[i + 1])
+    splined : places where confounds are read off the spline: ``fill``, and in nilearn also some that
+        are kept and so do not change but for rounding
     """
 
     enter: Rows
@@ -39,6 +41,7 @@ class Scrub:
     start: Rows
     source: Rows
     weight: NDArray[np.float64]
+    splined: Rows
 
     @property
     def volumes(self) -> Rows:
@@ -78,7 +81,7 @@ def volumes_kept(sample_mask: object, n_volumes: int) -> Rows | None:
 def censor(n_volumes: int, kept: Rows | None) -> Scrub:
     """Scrubbed volumes are left out at once: nothing is interpolated."""
     enter = np.arange(n_volumes) if kept is None else kept
-    return _scrub(enter, np.arange(len(enter)), *_no_fill())
+    return _scrub(enter, np.arange(len(enter)), *_no_fill(), _NONE)
 
 
 def interpolate(n_volumes: int, kept: Rows | None, *, extrapolate: bool, which: str) -> Scrub:
@@ -99,9 +102,10 @@ def interpolate(n_volumes: int, kept: Rows | None, *, extrapolate: bool, which: 
         _say_raw(raw, int((left_out < kept[0]).sum()), int(kept[0]), extrapolate)
     enter = np.setdiff1d(np.arange(n_volumes), left_out)
     filled = np.setdiff1d(scrubbed, np.union1d(raw, left_out))
-    place = np.searchsorted(enter, kept)
+    splined = np.intersect1d(enter, n_volumes - 1 - kept) if which == "nilearn" else filled
+    place, fill, read = (np.searchsorted(enter, these) for these in (kept, filled, splined))
     start, source, weight = _spline_weights(kept, filled)
-    return _scrub(enter, place, np.searchsorted(enter, filled), start, place[source], weight)
+    return _scrub(enter, place, fill, start, place[source], weight, read)
 
 
 _NONE = np.empty(0, np.int64)
@@ -150,7 +154,13 @@ def _no_fill() -> tuple[Rows, Rows, Rows, NDArray[np.float64]]:
 
 
 def _scrub(
-    enter: Rows, keep: Rows, fill: Rows, start: Rows, source: Rows, weight: NDArray[np.float64]
+    enter: Rows,
+    keep: Rows,
+    fill: Rows,
+    start: Rows,
+    source: Rows,
+    weight: NDArray[np.float64],
+    splined: Rows,
 ) -> Scrub:
     return Scrub(
         enter=enter.astype(np.int64),
@@ -159,4 +169,5 @@ def _scrub(
         start=start,
         source=source.astype(np.int64),
         weight=weight,
+        splined=splined.astype(np.int64),
     )

@@ -228,5 +228,3 @@ def _percent(out: NDArray[np.float32], means: Floats, flags: NDArray[np.uint8]) 
         )
     scale = np.divide(100.0, mean, out=np.zeros_like(mean), where=~zero)
     out *= scale[:, np.newaxis].astype(np.float32)
-
-
