@@ -85,5 +85,5 @@ def test_undefined_p_values_do_not_count() -> None:
     ours = false_discovery_rate(p)
     np.testing.assert_allclose(ours[[0, 2, 3]], stats.false_discovery_control(p[[0, 2, 3]]))
     assert np.isnan(ours[1])
-    with pytest.raises(InputError, match="outside 0..1"):
+    with pytest.raises(InputError, match=r"outside 0..1"):
         false_discovery_rate([1.2])

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from mvpa_kit import design_of, planted, planted_target
 from scipy.stats import pearsonr
@@ -146,6 +146,7 @@ def test_p_counts_the_score_itself_and_undefined_permutations() -> None:
     assert np.isnan(p_value(np.nan, [0.1]))
 
 
+@settings(max_examples=25)
 @given(seed=st.integers(0, 500), k=st.integers(2, 4), n=st.integers(6, 20))
 def test_scores_of_classes_are_scikit_learns(seed: int, k: int, n: int) -> None:
     rng = np.random.default_rng(seed)
@@ -166,6 +167,7 @@ def test_scores_of_classes_are_scikit_learns(seed: int, k: int, n: int) -> None:
         assert scores.roc_auc(true, two)[i] == pytest.approx(area)
 
 
+@settings(max_examples=25)
 @given(seed=st.integers(0, 500), n=st.integers(3, 20))
 def test_scores_of_targets_are_scipys_and_scikit_learns(seed: int, n: int) -> None:
     rng = np.random.default_rng(seed)

@@ -76,13 +76,15 @@ def test_runs_are_chosen_by_entity(tmp_path: Path) -> None:
 
 def test_what_is_missing_is_told_with_what_is_there(tmp_path: Path) -> None:
     root = _tree(tmp_path)
-    with pytest.raises(MissingInput, match="subject 07, 08 is not in .*; found: 01, 02, 03$"):
+    with pytest.raises(MissingInput, match=r"subject 07, 08 is not in .*; found: 01, 02, 03$"):
         find_runs(root, BidsQuery(subjects=("07", "01", "08"), space=MNI))
     with pytest.raises(MissingInput, match="subject 03 has no run of that selection"):
         find_runs(root, BidsQuery(subjects=("03", "01"), space=MNI))
-    with pytest.raises(MissingInput, match="no run in .* matches; there is: ses a; task look; run"):
+    with pytest.raises(
+        MissingInput, match=r"no run in .* matches; there is: ses a; task look; run"
+    ):
         find_runs(root, BidsQuery(task="rest"))
-    with pytest.raises(MissingInput, match="holds no .*desc-denoised_bold"):
+    with pytest.raises(MissingInput, match=r"holds no .*desc-denoised_bold"):
         find_runs(root, BidsQuery(desc="denoised"))
     with pytest.raises(MissingInput, match="does not exist"):
         find_runs(root / "absent", BidsQuery())
@@ -104,7 +106,7 @@ def test_a_table_names_runs(tmp_path: Path) -> None:
     assert [(run.subject, run.bold.name) for run in runs] == [("2", "b.nii.gz"), ("10", "a.nii.gz")]
     assert (runs[0].mask, runs[1].mask) == (None, tmp_path / "m.nii")
     assert [run.subject for run in read_run_table(table, ["sub-2"])] == ["2"]
-    with pytest.raises(MissingInput, match="subject 3 is not in .*; found: 2, 10"):
+    with pytest.raises(MissingInput, match=r"subject 3 is not in .*; found: 2, 10"):
         read_run_table(table, ["3"])
 
 
@@ -169,7 +171,7 @@ def test_confounds_are_those_of_load_confounds(
 
 def test_a_first_row_without_value_is_filled_and_said(tmp_path: Path, real_data: Path) -> None:
     run = _real_run(tmp_path, real_data)
-    with pytest.warns(RaypipeWarning, match="confounds of .* have no value in the first row"):
+    with pytest.warns(RaypipeWarning, match=r"confounds of .* have no value in the first row"):
         read_confounds(run, ConfoundsConfig(strategy=("motion",)))
     names = ("csf", "csf_derivative1")
     with pytest.warns(RaypipeWarning, match=r"1 confounds of .*\(csf_derivative1\)"):
@@ -186,7 +188,7 @@ def test_confounds_that_are_not_there_are_told(tmp_path: Path, real_data: Path) 
     assert read_confounds(run, ConfoundsConfig()) is None
     with pytest.raises(UnknownName, match="unknown confound 'csv'; nearest: csf"):
         read_confounds(run, ConfoundsConfig(columns=("csv",)))
-    with pytest.raises(InputError, match="cannot be read: .*high_pass"):
+    with pytest.raises(InputError, match=r"cannot be read: .*high_pass"):
         read_confounds(run, ConfoundsConfig(strategy=("compcor",)))
     bare = RunFiles(subject="01", bold=run.bold)
     with pytest.raises(MissingInput, match="sub-01 has no confounds table"):

@@ -40,7 +40,8 @@ def make_folds(design: Design, config: MvpaConfig) -> tuple[Fold, ...]:
             f"{len(design)} samples cannot be shuffled into {config.n_folds} folds; give fewer"
         )
     labels = design.encoded()
-    parts = _splitter(design, config).split(np.zeros((len(design), 1)), labels, design.runs)
+    groups = None if config.cv == "shuffled" else design.runs
+    parts = _splitter(design, config).split(np.zeros((len(design), 1)), labels, groups)
     folds = tuple(Fold(train=np.sort(a), test=np.sort(b)) for a, b in parts)
     check_folds(folds, design)
     return folds
