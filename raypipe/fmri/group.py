@@ -141,6 +141,7 @@ def _signs(n: int, total: int, exact: bool, seed: int, step: int) -> Iterator[Fl
         rows = min(step, total - first)
         if exact:
             numbers = np.arange(first, first + rows)[:, np.newaxis]
-            yield 1.0 - 2.0 * ((numbers >> np.arange(n)) & 1)
+            bits = (numbers >> np.arange(n)) & 1
         else:
-            yield 1.0 - 2.0 * rng.integers(0, 2, (rows, n))
+            bits = rng.integers(0, 2, (rows, n))
+        yield 1.0 - 2.0 * bits.astype(np.float64)

@@ -15,6 +15,7 @@ from typing import Any
 
 import nibabel
 import numpy as np
+from nibabel.filebasedimages import ImageFileError
 from numpy.typing import ArrayLike, NDArray
 
 from raypipe.errors import InputError, MissingInput, UnknownName
@@ -80,7 +81,7 @@ def atlas_voxels(
     voxels = dict(zip(present.tolist(), np.split(order, start[1:]), strict=True))
     voxels.pop(0, None)
     called = {number: name for name, number in (names or {}).items()}
-    wanted = labels or [called.get(number, number) for number in voxels]
+    wanted = labels or [called.get(number, str(number)) for number in voxels]
     found = {str(label): voxels.get(_number(label, names, voxels, path)) for label in wanted}
     for label, these in found.items():
         if these is None:
@@ -188,7 +189,7 @@ def _load(path: Path, what: str) -> Any:
     try:
         image = nibabel.load(path)
         shape = tuple(image.shape)
-    except (nibabel.filebasedimages.ImageFileError, OSError, EOFError) as error:
+    except (ImageFileError, OSError, EOFError) as error:
         raise InputError(f"{what} {path} is not a readable NIfTI image: {error}") from error
     if len(shape) == 4 and shape[3] == 1:
         return image.slicer[..., 0]

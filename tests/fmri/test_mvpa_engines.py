@@ -18,7 +18,7 @@ from sklearn.svm import SVC, SVR
 
 from raypipe.errors import InputError
 from raypipe.fmri.mvpa import EstimatorConfig, Fold, MvpaConfig, make_folds, scores
-from raypipe.fmri.mvpa.engines import GramEngine, RidgeEngine, make_engine
+from raypipe.fmri.mvpa.engines import RidgeEngine, SvcEngine, make_engine
 from raypipe.fmri.mvpa.permute import p_value, permutations
 
 REFERENCES: dict[str, Any] = {
@@ -55,7 +55,7 @@ def test_permuted_classes_are_predicted_as_refitting_does(
     model = EstimatorConfig(estimator=name, c=0.5, alpha=3.0)
     for fold in make_folds(design, MvpaConfig()):
         engine = make_engine(patterns, fold, model, scale)
-        assert isinstance(engine, GramEngine if name == "svc" else RidgeEngine)
+        assert isinstance(engine, SvcEngine if name == "svc" else RidgeEngine)
         answers = engine.answer(drawn)
         assert answers.decision is not None
         for i, one in enumerate(drawn):

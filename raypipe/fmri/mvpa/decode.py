@@ -162,10 +162,11 @@ def _pooled(
 
 
 def _confusion(labels: NDArray[np.generic], predicted: NDArray[np.generic]) -> NDArray[np.int64]:
-    k = int(labels.max()) + 1
-    tested = predicted >= 0
+    true, answer = labels.astype(np.int64), predicted.astype(np.int64)
+    k = int(true.max()) + 1
+    tested = answer >= 0
     counts = np.zeros((k, k), np.int64)
-    np.add.at(counts, (labels[tested], predicted[tested]), 1)
+    np.add.at(counts, (true[tested], answer[tested]), 1)
     return counts
 
 

@@ -8,15 +8,18 @@ predictions that scikit-learn gives when it is refitted label by label.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from itertools import combinations
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import linalg
 from sklearn.base import clone
-from sklearn.svm import SVC, SVR
+from sklearn.svm import SVR
 
+from raypipe.errors import RaypipeWarning
 from raypipe.fmri.mvpa.estimators import EstimatorConfig
 from raypipe.fmri.mvpa.folds import Fold
 
@@ -44,10 +47,14 @@ class Engine(Protocol):
 def make_engine(patterns: Floats, fold: Fold, model: EstimatorConfig, scale: str) -> Engine:
     """The fastest exact engine for ``model``. patterns : (n, n_voxels), not scaled."""
     train, test = scaled(patterns, fold, scale)
-    if model.estimator in ("svc", "svr"):
-        return GramEngine(train @ train.T, test @ train.T, fold, model)
-    if model.estimator in ("ridge", "ridge_classifier"):
-        return RidgeEngine(train, test, fold, model)
+    named: dict[str, Callable[..., Engine]] = {
+        "svc": SvcEngine,
+        "svr": SvrEngine,
+        "ridge": RidgeEngine,
+        "ridge_classifier": RidgeEngine,
+    }
+    if model.estimator in named:
+        return named[model.estimator](train, test, fold, model)
     return RefitEngine(train, test, fold, model.build())
 
 
@@ -81,13 +88,55 @@ class RefitEngine:
         return Answers(np.array(predicted), whole)
 
 
-class GramEngine(RefitEngine):
-    """A support vector machine on a Gram matrix that was computed once."""
+class SvcEngine:
+    """A support vector classifier on a Gram matrix that was computed once."""
 
     def __init__(self, train: Floats, test: Floats, fold: Fold, model: EstimatorConfig) -> None:
-        """train : (n_train, n_train); test : (n_test, n_train) inner products."""
-        kind = SVC if model.estimator == "svc" else SVR
-        super().__init__(train, test, fold, kind(kernel="precomputed", C=model.c))
+        self._gram = np.ascontiguousarray(train @ train.T)  # (n_train, n_train)
+        self._test = np.ascontiguousarray(test @ train.T)  # (n_test, n_train)
+        self._fold, self._c = fold, model.c
+
+    def answer(self, labels: Labels) -> Answers:
+        from raypipe.fmri.mvpa import smo  # compiles
+
+        own = np.ascontiguousarray(labels[:, self._fold.train], np.int64)
+        k = int(labels.max()) + 1
+        pairs = np.empty((len(own), len(self._test), k * (k - 1) // 2))
+        failed = smo.decide(self._gram, self._test, own, k, self._c, smo.TOLERANCE, pairs)
+        if failed:
+            warnings.warn(
+                f"{failed} support vector fits did not converge; scale voxels or give a smaller c",
+                RaypipeWarning,
+                stacklevel=3,
+            )
+        if k == 2:
+            decision = -pairs[:, :, 0]
+            return Answers((decision >= 0).astype(np.int64), decision)
+        return _vote(pairs, k)
+
+
+def _vote(pairs: Floats, k: int) -> Answers:
+    """pairs : (p, n_test, n_pairs) -> the class with most votes; decisions (p, n_test, k).
+
+    Votes, and the summed decisions squeezed to less than half a vote, as scikit-learn's SVC gives them.
+    """
+    votes = np.zeros((*pairs.shape[:2], k))
+    sums = np.zeros_like(votes)
+    for pair, (a, b) in enumerate(combinations(range(k), 2)):
+        first = pairs[:, :, pair] > 0
+        votes[:, :, a] += first
+        votes[:, :, b] += ~first
+        sums[:, :, a] += pairs[:, :, pair]
+        sums[:, :, b] -= pairs[:, :, pair]
+    return Answers(votes.argmax(axis=-1), votes + sums / (3 * (np.abs(sums) + 1)))
+
+
+class SvrEngine(RefitEngine):
+    """Support vector regression on a Gram matrix that was computed once."""
+
+    def __init__(self, train: Floats, test: Floats, fold: Fold, model: EstimatorConfig) -> None:
+        machine = SVR(kernel="precomputed", C=model.c)
+        super().__init__(train @ train.T, test @ train.T, fold, machine)
 
 
 class RidgeEngine:

@@ -36,7 +36,7 @@ def weight_maps(patterns: Floats, design: Design, config: MvpaConfig) -> Weights
 
     patterns : (n, n_voxels). Raises InputError for a model without weights.
     """
-    finite = np.isfinite(patterns).all(axis=0)
+    finite = np.atleast_1d(np.isfinite(patterns).all(axis=0))
     every = np.arange(len(design))
     values, _ = scaled(
         patterns[:, finite].astype(np.float64), Fold(train=every, test=every), config.scale
