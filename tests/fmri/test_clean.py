@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from scipy.interpolate import CubicSpline
 
 from raypipe.errors import ConfigError, InputError, RaypipeWarning
 from raypipe.fmri.clean import CleanConfig, clean
+from raypipe.fmri.clean import series as cleaning
 
 T, T_R_S = 90, 2.0
 FILTERS: dict[str, dict[str, Any]] = {
@@ -26,6 +28,14 @@ FILTERS: dict[str, dict[str, Any]] = {
 }
 # Volumes scrubbed of each run of 45: none; some; both at the ends and within.
 SCRUBS: dict[str, tuple[int, ...]] = {"none": (), "within": (7, 8, 20), "ends": (0, 1, 9, 30)}
+
+
+@pytest.fixture(autouse=True, params=["plain", "compiled"], scope="module")
+def kind_of_code(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Each test runs on the steps in numpy, for small series, and on the compiled ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cleaning, "COMPILED_FROM", 0 if request.param == "compiled" else 1 << 62)
+        yield
 
 
 def _series(seed: int, n_voxels: int, n_volumes: int) -> np.ndarray:

@@ -7,7 +7,7 @@ float64 where it fits the processor's cache, and written as float32.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -15,12 +15,16 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from raypipe.errors import ConfigError, InputError, RaypipeWarning
+from raypipe.fmri.clean import plain
 from raypipe.fmri.clean.config import CleanConfig
 from raypipe.fmri.clean.nuisance import Floats, confound_matrix
 from raypipe.fmri.clean.plan import RunPlan, plan_run
 from raypipe.fmri.clean.scrub import Rows, volumes_kept
 
 BLOCK_BYTES = 2 << 20  # of float64 a block: about a core's own cache
+# Values from which kernels are compiled: below, scipy filters them in less time (35 ns each) than
+# loading takes, 1.6 s.
+COMPILED_FROM = 16 << 20
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -140,6 +144,7 @@ def _clean_run(
     means = np.empty((2, n_voxels))  # before detrending, and of what is left
     mode = _scaling(config, out.shape[1])
     whole = len(rows) == series.shape[1]
+    compiled = worth_compiling(*series.shape)
     step = max(64, BLOCK_BYTES // (8 * len(rows)) // 64 * 64)
 
     def block(lo: int) -> None:
@@ -148,7 +153,7 @@ def _clean_run(
         values = np.ascontiguousarray(raw, dtype=np.float64)
         if config.ensure_finite:
             values = np.where(np.isfinite(values), values, 0.0)
-        _clean_block(values, plan, mode, out[part], flags[part], means[:, part])
+        _clean_block(values, plan, mode, out[part], flags[part], means[:, part], compiled)
 
     if threads == 1:
         for lo in range(0, n_voxels, step):
@@ -172,6 +177,11 @@ def _scaling(config: CleanConfig, n_left: int) -> str | None:
     return config.standardize
 
 
+def worth_compiling(n_voxels: int, n_volumes: int) -> bool:
+    """Whether the compiled kernels save more than the seconds and memory that loading them takes."""
+    return n_voxels * n_volumes >= COMPILED_FROM
+
+
 def _clean_block(
     values: Floats,
     plan: RunPlan,
@@ -179,8 +189,25 @@ def _clean_block(
     out: NDArray[np.float32],
     flags: NDArray[np.uint8],
     means: Floats,
+    compiled: bool,
 ) -> None:
     """values : (v, T) float64 -> out (v, m); for "psc" centred only, ``_percent`` does the rest."""
+    if compiled:
+        series, centre = _prepare_compiled(values, plan, means[0], flags)
+    else:
+        series, centre = plain.prepare(values, plan, means[0], flags), plain.centre
+    if plan.basis is not None and plan.basis.shape[1]:
+        series -= (series @ plan.basis) @ plan.basis.T
+    if mode is None:
+        out[:] = series
+    else:
+        centre(series, flags, mode == "zscore_sample", out, means[1])
+
+
+def _prepare_compiled(
+    values: Floats, plan: RunPlan, means: Floats, flags: NDArray[np.uint8]
+) -> tuple[Floats, Callable[..., None]]:
+    """``plain.prepare``, and what to centre with, compiled."""
     from raypipe.fmri.clean import kernels  # compiles
 
     scrub = plan.scrub
@@ -198,15 +225,10 @@ def _clean_block(
         plan.zi,
         plan.edge,
         series,
-        means[0],
+        means,
         flags,
     )
-    if plan.basis is not None and plan.basis.shape[1]:
-        series -= (series @ plan.basis) @ plan.basis.T
-    if mode is None:
-        out[:] = series
-    else:
-        kernels.centre(series, flags, mode == "zscore_sample", out, means[1])
+    return series, kernels.centre
 
 
 def _percent(out: NDArray[np.float32], means: Floats, flags: NDArray[np.uint8]) -> None:
