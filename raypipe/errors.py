@@ -20,6 +20,8 @@ RaypipeError                       4
 ├── Fenced                         4   this writer's run was superseded by a newer one
 └── Interrupted                  130   stopped by a person; the same command resumes
 
+RaypipeWarning                         the work goes on, but its result may not mean what it seems to
+
 A message is one line: the value received, the rule it broke, the next step.
 """
 
@@ -119,3 +121,7 @@ class Interrupted(RaypipeError):
     """Stopped by a person; the same command resumes."""
 
     exit_code = 130
+
+
+class RaypipeWarning(UserWarning):
+    """The work goes on, but its result may not mean what it seems to."""

@@ -39,9 +39,17 @@ class Flock:
         """Take the lock for this process alone; False when another holds it."""
         return self._flock(fcntl.LOCK_EX | fcntl.LOCK_NB)
 
+    def wait_exclusive(self) -> None:
+        """Wait for the lock, for this process alone."""
+        self._flock(fcntl.LOCK_EX)
+
     def share(self) -> None:
         """Wait for the lock, together with others that share it."""
         self._flock(fcntl.LOCK_SH)
+
+    def try_share(self) -> bool:
+        """Share the lock with others; False when one holds it alone."""
+        return self._flock(fcntl.LOCK_SH | fcntl.LOCK_NB)
 
     def unlock(self) -> None:
         """Let go, stay open."""

@@ -1,0 +1,6 @@
+"""The fMRI room: time series of any ROI, cleaned; patterns decoded from them; groups of subjects.
+
+``clean`` removes drift, confounds and scrubbed volumes; ``masks`` says which voxels an ROI has;
+``mvpa`` decodes labels or targets with cross-validation by run and permutation tests; ``group``
+tests the subjects' results. Reading files is ``raypipe.read``. No ray anywhere here.
+"""

@@ -1,0 +1,84 @@
+"""Runs from a plain table, for data that are in no BIDS tree.
+
+Columns: subject, bold, and if at hand session, task, run, space, mask, confounds, events. Paths may be
+relative to the table's own folder.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+from raypipe.errors import InputError, MissingInput
+from raypipe.read.runfiles import RunFiles, bare, check_distinct, check_subjects, number_key
+
+_WORDS = ("session", "task", "run", "space")
+_FILES = ("mask", "confounds", "events")
+_PREFIX = {"subject": "sub", "session": "ses", "task": "task", "run": "run", "space": "space"}
+
+
+def read_run_table(path: Path, subjects: Sequence[str] = ()) -> tuple[RunFiles, ...]:
+    """The runs of ``subjects``, or of all, in the table's order within a subject.
+
+    Raises MissingInput for an absent subject or file, InputError for a table that cannot be read so.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise MissingInput(
+            f"run table {path} does not exist; give a CSV or TSV with columns subject, bold"
+        )
+    with path.open(newline="", encoding="utf-8-sig") as lines:
+        reader = csv.DictReader(lines, delimiter="\t" if path.suffix == ".tsv" else ",")
+        columns, rows = list(reader.fieldnames or ()), list(reader)
+    _check_columns(columns, path)
+    runs = [_run(row, line, path) for line, row in enumerate(rows, start=2)]
+    found = sorted({run.subject for run in runs}, key=number_key)
+    check_subjects(subjects, found, path)
+    wanted = [bare(subject, "sub") for subject in subjects] or found
+    chosen = [run for subject in wanted for run in runs if run.subject == subject]
+    if not chosen:
+        raise InputError(f"run table {path} has no rows; write one a run")
+    check_distinct(chosen, path)
+    return tuple(chosen)
+
+
+def _check_columns(columns: Sequence[str], path: Path) -> None:
+    known = ("subject", "bold", *_WORDS, *_FILES)
+    missing = [name for name in ("subject", "bold") if name not in columns]
+    unknown = [name for name in columns if name not in known]
+    if missing or unknown:
+        told = f"has no column {missing[0]}" if missing else f"has a column {unknown[0]!r}"
+        raise InputError(f"run table {path} {told}; columns are {', '.join(known)}")
+
+
+def _run(row: dict[str, str | None], line: int, path: Path) -> RunFiles:
+    def word(name: str) -> str | None:
+        text = (row.get(name) or "").strip()
+        return bare(text, _PREFIX.get(name, "")) if text and text != "n/a" else None
+
+    def file(name: str) -> Path | None:
+        text = word(name)
+        if text is None:
+            return None
+        found = path.parent / text
+        if not found.is_file():
+            raise MissingInput(
+                f"{path} line {line}: {name} {found} does not exist; correct the path"
+            )
+        return found
+
+    subject, bold = word("subject"), file("bold")
+    if subject is None or bold is None:
+        raise InputError(f"{path} line {line} has no subject or no bold; every run needs both")
+    return RunFiles(
+        subject=subject,
+        bold=bold,
+        session=word("session"),
+        task=word("task"),
+        run=word("run"),
+        space=word("space"),
+        mask=file("mask"),
+        confounds=file("confounds"),
+        events=file("events"),
+    )

@@ -1,0 +1,89 @@
+"""Group tests against scipy and plain loops over all sign flips."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from raypipe.errors import InputError
+from raypipe.fmri.group import false_discovery_rate, one_sample_t, sign_flip
+
+
+@pytest.mark.parametrize("alternative", ["greater", "less", "two-sided"])
+def test_t_is_scipys(alternative: str) -> None:
+    values = np.random.default_rng(0).normal(0.6, 0.1, size=(9, 50))
+    ours = one_sample_t(values, chance=0.58, alternative=alternative)  # type: ignore[arg-type]
+    theirs = stats.ttest_1samp(values, 0.58, alternative=alternative)
+    np.testing.assert_allclose(ours.t, theirs.statistic)
+    np.testing.assert_allclose(ours.p, theirs.pvalue)
+    np.testing.assert_allclose(ours.mean, values.mean(0))
+    assert ours.n_subjects == 9
+    one = one_sample_t(values[:, 0], chance=0.58)
+    assert one.t[0] == pytest.approx(ours.t[0])
+
+
+@pytest.mark.parametrize("alternative", ["greater", "less", "two-sided"])
+def test_all_sign_flips_are_those_of_a_plain_loop(alternative: str) -> None:
+    values = np.random.default_rng(1).normal(0.3, 1.0, size=(6, 4))
+    ours = sign_flip(values, n_flips=64, alternative=alternative)  # type: ignore[arg-type]
+    tail = {"greater": lambda t: t, "less": lambda t: -t, "two-sided": np.abs}[alternative]
+    measured = tail(stats.ttest_1samp(values, 0).statistic)
+    flips = [
+        tail(stats.ttest_1samp(values * np.array(signs)[:, None], 0).statistic)
+        for signs in itertools.product((1, -1), repeat=6)
+    ]
+    above = np.array([one >= measured - 1e-9 for one in flips])
+    largest = np.array([one.max() >= measured - 1e-9 for one in flips])
+    assert ours.exact
+    assert ours.n_flips == 64
+    np.testing.assert_allclose(ours.p, above.mean(0))
+    np.testing.assert_allclose(ours.p_fwe, largest.mean(0))
+
+
+def test_drawn_sign_flips_come_near_all_of_them() -> None:
+    values = np.random.default_rng(2).normal(0.4, 1.0, size=(12, 20))
+    every = sign_flip(values, n_flips=4096)
+    drawn = sign_flip(values, n_flips=4000, seed=3)
+    assert every.exact
+    assert not drawn.exact
+    np.testing.assert_allclose(drawn.p, every.p, atol=0.03)
+    np.testing.assert_allclose(drawn.p_fwe, every.p_fwe, atol=0.03)
+    assert drawn.p.min() >= 1 / 4001
+    np.testing.assert_array_equal(drawn.p, sign_flip(values, n_flips=4000, seed=3).p)
+
+
+def test_places_without_a_number_stay_without_and_harm_none() -> None:
+    values = np.random.default_rng(4).normal(0.5, 1.0, size=(6, 3))
+    holes = values.copy()
+    holes[2, 1] = np.nan
+    assert np.isnan(one_sample_t(holes).p).tolist() == [False, True, False]
+    ours, rest = sign_flip(holes), sign_flip(values[:, [0, 2]])
+    assert np.isnan(ours.p_fwe).tolist() == [False, True, False]
+    np.testing.assert_array_equal(ours.p_fwe[[0, 2]], rest.p_fwe)
+    with pytest.raises(InputError, match="two subjects or more"):
+        one_sample_t(values[:1])
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=40))
+def test_false_discovery_rate_is_scipys_and_the_definitions(p: list[float]) -> None:
+    ours = false_discovery_rate(p)
+    np.testing.assert_allclose(ours, stats.false_discovery_control(p))
+    m, ranked = len(p), sorted(p)
+    for value, adjusted in zip(p, ours, strict=True):
+        rank = ranked.index(value)
+        least = min(min(1.0, ranked[j] * m / (j + 1)) for j in range(rank, m))
+        assert adjusted == pytest.approx(least)
+
+
+def test_undefined_p_values_do_not_count() -> None:
+    p = np.array([0.01, np.nan, 0.04, 0.03])
+    ours = false_discovery_rate(p)
+    np.testing.assert_allclose(ours[[0, 2, 3]], stats.false_discovery_control(p[[0, 2, 3]]))
+    assert np.isnan(ours[1])
+    with pytest.raises(InputError, match=r"outside 0..1"):
+        false_discovery_rate([1.2])
