@@ -3,7 +3,8 @@
 scikit-learn's SVC spends most of a small fit on checks, copies and its kernel cache. This is the same
 problem by the same algorithm as LIBSVM's: sequential minimal optimisation with second-order choice of
 the pair (Fan, Chen and Lin 2005), shrinking, inner products in float32, the same start and tolerance.
-So it goes the same way and ends in the same place, not only near the same optimum.
+So it goes the same way and ends in the same place, not only near the same optimum, but where two steps
+are equally good (a few voxels of noise): there rounding chooses, and both end within the tolerance.
 Importing this compiles it (see ``raypipe.fmri.compiled``).
 """
 
