@@ -22,6 +22,7 @@ from raypipe.memory.attend import FOLDER, attend
 from raypipe.memory.config import MemoryConfig, ResolvedMemory
 from raypipe.memory.guard import Guard
 from raypipe.memory.limits import NodeLimits, node_limits
+from raypipe.memory.policy import SMALLEST_BUDGET_BYTES
 from raypipe.memory.verdict import Verdict, read_all
 from raypipe.units import format_bytes
 
@@ -30,6 +31,7 @@ LEASE_WAIT_S = 600.0
 # Who helps was counted when the workers' budgets were: it waits for a predecessor's end at most.
 HELPER_WAIT_S = 120.0
 GATHER_S = 15.0
+VERDICT_LOOK_S = 0.05
 # With less no worker that uses torch gets far; an automatic budget shrinks to this where others
 # hold the rest of the machine.
 LEAST_BYTES = 2 * 1024**3
@@ -56,11 +58,13 @@ class WorkerMemory:
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """One worker's budget and what its node gives out in all, in bytes; least_bytes : see ``Ask``."""
+    """One process's budget and what its node gives out in all, in bytes; the others : see ``Ask``."""
 
     budget_bytes: int
     capacity_bytes: int
-    least_bytes: int | None
+    least_bytes: int | None = None
+    beside_bytes: int = 0
+    priority: int = 0
 
 
 def worker_share(
@@ -74,7 +78,9 @@ def worker_share(
     capacity = memory.config.capacity_bytes(limits)
     stated = not memory.sources[PER_PROCESS].startswith("auto")
     budget = (memory.config if stated else MemoryConfig.auto(limits)).budget_bytes
-    if beside_bytes >= capacity or (stated and budget * per_node + beside_bytes > capacity):
+    left = (capacity - beside_bytes) // per_node
+    crowded = beside_bytes > 0 and left < SMALLEST_BUDGET_BYTES
+    if crowded or (stated and budget > left):
         helpers = (
             f" and {format_bytes(beside_bytes)} for the decoders and row servers beside them"
             if beside_bytes
@@ -88,9 +94,14 @@ def worker_share(
             f"{memory.config.available_memory_buffer:.0%} kept free); give fewer --workers or a "
             "smaller --max-memory-per-process"
         )
-    budget = min(budget, (capacity - beside_bytes) // per_node)
+    budget = min(budget, left)
     least = None if stated else min(budget, LEAST_BYTES)
-    return Share(budget_bytes=budget, capacity_bytes=capacity, least_bytes=least)
+    return Share(
+        budget_bytes=budget,
+        capacity_bytes=capacity,
+        least_bytes=least,
+        beside_bytes=beside_bytes,
+    )
 
 
 def is_younger(guard: Guard, than: float) -> bool:
@@ -118,6 +129,8 @@ def leased(
             capacity_bytes=share.capacity_bytes,
             shared_by=limits.shared_by,
             least_bytes=share.least_bytes,
+            beside_bytes=share.beside_bytes,
+            priority=share.priority,
             verdict_dir=order.verdict_dir,
             wait_s=wait_s,
         ) as guard,
@@ -141,13 +154,15 @@ def helping(
     name: str,
     budget_bytes: int,
     *,
-    least_bytes: int | None = None,
     wait_s: float = HELPER_WAIT_S,
 ) -> Iterator[Guard]:
-    """A process beside the workers, with a budget that was computed. Raises as ``leased``."""
+    """A process beside the workers, with a budget that was computed. Raises as ``leased``.
+
+    It comes before workers that wait: of a run that goes on already, it must not wait for theirs.
+    """
     limits = node_limits()
     capacity = order.memory.config.capacity_bytes(limits)
-    share = Share(budget_bytes=budget_bytes, capacity_bytes=capacity, least_bytes=least_bytes)
+    share = Share(budget_bytes=min(budget_bytes, capacity), capacity_bytes=capacity, priority=-1)
     with leased(order, name, share, limits, wait_s) as guard:
         yield guard
 
@@ -182,6 +197,21 @@ def budgeted_together(
         f"{name}: other workers of this training did not get their memory in {LEASE_WAIT_S:.0f} s; "
         "give fewer --workers or a smaller --max-memory-per-process, or wait for other runs to end"
     )
+
+
+def await_verdict(order: WorkerMemory | None, name: str, wait_s: float) -> Verdict | None:
+    """The last verdict on a worker called ``name``, which is gone. It is written after the kill, and a
+    network disk shows it later: it is waited for.
+    """
+    deadline = time.monotonic() + wait_s
+    while order is not None and order.verdict_dir is not None:
+        found = verdicts(order, name)
+        if found:
+            return found[-1]
+        if time.monotonic() > deadline:
+            break
+        time.sleep(VERDICT_LOOK_S)
+    return None
 
 
 def verdicts(order: WorkerMemory | None, name: str) -> list[Verdict]:

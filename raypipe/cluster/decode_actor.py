@@ -35,7 +35,7 @@ def budget_bytes(source: PixelSource, part_rows: int, most_bytes: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Lease:
-    """What an actor asks of its node: ``budget_bytes``, or less down to ``least_bytes`` if given.
+    """What an actor asks of its node.
 
     label : names this one actor, in verdicts too.
     """
@@ -43,7 +43,6 @@ class Lease:
     order: WorkerMemory
     label: str
     budget_bytes: int
-    least_bytes: int | None = None
 
 
 class DecodeActor:
@@ -71,8 +70,6 @@ class DecodeActor:
     def _watched(self) -> ExitStack:
         stack, lease = ExitStack(), self._lease
         if lease is not None:
-            stack.enter_context(
-                helping(lease.order, lease.label, lease.budget_bytes, least_bytes=lease.least_bytes)
-            )
+            stack.enter_context(helping(lease.order, lease.label, lease.budget_bytes))
             note(phase="decode")
         return stack

@@ -45,16 +45,22 @@ def decoders_each(
     wanted: int | None,
     budget: Callable[[int], int] = lambda count: 0,
     room_bytes: int = sys.maxsize,
+    part: float = 1.0,
 ) -> tuple[int, float]:
     """How many decoders each of ``world`` training workers has, of the CPUs that they leave free, and
     the CPUs of each decoder; ``wanted``: as many.
 
     One a whole CPU, at most `MOST_THREADS`; with less than one CPU a worker, a part of it. Fewer
-    where all of them would take more than ``room_bytes``: ``budget`` of one of so many.
+    where those on one machine, ``part`` of all, would take more than ``room_bytes``: ``budget`` of one
+    of so many.
     """
     mine = max(0.01, SHARE * free_cpus / world)
     count = wanted or max(1, min(MOST_THREADS, int(mine)))
-    while wanted is None and count > 1 and world * count * budget(count) > room_bytes:
+    while (
+        wanted is None
+        and count > 1
+        and math.ceil(part * world * count) * budget(count) > room_bytes
+    ):
         count -= 1
     return count, min(1.0, mine / count)
 
@@ -102,12 +108,21 @@ def _crew(
 
     free = float(ray.cluster_resources().get("CPU", 1.0)) - cpus * world
     room = int(ROOM * config.capacity_bytes(limits) / sources)
-    count, each = decoders_each(free / sources, world, source.readers, budget, room)
+    count, each = decoders_each(free / sources, world, source.readers, budget, room, _part())
     return Crew(count, each, under_way(count), budget(count))
 
 
 def bytes_on_a_machine(crews: Mapping[str, Crew], world: int) -> int:
     """The leases of all decoders that may land on one machine, as Ray spreads them over its nodes."""
-    nodes = Counter(node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"])
-    part = max(nodes.values(), default=1) / max(1, nodes.total())
+    part = _part()
     return sum(math.ceil(world * c.count * part) * c.budget_bytes for c in crews.values())
+
+
+def _part() -> float:
+    """Of actors that Ray spreads over nodes with CPUs, those on the machine that gets most."""
+    nodes = Counter(
+        node["NodeManagerAddress"]
+        for node in ray.nodes()
+        if node["Alive"] and node["Resources"].get("CPU", 0) > 0
+    )
+    return max(nodes.values(), default=1) / max(1, nodes.total())

@@ -4,14 +4,15 @@ A training worker's `Decoders` hands each batch's rows out in parts (`pieces`); 
 part and puts it into the object store, from where the worker's gatherer takes it. What is under way is
 bounded by the gatherer's ring, and by a quarter of the object store. An actor is a `PixelSource` with
 a process and a lease around it (`decode_actor`), how many there are is `decode_plan`'s: here is who
-does what, and what happens when one dies. One that was ended for its memory is made once more with as
-much as any process of the run may have.
+does what, and what happens when one dies. One that was ended for its memory is made once more with
+twice as much, up to what any process of the run may have.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
+import sys
 import threading
 import time
 import weakref
@@ -23,12 +24,13 @@ import numpy as np
 import ray
 from ray.exceptions import ObjectLostError, RayTaskError
 
-from raypipe.cluster.budget import WorkerMemory, verdicts
+from raypipe.cluster.budget import WorkerMemory, await_verdict
 from raypipe.cluster.decode_actor import DecodeActor, Lease
 from raypipe.cluster.decode_plan import Crew
 from raypipe.cluster.lost import ACTOR_LOST
 from raypipe.cluster.pieces import Pieces, Request
 from raypipe.errors import MemoryBudgetExceeded, RaypipeError, WorkerFailed
+from raypipe.memory.verdict import Verdict
 from raypipe.stream.mapped import MappedRows
 from raypipe.stream.pixels import PixelSource
 from raypipe.stream.reading import OpenRows, RowReader, Source
@@ -41,6 +43,7 @@ MAX_TRIES = 4
 SAY_STALLED_S = 30.0
 STALLED_S = 300.0
 LOOK_S = 1.0
+VERDICT_WAIT_S = 2.0
 
 
 @dataclass
@@ -55,11 +58,11 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Seat:
-    """An actor; ``label``: in verdicts; ``most``: it has the largest lease there is for it."""
+    """An actor; ``label``: in verdicts; ``budget_bytes``: of its lease."""
 
     actor: Any
     label: str
-    most: bool
+    budget_bytes: int
 
 
 class Decoders:
@@ -79,10 +82,11 @@ class Decoders:
     ) -> None:
         self.source, self._crew, self._say = source, crew, say
         self._memory, self._name = memory, name
+        self._most_bytes = memory.memory.config.budget_bytes if memory else sys.maxsize
         self._where = ray.put(source)
         self._lock = threading.Lock()
         self._made = itertools.count()
-        self._seats = [self._new_seat() for _ in range(crew.count)]
+        self._seats = [self._new_seat(crew.budget_bytes) for _ in range(crew.count)]
         self._turn = 0
         self._pieces = Pieces(crew.under_way, source.row_shape, self._ask, self._take)
         weakref.finalize(self, _end, self._seats)
@@ -113,17 +117,25 @@ class Decoders:
 
     def _take(self, part: _Part, request: Request) -> np.ndarray:
         """The part's pixels, by another actor when its own died."""
-        for _ in range(MAX_TRIES):
+        died = 0
+        while died < MAX_TRIES:
             try:
                 return self._get(part, request)
             except RayTaskError as error:
                 cause = error.cause
+                if isinstance(cause, MemoryBudgetExceeded):
+                    raise MemoryBudgetExceeded(
+                        f"decoding images {self._names(part.rows)}: {cause}"
+                    ) from None
                 if isinstance(cause, RaypipeError):
                     raise cause from None  # Ray's own text would hide which image it was
                 raise
             except (*ACTOR_LOST, ObjectLostError) as error:  # or its node, with what it had made
                 first = str(error).strip().splitlines()[0]
-                part.seat = self._replaced(part, first)
+                # Written after the kill, so it may come late; not under the lock, which others need.
+                verdict = await_verdict(self._memory, part.seat.label, VERDICT_WAIT_S)
+                died += verdict is None  # of those, a larger budget is the end
+                part.seat = self._replaced(part, first, verdict)
                 part.ref = part.seat.actor.decode.remote(part.rows)
         raise WorkerFailed(
             f"decode actors died {MAX_TRIES} times with images {self._names(part.rows)}; if the "
@@ -150,38 +162,33 @@ class Decoders:
                 self._say(text)
                 next_word += SAY_STALLED_S
 
-    def _replaced(self, part: _Part, why: str) -> _Seat:
-        """The actor at the part's place, a new one if it is still the dead one."""
+    def _replaced(self, part: _Part, why: str, verdict: Verdict | None) -> _Seat:
+        """The actor at the part's place, a new one if it is still the dead one: with twice the budget
+        where that one was ended for its memory.
+        """
         with self._lock:
             dead = self._seats[part.place]
             if dead is part.seat:
-                ended = verdicts(self._memory, dead.label)
-                if ended and dead.most:
+                if verdict is not None and dead.budget_bytes >= self._most_bytes:
                     raise MemoryBudgetExceeded(
                         f"one of the images {self._names(part.rows)} takes more memory than a process may "
-                        f"have: {ended[-1].message()}; or make that image smaller"
+                        f"have: {verdict.message()}; or make that image smaller"
                     )
                 self._say(f"a decode actor died ({why}); a new one takes its place")
-                self._seats[part.place] = self._new_seat(most=bool(ended) or dead.most)
+                more = 1 if verdict is None else 2
+                self._seats[part.place] = self._new_seat(more * dead.budget_bytes)
             return self._seats[part.place]
 
-    def _new_seat(self, *, most: bool = False) -> _Seat:
-        label = f"{self._name}-{next(self._made)}"
-        lease = None
+    def _new_seat(self, budget_bytes: int) -> _Seat:
+        label, lease = f"{self._name}-{next(self._made)}", None
+        budget_bytes = min(budget_bytes, self._most_bytes)
         if self._memory is not None:
-            first, limit = self._crew.budget_bytes, self._memory.memory.config.budget_bytes
-            lease = Lease(
-                order=self._memory,
-                label=label,
-                budget_bytes=limit if most else min(first, limit),
-                least_bytes=min(2 * first, limit) if most else None,
-            )
-            most = most or first >= limit
+            lease = Lease(order=self._memory, label=label, budget_bytes=budget_bytes)
         # Spread: decoding is what CPU nodes can do for GPU nodes.
         make = ray.remote(DecodeActor).options(
             num_cpus=self._crew.cpus, scheduling_strategy="SPREAD", max_restarts=0
         )
-        return _Seat(make.remote(self._where, lease), label, most)
+        return _Seat(make.remote(self._where, lease), label, budget_bytes)
 
     def _names(self, rows: np.ndarray) -> str:
         return f"{self.source.names[int(rows[0])]} to {self.source.names[int(rows[-1])]}"

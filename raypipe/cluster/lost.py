@@ -2,11 +2,17 @@
 
 An actor that is bound to one node ends in ActorUnschedulableError when the node is lost before it was
 placed, or placed again, and in RuntimeEnvSetupError when its packages cannot be had there: neither is
-a RayActorError. What an actor's own code raised is RayTaskError.
+a RayActorError. Nor is OutOfMemoryError, with which one ends that Ray's own monitor killed. What an
+actor's own code raised is RayTaskError.
 """
 
 from __future__ import annotations
 
-from ray.exceptions import ActorUnschedulableError, RayActorError, RuntimeEnvSetupError
+from ray.exceptions import (
+    ActorUnschedulableError,
+    OutOfMemoryError,
+    RayActorError,
+    RuntimeEnvSetupError,
+)
 
-ACTOR_LOST = (RayActorError, ActorUnschedulableError, RuntimeEnvSetupError)
+ACTOR_LOST = (RayActorError, ActorUnschedulableError, RuntimeEnvSetupError, OutOfMemoryError)

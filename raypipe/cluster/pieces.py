@@ -97,21 +97,34 @@ class Pieces:
         """The next piece of ``request``; in any thread."""
         with self._lock:
             request.raise_cancelled()
+            self._settle(request)
             if not request.asked:  # it is waited for: now, whatever else is under way
                 request.asked.append(self._ask(request.left.popleft()))
             piece = request.asked[0]
         block = self._wait(piece, request)
         with self._lock:
             request.raise_cancelled()
+            request.handed_out = True
+        return block
+
+    def finish(self, request: Request) -> None:
+        """Its last piece is copied, or another's to hold."""
+        with self._lock:
+            self._settle(request)
+
+    def _settle(self, request: Request) -> None:
+        """What was handed out counts as under way until it is copied."""
+        if request.handed_out:
+            request.handed_out = False
             request.asked.popleft()
             self._fill()
-        return block
 
     def drop(self, request: Request) -> None:
         """What it has under way is nobody's share any more; the pieces are let go of."""
         with self._lock:
             request.left.clear()
             request.asked.clear()
+            request.handed_out = False
 
     def _fill(self) -> None:
         live = [r for ref in self._requests if (r := ref()) is not None and (r.left or r.asked)]
@@ -134,6 +147,7 @@ class Request:
         self.left = deque(rows[at : at + step] for at in range(0, rows.size, step))
         self.asked = deque[Any]()
         self._rows, self._pieces = rows.size, len(self.left)
+        self.handed_out = False
         self.cancelled = threading.Event()
 
     def cancel(self) -> None:
@@ -151,11 +165,15 @@ class Request:
     def __call__(self) -> np.ndarray:
         """Wait; (n, *row_shape) uint8, read-only where it came as one piece."""
         if self._pieces == 1:
-            return self._from.next(self)
+            block = self._from.next(self)
+            self._from.finish(self)
+            return block
         whole = np.empty((self._rows, *self._from.row_shape), np.uint8)
         at = 0
         while at < self._rows:
             block = self._from.next(self)
             whole[at : at + len(block)] = block
             at += len(block)
+            del block  # it leaves the object store before the next one is waited for
+        self._from.finish(self)
         return whole

@@ -49,16 +49,19 @@ def join(
     capacity_bytes: int,
     shared_by: str = "",
     least_bytes: int | None = None,
+    beside_bytes: int = 0,
+    priority: int = 0,
     verdict_dir: Path | None,
     wait_s: float,
     say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
 ) -> RemoteGuard:
     """Wait for this process's lease on its node, and have it watched until the guard is closed.
 
-    capacity_bytes, shared_by, least_bytes : see ``memory.records.Ask``. say : told of waiting and
-    of trouble. Raises LeaseTimeout when the lease did not come in ``wait_s``, MemoryBudgetExceeded
-    when it can never be granted or is used up already; ConfigError for a budget that is too small,
-    or a second join; WorkerFailed when the node's actor does not start.
+    capacity_bytes, shared_by, least_bytes, beside_bytes, priority : see ``memory.records.Ask``.
+    say : told of waiting and of trouble. Raises LeaseTimeout when the lease did not come in
+    ``wait_s``, MemoryBudgetExceeded when it can never be granted or is used up already; ConfigError
+    for a budget that is too small, or a second join; WorkerFailed when the node's actor does not
+    start.
     """
     held, hard = charge_bytes(), Limits.of(budget_bytes).hard_bytes
     if held >= hard:
@@ -76,6 +79,8 @@ def join(
         capacity_bytes=capacity_bytes,
         shared_by=shared_by,
         least_bytes=least_bytes,
+        beside_bytes=beside_bytes,
+        priority=priority,
     )
     try:
         answer = _wait_for_lease(node_id, ask, wait_s, say)

@@ -15,8 +15,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from raypipe.cluster.budget import WorkerMemory, helping
+from raypipe.cluster.budget import LEASE_WAIT_S, WorkerMemory, helping
 from raypipe.errors import InputError, StoreError
+from raypipe.memory.guard import current, relieve
 from raypipe.store import Place, Placement
 from raypipe.stream import ArraySource
 from raypipe.stream.mapped import MappedRows
@@ -84,6 +85,8 @@ class RowServer:
             mapped.ask_for(rows)
         block = np.empty((rows.size, source.row_bytes), np.uint8)
         mapped.take(rows, block)
+        if current().pressure():
+            relieve()
         return block
 
     def close(self) -> None:
@@ -94,7 +97,15 @@ class RowServer:
     def _watched(self) -> ExitStack:
         stack = ExitStack()
         if self._order is not None:
-            stack.enter_context(helping(self._order, "row-server", self._budget_bytes))
+            stack.enter_context(
+                helping(
+                    # As long as workers wait: it asks before them, whatever else runs there.
+                    self._order,
+                    "row-server",
+                    self._budget_bytes,
+                    wait_s=LEASE_WAIT_S,
+                )
+            )
         return stack
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,7 @@ import ray
 from ray.exceptions import RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raypipe.cluster.budget import WorkerMemory
+from raypipe.cluster.budget import LEASE_WAIT_S, WorkerMemory
 from raypipe.cluster.lost import ACTOR_LOST
 from raypipe.cluster.pieces import Share, divide, smallest_object_store
 from raypipe.cluster.remote_rows import Copy, Patience, RemoteRows
@@ -34,6 +35,7 @@ from raypipe.units import format_bytes
 
 # A process starts in 1 s; on a node that pulls its packages first, in a minute.
 START_TIMEOUT_S = 120.0
+READY_S = START_TIMEOUT_S + LEASE_WAIT_S
 SAY_EVERY_S = 20.0
 # How often Ray starts a server again on its node, and sends it what it did not answer.
 RESTARTS = 3
@@ -42,8 +44,8 @@ RESTARTS = 3
 @dataclass(frozen=True, kw_only=True)
 class Shards:
     """Small and picklable. ``names``, ``placements``, ``shares``: by source; ``servers``: the actor
-    handle of each node that rows are read on, by raypipe's node id; ``server_bytes``: the largest of
-    their leases.
+    handle of each node that rows are read on, by raypipe's node id; ``server_bytes``: most that
+    those of one machine have leased.
     """
 
     names: Mapping[ArraySource, str]
@@ -127,14 +129,16 @@ def open_shards(
     room = smallest_object_store()
     shares = {source: divide(room, readers, source.row_bytes, batch_rows) for source in far}
     servers: dict[str, Any] = {}
-    leases = [0]
+    addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+    leases: Counter[str] = Counter()  # by machine: several nodes may be one
     try:
         for node in sorted({place.node for source in far for place in placed[source].places}):
             held = _held_on(node, {source: placed[source] for source in far})
             piece_bytes = max(shares[h.source].piece_rows * h.source.row_bytes for h in held)
             most_bytes = memory.memory.config.budget_bytes if memory else sys.maxsize
-            leases.append(budget_bytes(piece_bytes, most_bytes))
-            servers[node] = _start_server(nodes[node], held, leases[-1], memory)
+            lease_bytes = budget_bytes(piece_bytes, most_bytes)
+            leases[addresses[nodes[node]]] += lease_bytes
+            servers[node] = _start_server(nodes[node], held, lease_bytes, memory)
         _await_ready(servers, say)
         say(_summary(servers, shares, names, readers, room))
         yield Shards(
@@ -143,7 +147,7 @@ def open_shards(
             shares=shares,
             servers=servers,
             patience=patience or Patience(),
-            server_bytes=max(leases),
+            server_bytes=max(leases.values()),
         )
     finally:
         _end(servers.values())
@@ -221,7 +225,7 @@ def _start_server(
 def _await_ready(servers: Mapping[str, Any], say: Callable[[str], None]) -> None:
     """Until all have their leases and files. Raises the first error."""
     waiting = {server.ready.remote(): node for node, server in servers.items()}
-    deadline = time.monotonic() + START_TIMEOUT_S * 2  # to start, and to wait for a lease
+    deadline = time.monotonic() + READY_S
     while waiting:
         ready, _ = ray.wait(list(waiting), timeout=SAY_EVERY_S)
         for ref in ready:
@@ -238,11 +242,13 @@ def _await_ready(servers: Mapping[str, Any], say: Callable[[str], None]) -> None
         late = ", ".join(sorted(waiting.values()))
         if late and time.monotonic() >= deadline:
             raise WorkerFailed(
-                f"the row server of node {late} is not ready in {START_TIMEOUT_S * 2:.0f} s; see to "
+                f"the row server of node {late} is not ready in {READY_S:.0f} s; see to "
                 "that node and its disk, then run the same command again"
             )
         if late and not ready:
-            say(f"waiting for the row server of node {late}, which opens its files")
+            say(
+                f"waiting for the row server of node {late}, which waits for its memory, or opens its files"
+            )
 
 
 def _summary(

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import xxhash
@@ -24,6 +24,7 @@ from raypipe.read import AlgonautsSubject
 from raypipe.report.saved import read_json, write_json
 from raypipe.store import FeatureStore
 from raypipe.stream import ArraySource, KeyedPermutation
+from raypipe.stream.source import as_source
 
 Rows = NDArray[np.int64]
 _CHECK_BYTES = 64 * 1024**2
@@ -67,7 +68,9 @@ class SplitData:
                 f"subject {self.subject.subj} has no {self.split} fMRI at hand (the challenge"
                 " withholds it); use --split val, or encode predict"
             )
-        return {hemi: ArraySource.npy(path) for hemi, path in self.fmri.items()}
+        # A store's own (adopted, replicated, placed) is known by its manifest.
+        found = {hemi: as_source(path) for hemi, path in self.fmri.items()}
+        return {hemi: cast("ArraySource", source) for hemi, source in found.items()}
 
 
 def open_split(

@@ -17,6 +17,7 @@ from raypipe.encoding.features import ComputedFeatures
 from raypipe.encoding.readout import HEMIS, build_readout
 from raypipe.encoding.task import EncodingTask, token_statistics
 from raypipe.store.space import free_bytes
+from raypipe.stream import ArraySource
 from raypipe.train import TrainConfig, checkpoint
 from raypipe.train.checkpoint import on_disk_bytes
 from raypipe.units import format_bytes
@@ -155,10 +156,7 @@ def prepare(cfg: FitConfig, subj: str, run_dir: Path) -> Prepared:
     opened = data.open_split(
         cfg.data_dir, place, subj, "train", kept_in=run_dir if cfg.resume else None
     )
-    responses = {
-        hemi: replace(source, fingerprint=data.checked_digest(source.path))
-        for hemi, source in opened.responses().items()
-    }
+    responses = {hemi: _identified(source) for hemi, source in opened.responses().items()}
     split = data.seeded_split(opened.valid, cfg.val_fraction, cfg.split_seed)
     readout = build_readout(
         cfg.encoder.readout,
@@ -189,6 +187,12 @@ def prepare(cfg: FitConfig, subj: str, run_dir: Path) -> Prepared:
         backbone=features.backbone,
     )
     return Prepared(subject=subj, run_dir=run_dir, split_data=opened, split=split, task=task)
+
+
+def _identified(source: ArraySource) -> ArraySource:
+    """Responses, checked: as the store that they are, or by their own digest."""
+    digest = data.checked_digest(source.path)
+    return source if source.fingerprint else replace(source, fingerprint=digest)
 
 
 def _stores(cfg: FitConfig) -> data.StoresIn:

@@ -117,6 +117,10 @@ class NodeMemory:
         held = next((lease for lease in self._ledger.leases if lease.key == ask.holder), None)
         if held is not None and ask.least_bytes is not None:  # it may not have heard how much
             ask = _with_budget(ask, held.n_bytes)
+        elif ask.least_bytes is not None:
+            left = self._ledger.free_bytes - ask.beside_bytes
+            if ask.least_bytes <= left < ask.registration.budget_bytes and not self._ledger.queue:
+                ask = _with_budget(ask, left)
         found = self._ledger.request(
             ask.holder,
             ask.holder,
@@ -126,7 +130,7 @@ class NodeMemory:
         )
         if isinstance(found, Refused):
             return self._answer("refused", found.text)
-        free = self._ledger.free_bytes
+        free = self._ledger.free_bytes - ask.beside_bytes
         if found == Queued(0) and ask.least_bytes is not None and ask.least_bytes <= free:
             ask, found = _with_budget(ask, free), self._ledger.take_less(ask.holder, free)
         before = self._asks.get(ask.holder)

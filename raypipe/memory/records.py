@@ -34,13 +34,16 @@ class Ask:
 
     capacity_bytes : what all who share a limit may hold together; shared_by : who they are
     (``NodeLimits.shared_by``); least_bytes : a smaller lease will do where less is left, down to
-    this one, None where it will not; holds : it had this lease from a predecessor.
+    this one, None where it will not; beside_bytes : what a smaller lease leaves free, for those who
+    help this process; priority : of two who wait the lower number comes first; holds : it had this
+    lease from a predecessor.
     """
 
     registration: Registration
     capacity_bytes: int
     shared_by: str = ""
     least_bytes: int | None = None
+    beside_bytes: int = 0
     priority: int = 0
     holds: bool = False
 

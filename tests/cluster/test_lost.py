@@ -14,6 +14,7 @@ from ray.exceptions import (
     ActorDiedError,
     ActorUnschedulableError,
     GetTimeoutError,
+    OutOfMemoryError,
     RayError,
     RuntimeEnvSetupError,
 )
@@ -24,7 +25,12 @@ from raypipe.cluster.shards import _await_ready
 from raypipe.errors import WorkerFailed
 
 NOWHERE = "ab" * 28
-LOST = [ActorDiedError(), ActorUnschedulableError("no node"), RuntimeEnvSetupError("no packages")]
+LOST = [
+    ActorDiedError(),
+    ActorUnschedulableError("no node"),
+    RuntimeEnvSetupError("no packages"),
+    OutOfMemoryError("Ray's monitor ended it"),
+]
 
 
 class Handle:

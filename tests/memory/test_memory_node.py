@@ -286,3 +286,27 @@ def test_a_folder_of_the_dead_is_cleared_and_no_other(folder: Path, sleepers: Sl
     clear_abandoned_folders(folder)
     left = sorted(path.name[-1] for path in folder.parent.glob("raypipe-memory-0-?"))
     assert left == ["b", "c", "e"]
+
+
+@pytest.mark.parametrize("others_gib", [0, 5, 7])
+def test_a_worker_leaves_to_its_helpers_what_they_need(
+    make: Callable[[], NodeMemory], folder: Path, sleepers: Sleepers, others_gib: int
+) -> None:
+    node = make()
+    if others_gib:
+        assert node.admit(ask_of(sleepers(), folder, others_gib)).state == "granted"
+    worker = replace(ask_of(sleepers(), folder, 8), least_bytes=GIB, beside_bytes=2 * GIB)
+    answer = node.admit(worker)
+    assert (answer.state, answer.budget_bytes) == ("granted", (8 - others_gib) * GIB)
+    assert node.admit(worker) == answer  # it may not have heard
+    assert node.admit(ask_of(sleepers(), folder, 2)).state == "granted"  # a helper
+
+
+def test_helpers_of_a_run_that_goes_on_come_before_workers_that_wait(
+    make: Callable[[], NodeMemory], folder: Path, sleepers: Sleepers
+) -> None:
+    node = make()
+    assert node.admit(ask_of(sleepers(), folder, 6)).state == "granted"
+    assert node.admit(ask_of(sleepers(), folder, 8)).state == "queued"  # another run's worker
+    helper = ask_of(sleepers(), folder, 2)
+    assert node.admit(replace(helper, priority=-1)).state == "granted"
