@@ -148,6 +148,16 @@ def t_r_of(cfg: FmriConfig, scans: Sequence[Scan]) -> float | None:
     return told.pop() if told else None
 
 
+def small_files(cfg: FmriConfig, spec: RoiSpec, run: RunFiles) -> list[Path]:
+    """The files beside the scan and its brain mask that the numbers of ``spec`` in ``run`` come from."""
+    found = roi_files(spec, run)
+    if run.confounds is not None and (cfg.confounds.strategy or cfg.confounds.columns):
+        found.append(run.confounds)
+    if isinstance(cfg, MvpaJobConfig):
+        found.append(label_files(cfg, run))
+    return found
+
+
 def digest(path: Path) -> str:
     """xxh3_128 of all bytes of a small file."""
     stat = path.stat()
@@ -263,11 +273,7 @@ def _key(
     options = {"clean": cfg.clean, "confounds": cfg.confounds, "resample": cfg.resample}
     files = []
     for run, source in zip(runs, sources, strict=True):
-        small = roi_files(spec, run)
-        if cfg.confounds.strategy or cfg.confounds.columns:
-            small += [path for path in (run.confounds,) if path is not None]
-        if isinstance(cfg, MvpaJobConfig):
-            small.append(label_files(cfg, run))
+        small = small_files(cfg, spec, run)
         words = [run.session, run.task, run.run]  # they stand in results
         files.append({**source, "small": [digest(path) for path in small], "words": words})
     fields: dict[str, Any] = {"format": RESULT_FORMAT, "roi": asked, "files": files}

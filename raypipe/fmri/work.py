@@ -206,7 +206,7 @@ class FmriWorker:
                 rows[one.roi].append(save_series(cfg.run_dir, unit, subject.runs[one.index], one))
         seconds = time.monotonic() - started
         for roi, unit in by_roi.items():
-            fields = roi_fields(subject, roi, rows[roi])
+            fields = roi_fields(cfg, subject, self._spec(roi), rows[roi])
             fields |= _cost(seconds / len(by_roi), 0.0, peak.bytes, notes)
             files = [cfg.run_dir / row["file"] for row in rows[roi]]
             ledger.finish(unit, fields, files)
@@ -272,13 +272,16 @@ class FmriWorker:
             )
         ledger.begin(unit)
         table = save_decoding(ledger.path(unit).with_suffix(".parquet"), unit, result)
-        fields = mvpa_fields(subject, series, unit, result)
+        fields = mvpa_fields(cfg, subject, self._spec(unit.roi), series, result)
         fields |= reading | {
             "seconds": time.monotonic() - started,
             "peak_anon_bytes": max(peak.bytes, int(reading["peak_anon_bytes"])),
             "warnings": notes.warnings,
         }
         ledger.finish(unit, fields, [table])
+
+    def _spec(self, roi: str) -> RoiSpec:
+        return next(spec for spec in self._job.rois if spec.name == roi)
 
     def _failed(self, unit: Unit, error: Exception, ledger: Ledger, notes: _Notes) -> Outcome:
         known = isinstance(error, (RaypipeError, OSError))

@@ -36,7 +36,7 @@ def make_data(folder: Path, subjects: tuple[str, ...] = ("01", "02")) -> Path:
 
 def _subject(folder: Path, name: str, seed: int) -> list[dict[str, str]]:
     rng = np.random.default_rng(seed)
-    mean = rng.normal(size=(2, 20)) * 8
+    mean = rng.normal(size=(2, 20)) * 12
     rows = []
     for run in range(1, N_RUNS + 1):
         kinds = rng.permutation(np.tile([0, 1], N_VOLUMES // BLOCK // 2))
