@@ -107,7 +107,8 @@ def _carry_out(
         "kind": kind,
         "memory": runner.memory.record(),
         "plan": list(plan.lines),
-        "subjects_seen": [subject.subject for subject in plan.subjects],
+        # Records of earlier runs with other regions or targets may lie beside these.
+        "units": [unit.unit_id for unit in [*plan.units, *(unit for unit, _ in plan.failed)]],
     }
     _save_run(cfg, runner.name, record)
     ledger = Ledger(cfg.run_dir)

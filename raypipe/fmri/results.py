@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raypipe.fmri.config import FmriConfig
-from raypipe.fmri.inputs import digest, small_files
+from raypipe.fmri.inputs import digest, run_stem, small_files
 from raypipe.fmri.ledger import write_whole
 from raypipe.fmri.mvpa import MvpaResult
 from raypipe.fmri.series import Joined, RunSeries, Subject
@@ -33,10 +33,7 @@ def save_series(run_dir: Path, unit: Unit, run: RunFiles, series: RunSeries) -> 
     return its row of the table.
     """
     values, cleaned = series.cleaned.values, series.cleaned
-    words = {"ses": run.session, "task": run.task, "run": run.run or f"{series.index + 1}"}
-    parts = [f"sub-{slug(run.subject)}"]
-    parts += [f"{key}-{slug(word)}" for key, word in words.items() if word]
-    path = run_dir / SERIES / f"{'_'.join(parts)}_roi-{slug(unit.roi)}.npy"
+    path = run_dir / SERIES / f"{run_stem(run, series.index)}_roi-{slug(unit.roi)}.npy"
     # In file order the transposed view is the array itself: nothing is copied.
     write_whole(path, lambda file: np.save(file, values.T), need_bytes=values.nbytes)
     return {

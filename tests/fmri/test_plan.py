@@ -16,7 +16,7 @@ from raypipe.fmri.plan import (
     ScanFacts,
     UnitFacts,
     decide,
-    interleave,
+    in_order,
     need_of,
     pack,
     parts_of,
@@ -156,11 +156,11 @@ def test_scans_are_unpacked_once_but_all_workers_get_work() -> None:
     assert parts_of(9, streamed=True, may_store=False, workers=4, subjects=1) == 1
 
 
-def test_workers_start_on_different_subjects() -> None:
-    lists = [
-        [batch(1, n, subject) for n in range(count)] for subject, count in (("a", 3), ("b", 1))
-    ]
-    assert [one.key for one in interleave(lists)] == [("a", 0), ("b", 0), ("a", 1), ("a", 2)]
+def test_workers_unpack_different_subjects_first() -> None:
+    counts = (("a", 3), ("b", 1), ("c", 2))
+    lists = [[batch(1, n, subject) for n in range(count)] for subject, count in counts]
+    keys = [one.key for one in in_order(lists, {"b", "c"})]
+    assert keys == [("b", 0), ("c", 0), ("a", 0), ("a", 1), ("a", 2), ("c", 1)]
 
 
 def test_less_memory_means_fewer_regions_at_once_down_to_one() -> None:
