@@ -28,7 +28,7 @@ fi
 
 # Unpacked scans on the node's own disk, where it has one; they are made again on another node.
 scratch="${SLURM_TMPDIR:-${TMPDIR:-/tmp}}"
-export RAYPIPE_CACHE_DIR="${RAYPIPE_CACHE_DIR:-$scratch/raypipe-voxels-$USER}"
+export RAYPIPE_CACHE_DIR="${RAYPIPE_CACHE_DIR:-$scratch/raypipe-voxels-$(id -un)}"
 # Ray's sockets lie below its folder, whose path must be short.
 export RAY_TMPDIR="${RAY_TMPDIR:-/tmp/ray-${SLURM_JOB_ID:-$$}}"
 export RAY_USAGE_STATS_ENABLED=0

@@ -207,6 +207,27 @@ def test_a_bad_region_fails_alone(table: Path, tmp_path: Path) -> None:
     assert record(cfg, "sub-01_roi-yes_target-all")["status"] == "done"
 
 
+@pytest.mark.parametrize("what", ["sub-01_run-2_mask.nii.gz", "sub-01_run-2_events.tsv"])
+def test_a_damaged_small_file_fails_its_subject_alone(
+    table: Path, tmp_path: Path, what: str
+) -> None:
+    path = table.parent / what
+    path.write_bytes(path.read_bytes()[:60])
+    cfg = mvpa_config(table, tmp_path / "run")
+    with pytest.raises(InputError, match="2 of 4 units failed"):
+        run(cfg)
+    assert what in record(cfg, "sub-01_roi-yes_target-all")["reason"]
+    assert record(cfg, "sub-02_roi-yes_target-all")["status"] == "done"
+
+
+def test_runs_of_one_name_are_told_apart_or_refused(table: Path, tmp_path: Path) -> None:
+    table.write_text(table.read_text().replace("01,2,", "01,1,"))
+    cfg = roi_config(table, tmp_path / "run")
+    with pytest.raises(InputError, match="2 of 4 units failed"):
+        roi(cfg, LocalRunner())
+    assert "two runs are both sub-01_run-1" in record(cfg, "sub-01_roi-yes")["reason"]
+
+
 def test_when_nothing_can_be_computed_nothing_is_written(table: Path, tmp_path: Path) -> None:
     cfg = mvpa_config(table, tmp_path / "run", query=replace_subjects("09"))
     with pytest.raises(
