@@ -8,6 +8,7 @@ by a voxel still gives numbers, only not of that region.
 from __future__ import annotations
 
 import csv
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,11 +157,12 @@ def _on_grid(path: Path, grid: Grid, resample: bool, what: str) -> NDArray[np.fl
     """The image's values (x, y, z) on ``grid``."""
     image = _load(path, what)
     if Grid.of(image).same_as(grid):
-        return np.asarray(image.dataobj, np.float64).reshape(grid.shape)
+        return _values(image, path, what).reshape(grid.shape)
     if not resample:
         raise InputError(_mismatch(path, Grid.of(image), grid, what))
     from nilearn.image import resample_img
 
+    _values(image, path, what)  # a file that breaks off says so in our words
     moved = resample_img(
         image,
         target_affine=grid.affine,
@@ -170,6 +172,15 @@ def _on_grid(path: Path, grid: Grid, resample: bool, what: str) -> NDArray[np.fl
         force_resample=True,
     )
     return np.asarray(moved.dataobj, np.float64)
+
+
+def _values(image: Any, path: Path, what: str) -> NDArray[np.float64]:
+    """All values of ``image``; raises InputError for a file that breaks off."""
+    try:
+        return np.asarray(image.dataobj, np.float64)
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        why = " ".join(str(error).split())
+        raise InputError(f"{what} {path} cannot be read: {why}; copy it again") from error
 
 
 def _mismatch(path: Path, of: Grid, grid: Grid, what: str) -> str:
@@ -189,7 +200,7 @@ def _load(path: Path, what: str) -> Any:
     try:
         image = nibabel.load(path)
         shape = tuple(image.shape)
-    except (ImageFileError, OSError, EOFError) as error:
+    except (ImageFileError, OSError, EOFError, zlib.error) as error:
         raise InputError(f"{what} {path} is not a readable NIfTI image: {error}") from error
     if len(shape) == 4 and shape[3] == 1:
         return image.slicer[..., 0]

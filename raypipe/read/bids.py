@@ -53,19 +53,25 @@ def find_runs(
     must be chosen.
     """
     root = Path(root)
-    if not root.is_dir():
-        raise MissingInput(
-            f"folder {root} does not exist; give the fMRIPrep output, with sub-… in it"
-        )
-    subjects = sorted((p.name[4:] for p in root.glob("sub-*") if p.is_dir()), key=number_key)
+    subjects = tree_subjects(root)
     check_subjects(query.subjects, subjects, root)
-    wanted = [bare(subject, "sub") for subject in query.subjects] or subjects
+    wanted = [bare(subject, "sub") for subject in query.subjects] or list(subjects)
     scans = [path for subject in wanted for path in _scans(root / f"sub-{subject}", query.desc)]
     chosen = [path for path in scans if _matches(entities(path.name), query)]
     _check_found(chosen, scans, query, root)
     _check_one_each(chosen, query)
     runs = [_run_files(path, root, raw_root) for path in chosen]
     return tuple(sorted(runs, key=_order))
+
+
+def tree_subjects(root: Path) -> tuple[str, ...]:
+    """The subjects that have a folder in ``root``. Raises MissingInput when it does not exist."""
+    if not root.is_dir():
+        raise MissingInput(
+            f"folder {root} does not exist; give the fMRIPrep output, with sub-… in it"
+        )
+    found = (path.name[4:] for path in root.glob("sub-*") if path.is_dir())
+    return tuple(sorted(found, key=number_key))
 
 
 def _order(run: RunFiles) -> tuple[tuple[int, str], ...]:

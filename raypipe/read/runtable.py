@@ -24,6 +24,36 @@ def read_run_table(path: Path, subjects: Sequence[str] = ()) -> tuple[RunFiles, 
     Raises MissingInput for an absent subject or file, InputError for a table that cannot be read so.
     """
     path = Path(path)
+    rows = _rows(path)
+    found = table_subjects(path)
+    check_subjects(subjects, found, path)
+    wanted = [bare(subject, "sub") for subject in subjects] or list(found)
+    runs = [
+        _run(row, line, path)
+        for subject in wanted
+        for line, row in rows
+        if _subject_of(row) == subject
+    ]
+    check_distinct(runs, path)
+    return tuple(runs)
+
+
+def table_subjects(path: Path) -> tuple[str, ...]:
+    """The subjects that the table at ``path`` names; whether their files are there is not looked at.
+
+    Raises MissingInput, and InputError for a row without subject or a table without rows.
+    """
+    rows = _rows(Path(path))
+    if not rows:
+        raise InputError(f"run table {path} has no rows; write one a run")
+    for line, row in rows:
+        if not _subject_of(row):
+            raise InputError(f"{path} line {line} has no subject or no bold; every run needs both")
+    return tuple(sorted({_subject_of(row) for _, row in rows}, key=number_key))
+
+
+def _rows(path: Path) -> list[tuple[int, dict[str, str | None]]]:
+    """(line, columns) of each row."""
     if not path.is_file():
         raise MissingInput(
             f"run table {path} does not exist; give a CSV or TSV with columns subject, bold"
@@ -32,15 +62,11 @@ def read_run_table(path: Path, subjects: Sequence[str] = ()) -> tuple[RunFiles, 
         reader = csv.DictReader(lines, delimiter="\t" if path.suffix == ".tsv" else ",")
         columns, rows = list(reader.fieldnames or ()), list(reader)
     _check_columns(columns, path)
-    runs = [_run(row, line, path) for line, row in enumerate(rows, start=2)]
-    found = sorted({run.subject for run in runs}, key=number_key)
-    check_subjects(subjects, found, path)
-    wanted = [bare(subject, "sub") for subject in subjects] or found
-    chosen = [run for subject in wanted for run in runs if run.subject == subject]
-    if not chosen:
-        raise InputError(f"run table {path} has no rows; write one a run")
-    check_distinct(chosen, path)
-    return tuple(chosen)
+    return list(enumerate(rows, start=2))
+
+
+def _subject_of(row: dict[str, str | None]) -> str:
+    return bare((row.get("subject") or "").strip(), "sub")
 
 
 def _check_columns(columns: Sequence[str], path: Path) -> None:

@@ -53,8 +53,10 @@ def choose_way(
     reads: Reads,
     cached: bool,
     may_store: bool,
+    may_map: bool = True,
 ) -> Way:
-    """The way of least time over all of ``reads``; ``may_store`` False: nothing is written.
+    """The way of least time over all of ``reads``; ``may_store`` False: nothing is written;
+    ``may_map`` False: no file is read through a map, as in place is.
 
     data_bytes : of the scan, decompressed; entry_bytes: of the entry that is or would be made
     """
@@ -64,7 +66,7 @@ def choose_way(
     one_pass = PASS_START_S + data_bytes / (UNPACK_BYTES_S if compressed else PASS_BYTES_S)
     picking = reads.voxels * n_volumes / PICK_VALUES_S + n_volumes * PICK_VOLUME_S
     ways = [_way("one pass", one_pass, one_pass * reads.times, reads)]
-    if not compressed:
+    if not compressed and may_map:
         ways.append(_way("in place", picking, picking * reads.times, reads))
     if may_store:
         in_all = one_pass + entry_bytes / BUILD_BYTES_S + one_read * (reads.times - 1)

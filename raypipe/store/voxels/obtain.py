@@ -51,6 +51,7 @@ def obtain(
     block_bytes: int = BLOCK_BYTES,
     wait_s: float | None = None,
     expected_reads: int = LIKELY_READS,
+    use_memmap: bool = True,
     codec: Codec | None = None,
     say: Say = print,
 ) -> Series:
@@ -58,6 +59,7 @@ def obtain(
 
     cache_dir      : None: nothing is stored (``--no-cache``)
     expected_reads : ROIs asked for after these, too: whether an entry pays
+    use_memmap     : False: nothing is read through a map
     """
     codec = codec or find_codec()
     found = find(scan, mask_flat, cache_dir, say) if cache_dir is not None else None
@@ -74,12 +76,13 @@ def obtain(
         ),
         cached=found is not None,
         may_store=cache_dir is not None,
+        may_map=use_memmap,
     )
     unpacking = f", unpacked by {codec.name}" if scan.compressed and not found else ""
     say(f"{scan.describe()}: {way.name}{unpacking} ({way.why})")
     pending = None
     if found is not None:
-        raw = {name: found.read(flat) for name, flat in rois.items()}
+        raw = {name: found.read(flat, use_memmap=use_memmap) for name, flat in rois.items()}
         pending = Pending(raw, found)
     elif way.name == "build" and cache_dir is not None:
         pending = build_and_gather(

@@ -1,0 +1,147 @@
+"""Labels or events of a subject's runs -> the design of one target, and which volumes are of one run.
+
+Volumes are counted over all scans of a subject put end to end. The design itself is ``mvpa.sampling``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raypipe.errors import InputError, MissingInput
+from raypipe.fmri.config import MvpaJobConfig
+from raypipe.fmri.mvpa import Design, design_of_events, design_of_volumes
+from raypipe.fmri.rois import filled
+from raypipe.fmri.units import Target
+from raypipe.read.events import Events, read_events
+from raypipe.read.labels import VolumeLabels, read_labels
+from raypipe.read.runfiles import RunFiles
+
+_NO_NUMBER = ("", "n/a", "nan", "na")
+
+
+def design_of(
+    cfg: MvpaJobConfig,
+    target: Target,
+    runs: Sequence[RunFiles],
+    n_volumes: Sequence[int],
+    t_r_s: float | None,
+) -> Design:
+    """The samples of ``target``. n_volumes : of each run; t_r_s : needed for events or a delay."""
+    column = target.column or cfg.label_column
+    if cfg.labels is None:
+        design = _of_events(cfg, column, runs, n_volumes, t_r_s)
+    else:
+        design = _of_labels(cfg, column, runs, n_volumes, t_r_s)
+    if target.column is not None:
+        return _as_numbers(design, target.column)
+    return design.of_classes(target.classes) if target.classes else design
+
+
+def runs_within(cfg: MvpaJobConfig, run: RunFiles, n_volumes: int) -> NDArray[np.int64]:
+    """(n_volumes,) the number of the run each volume of one scan is of, 0 first."""
+    if cfg.labels is None:
+        return np.zeros(n_volumes, np.int64)
+    return _numbered(_table(cfg, cfg.label_column, run, n_volumes).runs)
+
+
+def label_files(cfg: MvpaJobConfig, run: RunFiles) -> Path:
+    """The file that decides the labels of ``run``. Raises MissingInput when it has none."""
+    if cfg.labels is not None:
+        return Path(filled(cfg.labels, run))
+    if run.events is None:
+        raise MissingInput(
+            f"{run.name} has no events.tsv beside {run.bold}; give --raw-dir, --labels, or an events "
+            "column"
+        )
+    return run.events
+
+
+def _of_labels(
+    cfg: MvpaJobConfig,
+    column: str | None,
+    runs: Sequence[RunFiles],
+    n_volumes: Sequence[int],
+    t_r_s: float | None,
+) -> Design:
+    labels, numbers, first = [], [], 0
+    for run, n in zip(runs, n_volumes, strict=True):
+        table = _table(cfg, column, run, n)
+        within = _numbered(table.runs)
+        labels.append(table.labels)
+        numbers.append(within + first)
+        first += int(within.max()) + 1
+    return design_of_volumes(
+        np.concatenate(labels),
+        np.concatenate(numbers),
+        delay_volumes=_delay_volumes(cfg, t_r_s),
+        rest=(*cfg.rest, *_NO_NUMBER),
+        each=cfg.each,
+    )
+
+
+def _table(cfg: MvpaJobConfig, column: str | None, run: RunFiles, n_volumes: int) -> VolumeLabels:
+    path = label_files(cfg, run)
+    table = read_labels(path, column)
+    if len(table.labels) != n_volumes:
+        raise InputError(
+            f"labels {path} have {len(table.labels)} rows, {run.name} has {n_volumes} volumes; give one "
+            "row a volume"
+        )
+    return table
+
+
+def _numbered(names: NDArray[np.str_]) -> NDArray[np.int64]:
+    """Numbers from 0 in the order of appearance."""
+    _, first, number = np.unique(names, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[number].astype(np.int64)
+
+
+def _delay_volumes(cfg: MvpaJobConfig, t_r_s: float | None) -> int:
+    delay_s = cfg.delay_s or 0.0
+    if delay_s == 0:
+        return 0
+    return round(delay_s / _known(t_r_s))
+
+
+def _of_events(
+    cfg: MvpaJobConfig,
+    column: str | None,
+    runs: Sequence[RunFiles],
+    n_volumes: Sequence[int],
+    t_r_s: float | None,
+) -> Design:
+    tables = [read_events(label_files(cfg, run), column or "trial_type") for run in runs]
+    return design_of_events(
+        [_without(table, cfg.rest) for table in tables],
+        list(n_volumes),
+        t_r_s=_known(t_r_s),
+        delay_s=cfg.delay_s or 0.0,
+        each=cfg.each,
+    )
+
+
+def _without(events: Events, rest: Sequence[str]) -> Events:
+    kept = ~np.isin(events.trial_type, [*rest, *_NO_NUMBER])
+    return Events(
+        onset_s=events.onset_s[kept],
+        duration_s=events.duration_s[kept],
+        trial_type=events.trial_type[kept],
+    )
+
+
+def _known(t_r_s: float | None) -> float:
+    if t_r_s is None:
+        raise InputError("the scan's header tells no TR; give --t-r-s, seconds a volume")
+    return t_r_s
+
+
+def _as_numbers(design: Design, column: str) -> Design:
+    try:
+        return replace(design, labels=design.labels.astype(np.float64))
+    except ValueError as error:
+        raise InputError(f"column {column} is no column of numbers: {error}; correct it") from None
