@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import nibabel
@@ -46,7 +47,7 @@ def _scan(folder: Path) -> tuple[np.ndarray, np.ndarray, Grid, np.ndarray, np.nd
 def _blocks_as_events(labels: np.ndarray) -> Events:
     """A run's stretches of one label as events."""
     edge = np.flatnonzero(np.concatenate(([True], labels[1:] != labels[:-1], [True])))
-    kept = [(a, b) for a, b in zip(edge[:-1], edge[1:], strict=True) if labels[a] != "rest"]
+    kept = [(a, b) for a, b in pairwise(edge) if labels[a] != "rest"]
     onset = np.array([a * TR_S for a, _ in kept])
     return Events(
         onset_s=onset,

@@ -16,7 +16,13 @@ from numpy.typing import NDArray
 from raypipe.errors import ConfigError, InputError, MemoryBudgetExceeded
 from raypipe.fmri.masks import Grid, Voxels
 from raypipe.fmri.mvpa import MvpaConfig
-from raypipe.fmri.searchlight.geometry import Spheres, inside_mask, sphere_offsets, spheres
+from raypipe.fmri.searchlight.geometry import (
+    Spheres,
+    inside_mask,
+    sphere_offsets,
+    spheres,
+    voxels_at_most,
+)
 from raypipe.units import format_bytes
 
 BUDGET_BYTES = 256 << 20
@@ -106,19 +112,8 @@ def plan_searchlight(
             "centres within it"
         )
 
-    def fits(part: Voxels) -> bool:
-        if len(part) > config.centres_a_block:
-            return False
-        n = len(spheres(part, offsets, inside, grid).voxels)
-        need = block_bytes(n, len(offsets), n_volumes, n_samples)
-        if need > config.budget_bytes and len(part) == 1:
-            raise MemoryBudgetExceeded(
-                f"one sphere of {config.radius_mm:g} mm takes {format_bytes(need)}, the budget is "
-                f"{format_bytes(config.budget_bytes)}; give more, or a smaller radius"
-            )
-        return need <= config.budget_bytes
-
-    lumps = [_walk(lump, grid) for lump in _halves(wanted, grid, fits)]
+    limit = _Limit(offsets, inside, grid, config, n_volumes, n_samples)
+    lumps = [_walk(lump, grid) for lump in _halves(wanted, grid, limit.fits)]
     start = np.concatenate(([0], np.cumsum([len(lump) for lump in lumps]))).astype(np.int64)
     return SearchlightPlan(
         grid=grid,
@@ -129,11 +124,47 @@ def plan_searchlight(
     )
 
 
-def block_bytes(n_voxels: int, sphere: int, n_volumes: int, n_samples: int) -> int:
-    """What scoring a block takes: series (float32), patterns as they are and scaled (float64), a
-    sphere's patterns twice, and four Gram matrices."""
-    series = n_voxels * (4 * n_volumes + 3 * 8 * n_samples)
-    return series + 2 * 8 * sphere * n_samples + 4 * 8 * n_samples**2
+def block_bytes(
+    n_voxels: int, sphere: int, n_volumes: int, n_samples: int, n_labels: int = 1
+) -> int:
+    """What scoring a block takes at its peak.
+
+    Series (float32); patterns, and those being scaled (float64); a sphere's patterns, twice; Gram
+    matrices; for each label vector its samples' labels, predictions and decisions.
+    """
+    series = n_voxels * (4 * n_volumes + 6 * 8 * n_samples)
+    return series + 2 * 8 * sphere * n_samples + 4 * 8 * n_samples**2 + 48 * n_labels * n_samples
+
+
+@dataclass(frozen=True, eq=False)
+class _Limit:
+    """What a block may hold."""
+
+    offsets: NDArray[np.int64]
+    inside: NDArray[np.bool_]
+    grid: Grid
+    config: SearchlightConfig
+    n_volumes: int
+    n_samples: int
+
+    def fits(self, lump: Voxels) -> bool:
+        """Raises MemoryBudgetExceeded for a single centre that does not."""
+        if len(lump) > self.config.centres_a_block:
+            return False
+        budget = self.config.budget_bytes
+        if self._bytes(voxels_at_most(lump, self.offsets, self.inside, self.grid)) <= budget:
+            return True
+        need = self._bytes(len(spheres(lump, self.offsets, self.inside, self.grid).voxels))
+        if need > budget and len(lump) == 1:
+            raise MemoryBudgetExceeded(
+                f"one sphere of {self.config.radius_mm:g} mm takes {format_bytes(need)}, the budget "
+                f"is {format_bytes(budget)}; give more, or a smaller radius"
+            )
+        return need <= budget
+
+    def _bytes(self, n_voxels: int) -> int:
+        labels = 1 + self.config.decode.n_permutations
+        return block_bytes(n_voxels, len(self.offsets), self.n_volumes, self.n_samples, labels)
 
 
 def _halves(centres: Voxels, grid: Grid, fits: Callable[[Voxels], bool]) -> Iterator[Voxels]:

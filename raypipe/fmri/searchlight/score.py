@@ -65,7 +65,7 @@ def score_block(
     check_fits(decode.model, design.is_classes)
     names, folds = score_names(design, decode), make_folds(design, decode)
     patterns = design.samples(reader.read(block.voxels))  # (n_samples, n_voxels)
-    finite: NDArray[np.bool_] = np.isfinite(patterns).all(axis=0)
+    finite = np.logical_and.reduce(np.isfinite(patterns), axis=0)
     patterns[:, ~finite] = 0.0
     members = [part[finite[part]] for part in map(block.spheres.of, range(len(block.centres)))]
     labels = _labels(design, decode)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 import warnings
 from typing import Any
 
@@ -213,6 +214,23 @@ def test_what_cannot_be_told_is_refused() -> None:
             {"a": "face"},
             config,
         )
+
+
+def test_the_work_keeps_to_its_budget() -> None:
+    config = GlmConfig(t_r_s=TR_S)
+    run = _run(4, config)
+    many = ArraySeries(np.tile(_series(run), (300, 1)))  # 7200 voxels: 2.6 MB as they are
+    budget = 4 << 20
+    run = GlmRun(series=many, design=run.design)
+    fit_glm([run], {"a": "face"}, config)
+    tracemalloc.start()
+    result = fit_glm([run], {"a": "face"}, config, budget_bytes=budget)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    found = result.maps["a"]
+    kept = 2 * found.effect.nbytes + 2 * found.variance.nbytes + 10 * len(result.voxels)
+    assert peak - kept <= budget
+    assert peak > budget / 4
 
 
 def test_options_are_checked() -> None:

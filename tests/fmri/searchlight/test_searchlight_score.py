@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import tracemalloc
 import warnings
 from typing import Any
 
@@ -22,6 +23,7 @@ from raypipe.errors import InputError, RaypipeWarning, UnknownName
 from raypipe.fmri.masks import Grid
 from raypipe.fmri.mvpa import Design, EstimatorConfig, MvpaConfig, decode
 from raypipe.fmri.searchlight import (
+    Block,
     SearchlightConfig,
     SearchlightWorker,
     assemble,
@@ -29,6 +31,7 @@ from raypipe.fmri.searchlight import (
     score_block,
     searchlight,
 )
+from raypipe.fmri.searchlight.geometry import Spheres
 from raypipe.fmri.searchlight.gram import GramWalk, update_pays
 from raypipe.fmri.series import ArraySeries
 
@@ -250,6 +253,33 @@ def test_a_scan_that_is_too_short_for_the_design_is_refused() -> None:
     missing = ArraySeries(series[:10], mask[:10])
     with pytest.raises(InputError, match="not among the 10 voxels"):
         score_block(block, missing, design, SearchlightConfig(radius_mm=3.0))
+
+
+@pytest.mark.parametrize("n_permutations", [0, 20])
+def test_a_block_keeps_to_the_bytes_that_it_was_planned_with(n_permutations: int) -> None:
+    rng = np.random.default_rng(0)
+    grid = Grid(shape=(20, 20, 20), affine=np.diag([2.0, 2.0, 2.0, 1.0]))
+    n = 120
+    reader = ArraySeries(rng.normal(size=(8000, n)).astype(np.float32))
+    design = design_of(np.array(["a", "b"])[np.arange(n) % 2], np.repeat(np.arange(3), n // 3))
+    config = SearchlightConfig(
+        radius_mm=8.0,
+        budget_bytes=12 << 20,
+        decode=MvpaConfig(n_permutations=n_permutations, exchange="sample", scores=("accuracy",)),
+    )
+    plan = plan_searchlight(np.arange(8000), grid, config, n_volumes=n, n_samples=n)
+    block = max(plan.blocks(), key=lambda one: len(one.voxels))
+    small = Block(
+        number=0,
+        centres=block.centres[:5],
+        spheres=Spheres(block.voxels, block.spheres.start[:6], block.spheres.members),
+    )
+    score_block(small, reader, design, config)  # compiles
+    tracemalloc.start()
+    score_block(small, reader, design, config)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert 0.3 * config.budget_bytes < peak <= config.budget_bytes
 
 
 def test_walking_gives_the_gram_matrix_of_each_sphere() -> None:
