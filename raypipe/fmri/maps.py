@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from raypipe.errors import InputError
 from raypipe.fmri.masks import Grid, Voxels
+from raypipe.store.durable import make_dirs, write_atomic
 
 
 def map_image(
@@ -29,8 +31,7 @@ def write_map(path: Path, values: NDArray[np.generic], voxels: Voxels, grid: Gri
     """``map_image`` as a file (.nii or .nii.gz), whole or not at all; NaN outside."""
     if not path.name.endswith((".nii", ".nii.gz")):
         raise InputError(f"map {path} must end in .nii or .nii.gz")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".part-{path.name}")
-    nibabel.save(map_image(values, voxels, grid, outside=float("nan")), part)
-    part.replace(path)
+    make_dirs(path.parent)
+    data = map_image(values, voxels, grid, outside=float("nan")).to_bytes()
+    write_atomic(path, gzip.compress(data, 6, mtime=0) if path.suffix == ".gz" else data)
     return path

@@ -21,7 +21,7 @@ from raypipe.fmri.glm import GlmConfig, GlmRun, TrialRun, condition_design, fit_
 from raypipe.fmri.masks import Grid, mask_voxels
 from raypipe.fmri.mvpa import MvpaConfig, decode, design_of_volumes
 from raypipe.fmri.searchlight import SearchlightConfig, searchlight
-from raypipe.fmri.series import ArraySeries, CleanedSeries
+from raypipe.fmri.sources import ArraySeries, CleanedSeries
 from raypipe.read.events import Events
 
 TR_S = 2.5
@@ -143,6 +143,6 @@ def test_a_real_searchlight_is_nilearns(folder: Path) -> None:
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        light.fit(image[0], design.labels, design.runs)
+        light.fit(image[0], design.encoded(), design.runs)
     np.testing.assert_allclose(found, light.scores_.ravel()[centres], atol=1e-12)
     assert found.max() > 0.85

@@ -24,7 +24,7 @@ from raypipe.fmri.glm.noise_fit import fit_block
 from raypipe.fmri.glm.projection import Projection
 from raypipe.fmri.glm.trials import EventColumns, all_design, chosen
 from raypipe.fmri.mvpa import Design
-from raypipe.fmri.series import ArraySeries, SeriesSource, Voxels
+from raypipe.fmri.sources import ArraySeries, SeriesSource, Voxels
 from raypipe.read.events import Events
 
 Floats = NDArray[np.float64]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from raypipe.errors import MemoryBudgetExceeded, RaypipeWarning
 from raypipe.fmri.glm.config import GlmConfig
-from raypipe.fmri.series import SeriesSource, Voxels
+from raypipe.fmri.sources import SeriesSource, Voxels
 from raypipe.units import format_bytes
 
 Floats = NDArray[np.float64]

@@ -18,7 +18,7 @@ from scipy import linalg
 from raypipe.errors import InputError, RaypipeWarning
 from raypipe.fmri.glm.designs import DesignMatrix
 from raypipe.fmri.glm.projection import Projection
-from raypipe.fmri.series import Voxels
+from raypipe.fmri.sources import Voxels
 
 Floats = NDArray[np.float64]
 Asked = str | ArrayLike

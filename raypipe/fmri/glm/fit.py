@@ -20,7 +20,7 @@ from raypipe.fmri.glm.contrasts import Asked, GlmResult, StatMap, Weighed, of_ru
 from raypipe.fmri.glm.designs import DesignMatrix
 from raypipe.fmri.glm.noise_fit import fit_block
 from raypipe.fmri.glm.projection import Projection
-from raypipe.fmri.series import SeriesSource, Voxels
+from raypipe.fmri.sources import SeriesSource, Voxels
 
 Floats = NDArray[np.float64]
 

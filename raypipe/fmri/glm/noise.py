@@ -29,6 +29,16 @@ def moments(residual: Floats) -> Moments:
     return Moments(square, lagged, residual[:, -1].copy())
 
 
+def about(mean: float, residual: Floats, sums: Moments) -> tuple[Floats, Floats]:
+    """``square`` and ``lagged`` of residual - mean, (n,) each, without making that array."""
+    if mean == 0.0:
+        return sums.square, sums.lagged
+    n_volumes, total = residual.shape[1], residual.sum(axis=1)
+    square = sums.square - 2 * mean * total + n_volumes * mean**2
+    inner = 2 * total - residual[:, 0] - residual[:, -1]
+    return square, sums.lagged - mean * inner + (n_volumes - 1) * mean**2
+
+
 def coefficient_bins(square: Floats, lagged: Floats, n_volumes: int, bins: int) -> Bins:
     """Whole numbers k; the coefficient is k / bins (Yule-Walker, cut off towards 0 as in nilearn).
 

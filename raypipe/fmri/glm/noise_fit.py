@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scipy import linalg
 
 from raypipe.fmri.glm.config import GlmConfig
-from raypipe.fmri.glm.noise import Bins, Moments, coefficient_bins, explained_wholly, moments
+from raypipe.fmri.glm.noise import Bins, Moments, about, coefficient_bins, explained_wholly, moments
 from raypipe.fmri.glm.projection import Projection
 
 Floats = NDArray[np.float64]
@@ -50,8 +50,9 @@ def noise_bins(residual: Floats, sums: Moments, config: GlmConfig, mean: float) 
     """(n,) numbers of the voxels' noise coefficients; 0 throughout for white noise."""
     if config.noise == "ols":
         return np.zeros(len(residual), np.int64)
-    about = sums if mean == 0.0 else moments(residual - mean)
-    return coefficient_bins(about.square, about.lagged, residual.shape[1], config.bins)
+    n_volumes = residual.shape[1]
+    square, lagged = about(mean, residual, sums)
+    return coefficient_bins(square, lagged, n_volumes, config.bins)
 
 
 def _generalised(

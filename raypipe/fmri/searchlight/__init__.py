@@ -22,7 +22,7 @@ from raypipe.fmri.searchlight.plan import (
 )
 from raypipe.fmri.searchlight.result import SearchlightMap, assemble
 from raypipe.fmri.searchlight.score import BlockScores, SearchlightWorker, score_block
-from raypipe.fmri.series import SeriesSource
+from raypipe.fmri.sources import SeriesSource
 
 __all__ = [
     "Block",

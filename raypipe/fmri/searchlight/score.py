@@ -31,7 +31,7 @@ from raypipe.fmri.mvpa.permute import count_reached, permutations
 from raypipe.fmri.mvpa.scores import rate
 from raypipe.fmri.searchlight.gram import GramWalk
 from raypipe.fmri.searchlight.plan import Block, SearchlightConfig
-from raypipe.fmri.series import SeriesSource, Voxels
+from raypipe.fmri.sources import SeriesSource, Voxels
 
 Floats = NDArray[np.float64]
 

@@ -13,7 +13,7 @@ from nilearn.glm.first_level import FirstLevelModel
 from raypipe.errors import ConfigError, InputError, UnknownName
 from raypipe.fmri.glm import GlmConfig, TrialRun, trial_betas
 from raypipe.fmri.mvpa import MvpaConfig, decode
-from raypipe.fmri.series import ArraySeries
+from raypipe.fmri.sources import ArraySeries
 from raypipe.read.events import Events
 
 SMALL = 30_000  # bytes: a few voxels a block

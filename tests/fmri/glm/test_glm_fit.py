@@ -28,7 +28,7 @@ from raypipe.fmri.glm import (
     fit_glm,
 )
 from raypipe.fmri.glm.blocks import voxels_a_block
-from raypipe.fmri.series import ArraySeries
+from raypipe.fmri.sources import ArraySeries
 
 ONE_BY_ONE = 12_000  # bytes: a few voxels a block
 

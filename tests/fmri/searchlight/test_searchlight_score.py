@@ -33,7 +33,7 @@ from raypipe.fmri.searchlight import (
 )
 from raypipe.fmri.searchlight.geometry import Spheres
 from raypipe.fmri.searchlight.gram import GramWalk, update_pays
-from raypipe.fmri.series import ArraySeries
+from raypipe.fmri.sources import ArraySeries
 
 SHAPE = (6, 5, 4)
 GRID = Grid(shape=SHAPE, affine=np.diag([3.0, 3.0, 3.0, 1.0]))
@@ -85,7 +85,9 @@ def _nilearn(
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        light.fit(Nifti1Image(volume.reshape(*SHAPE, -1), GRID.affine), design.labels, design.runs)
+        light.fit(
+            Nifti1Image(volume.reshape(*SHAPE, -1), GRID.affine), design.encoded(), design.runs
+        )
     return light.scores_.ravel()[mask]
 
 
