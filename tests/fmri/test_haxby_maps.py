@@ -120,7 +120,7 @@ def test_a_real_searchlight_is_nilearns(folder: Path) -> None:
         runs=runs,
     )
     design = design_of_volumes(labels, runs, delay_volumes=0).of_classes(["face", "house"])
-    centres = voxels[::9]
+    centres = voxels[::24]
     config = SearchlightConfig(
         radius_mm=9.0, centres_a_block=20, decode=MvpaConfig(scale="none", scores=("accuracy",))
     )

@@ -60,7 +60,7 @@ def _brain(
     near = np.abs(ijk - [1, 1, 1]).sum(axis=1) <= 2
     if n_classes is None:
         target = rng.normal(size=n)
-        series[near] += 0.8 * target
+        series[near] += 1.5 * target
         return series.astype(np.float32), mask, design_of(target, runs)
     kinds = np.tile(np.arange(n_classes), n // n_classes)
     series[near] += rng.normal(size=(int(near.sum()), n_classes))[:, kinds]
