@@ -41,7 +41,7 @@ def decode(
     """
     usable = _usable(patterns, design)
     check_fits(config.model, design.is_classes)
-    names = _score_names(design, config)
+    names = score_names(design, config)
     if folds is None:
         folds = make_folds(design, config)
     else:
@@ -90,7 +90,8 @@ def _usable(patterns: Floats, design: Design) -> Floats:
     return values if finite.all() else np.ascontiguousarray(values[:, finite])
 
 
-def _score_names(design: Design, config: MvpaConfig) -> tuple[str, ...]:
+def score_names(design: Design, config: MvpaConfig) -> tuple[str, ...]:
+    """The scores asked for, or all that fit; raises ConfigError for one that does not."""
     fitting = CLASS_SCORES if design.is_classes else TARGET_SCORES
     wrong = [name for name in config.scores if name not in fitting]
     if wrong:

@@ -92,8 +92,18 @@ class SvcEngine:
     """A support vector classifier on a Gram matrix that was computed once."""
 
     def __init__(self, train: Floats, test: Floats, fold: Fold, model: EstimatorConfig) -> None:
-        self._gram = np.ascontiguousarray(train @ train.T)  # (n_train, n_train)
-        self._test = np.ascontiguousarray(test @ train.T)  # (n_test, n_train)
+        self._hold(train @ train.T, test @ train.T, fold, model)
+
+    @classmethod
+    def of_gram(cls, gram: Floats, test: Floats, fold: Fold, model: EstimatorConfig) -> SvcEngine:
+        """gram : (n_train, n_train); test : (n_test, n_train) inner products with the training."""
+        made = cls.__new__(cls)
+        made._hold(gram, test, fold, model)
+        return made
+
+    def _hold(self, gram: Floats, test: Floats, fold: Fold, model: EstimatorConfig) -> None:
+        self._gram = np.ascontiguousarray(gram)
+        self._test = np.ascontiguousarray(test)
         self._fold, self._c = fold, model.c
 
     def answer(self, labels: Labels) -> Answers:
@@ -135,8 +145,16 @@ class SvrEngine(RefitEngine):
     """Support vector regression on a Gram matrix that was computed once."""
 
     def __init__(self, train: Floats, test: Floats, fold: Fold, model: EstimatorConfig) -> None:
-        machine = SVR(kernel="precomputed", C=model.c)
-        super().__init__(train @ train.T, test @ train.T, fold, machine)
+        super().__init__(train @ train.T, test @ train.T, fold, _svr(model))
+
+    @classmethod
+    def of_gram(cls, gram: Floats, test: Floats, fold: Fold, model: EstimatorConfig) -> RefitEngine:
+        """gram : (n_train, n_train); test : (n_test, n_train) inner products with the training."""
+        return RefitEngine(gram, test, fold, _svr(model))
+
+
+def _svr(model: EstimatorConfig) -> SVR:
+    return SVR(kernel="precomputed", C=model.c)
 
 
 class RidgeEngine:
@@ -145,7 +163,20 @@ class RidgeEngine:
     def __init__(self, train: Floats, test: Floats, fold: Fold, model: EstimatorConfig) -> None:
         mean = train.mean(axis=0)
         train, test = train - mean, test - mean
-        self._hat = _hat(train, test, model.alpha)
+        self._hold(_hat(train, test, model.alpha), fold, model)
+
+    @classmethod
+    def of_gram(cls, gram: Floats, test: Floats, fold: Fold, model: EstimatorConfig) -> RidgeEngine:
+        """gram : (n_train, n_train); test : (n_test, n_train) inner products with the training."""
+        column = gram.mean(axis=0)
+        centred = gram - column - column[:, np.newaxis] + column.mean()
+        own = test - column - test.mean(axis=1, keepdims=True) + column.mean()
+        made = cls.__new__(cls)
+        made._hold(_hat_of_gram(centred, own, model.alpha), fold, model)
+        return made
+
+    def _hold(self, hat: Floats, fold: Fold, model: EstimatorConfig) -> None:
+        self._hat = hat
         self._fold, self._classes = fold, model.estimator == "ridge_classifier"
 
     def answer(self, labels: Labels) -> Answers:
@@ -175,9 +206,13 @@ def _hat(train: Floats, test: Floats, alpha: float) -> Floats:
         gram[np.diag_indices(voxels)] += alpha
         solved: Floats = test @ linalg.solve(gram, train.T, assume_a="pos")
         return solved
-    gram = train @ train.T
-    gram[np.diag_indices(n)] += alpha
-    hat: Floats = linalg.solve(gram, train @ test.T, assume_a="pos").T
+    return _hat_of_gram(train @ train.T, test @ train.T, alpha)
+
+
+def _hat_of_gram(gram: Floats, test: Floats, alpha: float) -> Floats:
+    """gram : (n_train, n_train), changed; test : (n_test, n_train); of centred patterns."""
+    gram[np.diag_indices(len(gram))] += alpha
+    hat: Floats = linalg.solve(gram, test.T, assume_a="pos").T
     return hat
 
 

@@ -51,5 +51,13 @@ def p_value(score: float, null: ArrayLike) -> float:
     if math.isnan(score):
         return math.nan
     values: NDArray[np.float64] = np.asarray(null, np.float64)
-    reached = (values >= score - _SAME_SCORE) | np.isnan(values)
-    return float((1 + reached.sum()) / (1 + values.size))
+    reached = count_reached(np.array([score]), values[np.newaxis])[0]
+    return float((1 + reached) / (1 + values.size))
+
+
+def count_reached(scores: NDArray[np.float64], null: NDArray[np.float64]) -> NDArray[np.int64]:
+    """(n,) how many of each row of ``null`` (n, p) score as high as ``scores`` (n,), or are undefined."""
+    count: NDArray[np.int64] = ((null >= scores[:, np.newaxis] - _SAME_SCORE) | np.isnan(null)).sum(
+        axis=1
+    )
+    return count
