@@ -18,7 +18,7 @@ from typing import Any
 
 from raypipe import config as configs
 from raypipe.errors import Interrupted, RaypipeError, UnknownName
-from raypipe.launch import LaunchConfig, open_runner
+from raypipe.launch import LaunchConfig, open_runner, resolve_memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +56,14 @@ COMMANDS = {
     "encode predict": Command(
         "raypipe.encoding.config:PredictConfig", "raypipe.encoding.assess:predict", False,
         "write predicted responses of a split",
+    ),
+    "fmri roi": Command(
+        "raypipe.fmri.config:RoiConfig", "raypipe.fmri.commands:roi", True,
+        "fMRI -> cleaned time series of regions",
+    ),
+    "fmri mvpa": Command(
+        "raypipe.fmri.config:MvpaJobConfig", "raypipe.fmri.commands:mvpa", True,
+        "decode labels from regions, test the group",
     ),
     "store info": Command(
         "raypipe.store.commands:InfoConfig", "raypipe.store.commands:info", False,
@@ -176,7 +184,9 @@ def _run(
     options: Any = configs.parse(both, args, prog=prog, description=description)
     dry = getattr(options.job, "dry_run", False)
     if dry and not getattr(cls, "rehearses", False):  # nothing is computed: no cluster is needed
-        run(options.job, None)
+        budgets = getattr(cls, "plans_memory", False)
+        from_file = configs.only_from_file(args)
+        run(options.job, resolve_memory(options.launch.memory, from_file) if budgets else None)
         return
     with open_runner(options.launch, configs.only_from_file(args)) as runner:
         run(options.job, runner)

@@ -15,6 +15,7 @@ from raypipe import config as configs
 
 _PACKAGES = (
     "ray", "torch", "torchvision", "timm", "open_clip_torch", "numpy", "pillow", "scikit-learn",
+    "scipy", "nibabel", "nilearn", "numba",
 )  # fmt: skip
 
 

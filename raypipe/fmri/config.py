@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 from raypipe.errors import ConfigError
 from raypipe.fmri.clean import CleanConfig
@@ -37,6 +37,8 @@ def _per_run() -> CleanConfig:
 @dataclass(frozen=True, kw_only=True)
 class FmriConfig:
     """Inputs, regions and cleaning: what both commands share."""
+
+    plans_memory: ClassVar[bool] = True  # a dry run says what fits, so it is told the budgets
 
     run_dir: Path
     """Where results go; the same command on the same folder goes on where it stopped."""

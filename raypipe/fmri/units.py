@@ -75,8 +75,8 @@ class Unit:
     @property
     def unit_id(self) -> str:
         """``sub-01_roi-V1_target-face-house``: the name of its files."""
-        parts = [f"sub-{_slug(self.subject)}", f"roi-{_slug(self.roi)}"]
-        return "_".join([*parts, *([f"target-{_slug(self.target)}"] if self.target else [])])
+        parts = [f"sub-{slug(self.subject)}", f"roi-{slug(self.roi)}"]
+        return "_".join([*parts, *([f"target-{slug(self.target)}"] if self.target else [])])
 
 
 def check_distinct(units: Sequence[Unit]) -> None:
@@ -115,6 +115,6 @@ def parse_sphere(text: str, radius_mm: float) -> RoiSpec:
     return RoiSpec(name=name, kind="sphere", centre_mm=(x, y, z), radius_mm=radius_mm)
 
 
-def _slug(text: str) -> str:
+def slug(text: str) -> str:
     """Letters, digits, dot and hyphen only."""
     return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-.") or "x"

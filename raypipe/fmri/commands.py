@@ -1,0 +1,230 @@
+"""``raypipe fmri roi`` and ``raypipe fmri mvpa``: plan, hand out, record, test the group, say what failed.
+
+What is finished stays finished: the same command computes only units that are not done, or whose inputs
+or options changed. A unit that fails does not stop the others; the exit code and the summary tell.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv as pacsv
+import pyarrow.parquet as pq
+
+from raypipe import config as configs
+from raypipe.errors import InputError, RaypipeError, ResourceError, WorkerFailed
+from raypipe.fmri.cohort import group_rows, lines, save_group
+from raypipe.fmri.config import FmriConfig, MvpaJobConfig, RoiConfig, absolute
+from raypipe.fmri.ledger import DONE, Ledger, write_whole
+from raypipe.fmri.prepare import Plan, make_plan, measured_seconds
+from raypipe.fmri.units import Unit
+from raypipe.fmri.work import Outcome, Shared, WorkerSetup
+from raypipe.memory.config import ResolvedMemory, resolve
+from raypipe.progress import Progress
+from raypipe.provenance import run_record
+from raypipe.report.saved import RUN_FILE, write_json
+from raypipe.runner import Needs, Runner
+from raypipe.store import require_space
+from raypipe.store.durable import make_dirs
+from raypipe.store.flocks import held
+from raypipe.units import format_seconds
+
+LOCK = ".fmri.lock"
+
+
+@dataclass(kw_only=True)
+class FmriSummary:
+    """What a run came to. found : units that were done before; failed : unit id -> (reason, exit code)."""
+
+    units: int = 0
+    computed: int = 0
+    found: int = 0
+    failed: dict[str, tuple[str, int]] = field(default_factory=dict)
+    seconds: float = 0.0
+    group: list[dict[str, Any]] = field(default_factory=list)
+
+
+def roi(cfg: RoiConfig, runner: Runner | ResolvedMemory | None) -> FmriSummary:
+    """Write the cleaned time series of every region; raises as ``mvpa``."""
+    return _run(cfg, runner, "fmri roi", _save_table)
+
+
+def mvpa(cfg: MvpaJobConfig, runner: Runner | ResolvedMemory | None) -> FmriSummary:
+    """Decode every target from every region of every subject, then test the group.
+
+    A dry run needs no runner, and takes budgets instead. Raises InputError when nothing can be computed,
+    MemoryBudgetExceeded and NoSpace; and, when all else is done, InputError, ResourceError or
+    WorkerFailed when units failed.
+    """
+    return _run(cfg, runner, "fmri mvpa", _test_group)
+
+
+Finish = Callable[[Any, Plan, FmriSummary], None]
+
+
+def _run(
+    cfg: FmriConfig, runner: Runner | ResolvedMemory | None, kind: str, finish: Finish
+) -> FmriSummary:
+    cfg = absolute(cfg)
+    if cfg.dry_run or runner is None or isinstance(runner, ResolvedMemory):
+        memory = runner if isinstance(runner, ResolvedMemory) else getattr(runner, "memory", None)
+        plan = make_plan(cfg, memory or resolve(), len(os.sched_getaffinity(0)))
+        print("\n".join([*plan.lines, measured_seconds(cfg, plan)]))
+        _tell_failed(plan.failed)
+        return FmriSummary(units=len(plan.units) + len(plan.failed), found=len(plan.done))
+    most = runner.needs(cfg.workers if runner.name == "local" else None, "cpu")
+    cores = 1 if runner.name == "local" else max(1, int(most.cpus))
+    plan = make_plan(cfg, runner.memory, cores)
+    print("\n".join(plan.lines), file=sys.stderr, flush=True)
+    require_space({cfg.run_dir: plan.output_bytes})
+    make_dirs(cfg.run_dir)
+    with held(cfg.run_dir / LOCK, f"{cfg.run_dir} is in use by another run; wait for it"):
+        return _carry_out(cfg, runner, plan, kind, _needs(cfg, plan, most, runner.name), finish)
+
+
+def _needs(cfg: FmriConfig, plan: Plan, most: Needs, runner: str) -> Needs:
+    """Workers by the plan; cores that are left over clean series."""
+    if runner == "local" or plan.decision is None:
+        return replace(most, run_dir=cfg.run_dir)
+    workers = plan.decision.workers
+    return Needs(
+        workers=workers, cpus=float(max(1, int(most.cpus) // workers)), run_dir=cfg.run_dir
+    )
+
+
+def _carry_out(
+    cfg: FmriConfig, runner: Runner, plan: Plan, kind: str, needs: Needs, finish: Finish
+) -> FmriSummary:
+    record = run_record(cfg) | {
+        "kind": kind,
+        "memory": runner.memory.record(),
+        "plan": list(plan.lines),
+        "subjects_seen": [subject.subject for subject in plan.subjects],
+    }
+    _save_run(cfg, runner.name, record)
+    ledger = Ledger(cfg.run_dir)
+    ledger.sweep()
+    summary = FmriSummary(units=len(plan.units) + len(plan.failed), found=len(plan.done))
+    for unit, reason in plan.failed:
+        summary.failed[unit.unit_id] = (reason, InputError.exit_code)
+        known = ledger.read(unit)
+        if known is None or known["status"] != DONE:  # results of an earlier run are kept
+            ledger.fail(unit, reason)
+    _tell_failed(plan.failed)
+    started = time.monotonic()
+    with _saving(cfg, runner.name, record, summary):
+        if plan.batches:
+            _compute(cfg, runner, plan, needs, kind, summary)
+        summary.seconds = time.monotonic() - started
+        finish(cfg, plan, summary)
+    _tell(summary)
+    _raise_if_failed(cfg, summary)
+    return summary
+
+
+def _compute(
+    cfg: FmriConfig, runner: Runner, plan: Plan, needs: Needs, kind: str, summary: FmriSummary
+) -> None:
+    use_memmap = runner.memory.config.use_memmap
+    shared = Shared(cfg=cfg, rois=plan.rois, use_memmap=use_memmap)
+    setup = WorkerSetup(threads=max(1, int(needs.cpus)))
+    total = len(plan.done) + plan.left
+    said: set[str] = set()
+    with (
+        runner.pool(setup, needs) as pool,
+        Progress(kind, total, "units", done=len(plan.done)) as progress,
+    ):
+        for done in pool.run(plan.batches, shared):
+            for outcome in done.payload:
+                _account(outcome, summary, progress, said)
+            progress.update(len(done.payload))
+
+
+def _account(outcome: Outcome, summary: FmriSummary, progress: Progress, said: set[str]) -> None:
+    name = outcome.unit.unit_id
+    for text in outcome.warnings:
+        if text not in said:
+            said.add(text)
+            progress.note(f"warning: {name}: {text}")
+    if outcome.reason is None:
+        summary.computed += 1
+        return
+    summary.failed[name] = (outcome.reason, outcome.exit_code)
+    progress.note(f"failed: {name}: {outcome.reason}")
+
+
+def _save_table(cfg: RoiConfig, plan: Plan, summary: FmriSummary) -> None:
+    """series.parquet and series.tsv: a row a subject, run and region."""
+    rows = [row for record in _done_records(cfg, plan) for row in record["series"]]
+    if not rows:
+        return
+    table = pa.Table.from_pylist(rows)
+    write_whole(cfg.run_dir / "series.parquet", lambda file: pq.write_table(table, file))
+    style = pacsv.WriteOptions(delimiter="\t", quoting_style="needed")
+    write_whole(cfg.run_dir / "series.tsv", lambda file: pacsv.write_csv(table, file, style))
+    print(cfg.run_dir / "series.tsv")
+
+
+def _test_group(cfg: MvpaJobConfig, plan: Plan, summary: FmriSummary) -> None:
+    """group.json and group.parquet of all subjects that are done."""
+    summary.group = group_rows(_done_records(cfg, plan), seed=cfg.mvpa.seed)
+    if summary.group:
+        save_group(cfg.run_dir, summary.group)
+        print("\n".join(lines(summary.group)))
+
+
+def _done_records(cfg: FmriConfig, plan: Plan) -> list[dict[str, Any]]:
+    """Of this run's units, in its order."""
+    ledger = Ledger(cfg.run_dir)
+    found = [ledger.read(unit) for unit in plan.units if ledger.is_done(unit)]
+    return [record for record in found if record is not None]
+
+
+@contextmanager
+def _saving(
+    cfg: FmriConfig, runner: str, record: dict[str, Any], summary: FmriSummary
+) -> Iterator[None]:
+    """run.json gets the summary, also of a run that ends early."""
+    try:
+        yield
+    finally:
+        told = {name: value for name, value in asdict(summary).items() if name != "group"}
+        _save_run(cfg, runner, {**record, "summary": told})
+
+
+def _save_run(cfg: FmriConfig, runner: str, record: dict[str, Any]) -> None:
+    write_json(cfg.run_dir / RUN_FILE, record)
+    configs.save({**configs.to_dict(cfg), "runner": runner}, cfg.run_dir / "config.yaml")
+
+
+def _tell_failed(failed: list[tuple[Unit, str]]) -> None:
+    for unit, reason in failed:
+        print(f"failed: {unit.unit_id}: {reason}", file=sys.stderr, flush=True)
+
+
+def _tell(summary: FmriSummary) -> None:
+    text = f"{summary.computed} units in {format_seconds(summary.seconds)}"
+    text += f", {summary.found} were done before" if summary.found else ""
+    text += f", {len(summary.failed)} failed" if summary.failed else ""
+    print(text, file=sys.stderr, flush=True)
+
+
+def _raise_if_failed(cfg: FmriConfig, summary: FmriSummary) -> None:
+    """The worst failure decides the exit code: a worker's, then memory or disk, then input."""
+    if not summary.failed:
+        return
+    code = max(code for _, code in summary.failed.values())
+    kind: type[RaypipeError] = InputError
+    if code != InputError.exit_code:
+        kind = ResourceError if code == ResourceError.exit_code else WorkerFailed
+    raise kind(
+        f"{len(summary.failed)} of {summary.units} units failed, each named above and in "
+        f"{cfg.run_dir / 'units'}; the others are done: mend the cause and give the same command again"
+    )

@@ -1,0 +1,292 @@
+"""What each subject has, from headers and small files alone: scans, regions, samples, and unit keys.
+
+No scan is read here. What cannot be used ends the units that need it, each with its reason, and no
+others: a subject's missing file its own, a bad region that region's.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from raypipe import config as configs
+from raypipe.errors import InputError, MissingInput
+from raypipe.fmri.config import FmriConfig, MvpaJobConfig, RoiConfig
+from raypipe.fmri.masks import Grid
+from raypipe.fmri.mvpa import Design, make_folds
+from raypipe.fmri.plan import ScanFacts, UnitFacts
+from raypipe.fmri.rois import Regions, common, find_regions, roi_files
+from raypipe.fmri.samples import design_of, label_files
+from raypipe.fmri.units import RoiSpec, Target, Unit
+from raypipe.read.bids import find_runs, tree_subjects
+from raypipe.read.nifti import Scan, content_sample, open_scan
+from raypipe.read.runfiles import RunFiles, bare
+from raypipe.read.runtable import read_run_table, table_subjects
+from raypipe.store.voxels import find
+
+RESULT_FORMAT = 1  # a higher one computes finished units anew
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubjectInputs:
+    """One subject, ready to be planned.
+
+    scans, runs : one each; units : what can be computed; failed : what cannot, and why
+    roi_voxels  : ROI -> how many
+    """
+
+    subject: str
+    runs: tuple[RunFiles, ...]
+    scans: tuple[ScanFacts, ...]
+    roi_voxels: Mapping[str, int]
+    units: tuple[tuple[Unit, UnitFacts], ...]
+    failed: tuple[tuple[Unit, str], ...]
+
+
+def subjects_of(cfg: FmriConfig) -> tuple[str, ...]:
+    """The subjects asked for, or all that are there. Raises MissingInput for no table or folder."""
+    wanted = tuple(dict.fromkeys(bare(name, "sub") for name in cfg.query.subjects))
+    table, tree = cfg.table, cfg.bids_dir
+    found = table_subjects(table) if table is not None else tree_subjects(_given(tree))
+    if not found:
+        raise MissingInput(f"{cfg.bids_dir} holds no sub-… folder; give the fMRIPrep output")
+    return wanted or found
+
+
+def runs_of(cfg: FmriConfig, subject: str) -> tuple[RunFiles, ...]:
+    """The runs of ``subject`` that ``cfg`` asks for; raises InputError where there is none."""
+    query = replace(cfg.query, subjects=(subject,))
+    if cfg.table is None:
+        return find_runs(_given(cfg.bids_dir), query, raw_root=cfg.raw_dir)
+    runs = [run for run in read_run_table(cfg.table, (subject,)) if _asked_for(run, cfg)]
+    if not runs:
+        raise MissingInput(f"subject {subject} has no run of that selection in {cfg.table}")
+    return tuple(runs)
+
+
+def look_at(
+    cfg: FmriConfig, subject: str, rois: Sequence[RoiSpec], targets: Sequence[Target]
+) -> SubjectInputs:
+    """All that is to be known of ``subject`` before a scan is read; never raises InputError."""
+    every = [(spec, target) for spec in rois for target in (targets or (None,))]
+    try:
+        runs = runs_of(cfg, subject)
+        scans = tuple(open_scan(run.bold) for run in runs)
+        regions = regions_of(cfg, rois, runs, scans)
+        facts = [_scan_facts(cfg, scan, found) for scan, found in zip(scans, regions, strict=True)]
+        sources = [_source(scan, run) for scan, run in zip(scans, runs, strict=True)]
+    except (InputError, OSError) as error:
+        reason = one_line(error)
+        failed = tuple((_unit(subject, spec, target), reason) for spec, target in every)
+        return SubjectInputs(
+            subject=subject, runs=(), scans=(), roi_voxels={}, units=(), failed=failed
+        )
+    designs = _designs(cfg, targets, runs, scans)
+    sizes, wrong_rois = _sizes(regions)
+    units: list[tuple[Unit, UnitFacts]] = []
+    bad: list[tuple[Unit, str]] = []
+    for spec, target in every:
+        unit = _unit(subject, spec, target)
+        design = designs[target.name] if target else None
+        try:
+            if spec.name in wrong_rois:
+                raise InputError(wrong_rois[spec.name])
+            if isinstance(design, InputError):
+                raise design
+            key = _key(cfg, spec, target, runs, sources)
+            units.append((replace(unit, key=key), _unit_facts(cfg, target, design)))
+        except (InputError, OSError) as error:
+            bad.append((unit, one_line(error)))
+    return SubjectInputs(
+        subject=subject,
+        runs=runs,
+        scans=tuple(facts),
+        roi_voxels=sizes,
+        units=tuple(units),
+        failed=tuple(bad),
+    )
+
+
+def regions_of(
+    cfg: FmriConfig,
+    rois: Sequence[RoiSpec],
+    runs: Sequence[RunFiles],
+    scans: Sequence[Scan],
+) -> list[Regions]:
+    """The regions in each run. For decoding, which puts runs side by side, all are on one grid."""
+    found: list[Regions] = []
+    for run, scan in zip(runs, scans, strict=True):
+        grid = Grid.of(scan)
+        if isinstance(cfg, MvpaJobConfig) and not grid.same_as(Grid.of(scans[0])):
+            raise InputError(
+                f"{run.name} lies on another grid than {runs[0].name} of that subject; give runs of "
+                "one space"
+            )
+        found.append(find_regions(rois, run, grid, resample=cfg.resample))
+    if isinstance(cfg, MvpaJobConfig):
+        shared = functools.reduce(common, found)
+        return [replace(shared, brain=one.brain) for one in found]
+    return found
+
+
+def t_r_of(cfg: FmriConfig, scans: Sequence[Scan]) -> float | None:
+    """Seconds a volume: as given, else as the headers say. Raises InputError when those differ."""
+    if cfg.clean.t_r_s is not None:
+        return cfg.clean.t_r_s
+    told = {round(scan.tr_s, 6) for scan in scans if scan.tr_s is not None}
+    if len(told) > 1:
+        raise InputError(
+            f"the runs' headers tell different TRs, {', '.join(f'{tr:g}' for tr in sorted(told))} s; "
+            "give --t-r-s"
+        )
+    return told.pop() if told else None
+
+
+def digest(path: Path) -> str:
+    """xxh3_128 of all bytes of a small file."""
+    stat = path.stat()
+    return _digest(path, stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=4096)
+def _digest(path: Path, size_bytes: int, mtime_ns: int) -> str:
+    """size_bytes, mtime_ns : so that a file which changes under a long-lived process is read again."""
+    return str(xxhash.xxh3_128_hexdigest(path.read_bytes()))
+
+
+def _given(path: Path | None) -> Path:
+    if path is None:
+        raise InputError("no bids_dir is given; give one, or a table")
+    return path
+
+
+def _asked_for(run: RunFiles, cfg: FmriConfig) -> bool:
+    """As ``bids.find_runs`` chooses, for what a table says of its runs."""
+    query = cfg.query
+    return (
+        (not query.sessions or run.session in [bare(name, "ses") for name in query.sessions])
+        and (not query.runs or run.run in [bare(name, "run") for name in query.runs])
+        and (query.task is None or run.task == bare(query.task, "task"))
+        and (query.space is None or run.space == bare(query.space, "space"))
+    )
+
+
+def _unit(subject: str, spec: RoiSpec, target: Target | None) -> Unit:
+    return Unit(subject=subject, roi=spec.name, target=target.name if target else "")
+
+
+def _scan_facts(cfg: FmriConfig, scan: Scan, regions: Regions) -> ScanFacts:
+    cache = cfg.cache_folder()
+    entry = find(scan, regions.brain, cache, say=lambda text: None) if cache is not None else None
+    if entry is not None:
+        entry.close()
+    return ScanFacts(
+        name=scan.path.name,
+        compressed=scan.compressed,
+        n_volumes=scan.n_volumes,
+        itemsize=int(scan.dtype.itemsize),
+        grid_voxels=scan.volume_voxels,
+        masked_voxels=scan.volume_voxels if regions.brain is None else len(regions.brain),
+        cached=entry is not None,
+    )
+
+
+def _sizes(regions: Sequence[Regions]) -> tuple[dict[str, int], dict[str, str]]:
+    """(ROI -> voxels, of the run where it has most; ROI -> why it cannot be used in some run)."""
+    bad: dict[str, str] = {}
+    sizes: dict[str, int] = {}
+    for found in regions:
+        bad |= {name: why for name, why in found.bad.items() if name not in bad}
+        for name, voxels in found.voxels.items():
+            sizes[name] = max(sizes.get(name, 0), len(voxels))
+    return {name: n for name, n in sizes.items() if name not in bad}, bad
+
+
+def _designs(
+    cfg: FmriConfig,
+    targets: Sequence[Target],
+    runs: Sequence[RunFiles],
+    scans: Sequence[Scan],
+) -> dict[str, Design | InputError]:
+    """Target -> its design, or why there is none."""
+    if not isinstance(cfg, MvpaJobConfig):
+        return {}
+    found: dict[str, Design | InputError] = {}
+    for target in targets:
+        try:
+            n_volumes = [scan.n_volumes for scan in scans]
+            design = design_of(cfg, target, runs, n_volumes, t_r_of(cfg, scans))
+            make_folds(design, cfg.decoding_of(target))
+            found[target.name] = design
+        except InputError as error:
+            found[target.name] = error
+    return found
+
+
+def _unit_facts(cfg: FmriConfig, target: Target | None, design: Design | None) -> UnitFacts:
+    if target is None or design is None or not isinstance(cfg, MvpaJobConfig):
+        return UnitFacts()
+    decoding = cfg.decoding_of(target)
+    gram = decoding.model.estimator in ("svc", "svr", "ridge", "ridge_classifier")
+    return UnitFacts(
+        n_samples=len(design),
+        n_folds=len(make_folds(design, decoding)),
+        keeps_folds=not gram,
+    )
+
+
+def _source(scan: Scan, run: RunFiles) -> dict[str, Any]:
+    """What identifies a scan by its content, not by its name or time."""
+    return {
+        "size_bytes": scan.size_bytes,
+        "header": scan.header_hash,
+        "sample": content_sample(scan.path, scan.size_bytes),
+        "mask": None if run.mask is None else digest(run.mask),
+    }
+
+
+def _key(
+    cfg: FmriConfig,
+    spec: RoiSpec,
+    target: Target | None,
+    runs: Sequence[RunFiles],
+    sources: Sequence[Mapping[str, Any]],
+) -> str:
+    """32 hex digits, of all that the unit's numbers depend on."""
+    asked = configs.to_dict(spec) | {"source": None, "names": None}
+    options = {"clean": cfg.clean, "confounds": cfg.confounds, "resample": cfg.resample}
+    files = []
+    for run, source in zip(runs, sources, strict=True):
+        small = roi_files(spec, run)
+        if cfg.confounds.strategy or cfg.confounds.columns:
+            small += [path for path in (run.confounds,) if path is not None]
+        if isinstance(cfg, MvpaJobConfig):
+            small.append(label_files(cfg, run))
+        words = [run.session, run.task, run.run]  # they stand in results
+        files.append({**source, "small": [digest(path) for path in small], "words": words})
+    fields: dict[str, Any] = {"format": RESULT_FORMAT, "roi": asked, "files": files}
+    fields |= {name: configs.to_dict(value) for name, value in options.items()}
+    if isinstance(cfg, RoiConfig):
+        fields |= {"reduce": cfg.reduce}
+    if isinstance(cfg, MvpaJobConfig) and target is not None:
+        fields |= {
+            "target": configs.to_dict(target),
+            "decoding": configs.to_dict(cfg.decoding_of(target)),
+            "labels": [cfg.labels is not None, cfg.label_column, sorted(cfg.rest)],
+            "samples": [cfg.delay_s, cfg.each],
+        }
+    text = json.dumps(fields, sort_keys=True, default=str)
+    return str(xxhash.xxh3_128_hexdigest(text.encode()))
+
+
+def one_line(error: Exception) -> str:
+    """What went wrong, in one line."""
+    if isinstance(error, OSError):
+        return f"{error.filename or 'a file'}: {error.strerror or error}; check it"
+    return " ".join(str(error).split())
