@@ -176,7 +176,12 @@ class MemoryEfficientLoader:
             config=self.memory, room=self._room(),
         )  # fmt: skip
         self._say(placement.line(what))
-        cache = Cache(folder=self._cache_dir, spill=self._spill(), quota_bytes=self._quota)
+        cache = Cache(
+            folder=self._cache_dir,
+            spill=self._spill(),
+            quota_bytes=self._quota,
+            use_memmap=self.memory.use_memmap,
+        )
         found = extract(parts, voxels, placement, cache, self._new_map, self._say)
         _warn_of_bad(found, what)
         return found

@@ -85,11 +85,13 @@ class Cache:
     """Where unpacked scans are kept (None: nowhere), and how much all of them may take.
 
     spill : a temporary folder, for what must be unpacked where nothing is kept
+    use_memmap : False: nothing is read through a map
     """
 
     folder: Path | None
     spill: Path
     quota_bytes: int | None = None
+    use_memmap: bool = True
 
 
 def run_part(
@@ -186,6 +188,7 @@ def _read(
             mask_flat=part.cache_mask,
             cache_dir=cache.folder,
             quota_bytes=cache.quota_bytes,
+            use_memmap=cache.use_memmap,
             say=say,
         )
         yield found.scaled("roi")
