@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -73,7 +74,7 @@ def _row(
     }
 
 
-def save_group(run_dir: Any, rows: Sequence[Mapping[str, Any]]) -> None:
+def save_group(run_dir: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """group.json, where what is undefined is null, and group.parquet, a row a subject left out."""
     shown = [
         {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}

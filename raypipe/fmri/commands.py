@@ -6,6 +6,8 @@ or options changed. A unit that fails does not stop the others; the exit code an
 
 from __future__ import annotations
 
+import csv
+import io
 import os
 import sys
 import time
@@ -15,7 +17,6 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 
 from raypipe import config as configs
@@ -106,7 +107,8 @@ def _carry_out(
         "kind": kind,
         "memory": runner.memory.record(),
         "plan": list(plan.lines),
-        "subjects_seen": [subject.subject for subject in plan.subjects],
+        # Records of earlier runs with other regions or targets may lie beside these.
+        "units": [unit.unit_id for unit in [*plan.units, *(unit for unit, _ in plan.failed)]],
     }
     _save_run(cfg, runner.name, record)
     ledger = Ledger(cfg.run_dir)
@@ -167,9 +169,17 @@ def _save_table(cfg: RoiConfig, plan: Plan, summary: FmriSummary) -> None:
         return
     table = pa.Table.from_pylist(rows)
     write_whole(cfg.run_dir / "series.parquet", lambda file: pq.write_table(table, file))
-    style = pacsv.WriteOptions(delimiter="\t", quoting_style="needed")
-    write_whole(cfg.run_dir / "series.tsv", lambda file: pacsv.write_csv(table, file, style))
+    write_whole(cfg.run_dir / "series.tsv", lambda file: file.write(_tsv(rows)))
     print(cfg.run_dir / "series.tsv")
+
+
+def _tsv(rows: list[dict[str, Any]]) -> bytes:
+    """As BIDS writes tables: tabs, a header, n/a for what there is not."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), delimiter="\t", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows([{k: "n/a" if v is None else v for k, v in row.items()} for row in rows])
+    return text.getvalue().encode()
 
 
 def _test_group(cfg: MvpaJobConfig, plan: Plan, summary: FmriSummary) -> None:

@@ -23,7 +23,7 @@ from raypipe.fmri.mvpa import Design, make_folds
 from raypipe.fmri.plan import ScanFacts, UnitFacts
 from raypipe.fmri.rois import Regions, common, find_regions, roi_files
 from raypipe.fmri.samples import design_of, label_files
-from raypipe.fmri.units import RoiSpec, Target, Unit
+from raypipe.fmri.units import RoiSpec, Target, Unit, slug
 from raypipe.read.bids import find_runs, tree_subjects
 from raypipe.read.nifti import Scan, content_sample, open_scan
 from raypipe.read.runfiles import RunFiles, bare
@@ -77,6 +77,7 @@ def look_at(
     every = [(spec, target) for spec in rois for target in (targets or (None,))]
     try:
         runs = runs_of(cfg, subject)
+        _check_names(runs)
         scans = tuple(open_scan(run.bold) for run in runs)
         regions = regions_of(cfg, rois, runs, scans)
         facts = [_scan_facts(cfg, scan, found) for scan, found in zip(scans, regions, strict=True)]
@@ -148,6 +149,16 @@ def t_r_of(cfg: FmriConfig, scans: Sequence[Scan]) -> float | None:
     return told.pop() if told else None
 
 
+def small_files(cfg: FmriConfig, spec: RoiSpec, run: RunFiles) -> list[Path]:
+    """The files beside the scan and its brain mask that the numbers of ``spec`` in ``run`` come from."""
+    found = roi_files(spec, run)
+    if run.confounds is not None and (cfg.confounds.strategy or cfg.confounds.columns):
+        found.append(run.confounds)
+    if isinstance(cfg, MvpaJobConfig):
+        found.append(label_files(cfg, run))
+    return found
+
+
 def digest(path: Path) -> str:
     """xxh3_128 of all bytes of a small file."""
     stat = path.stat()
@@ -164,6 +175,20 @@ def _given(path: Path | None) -> Path:
     if path is None:
         raise InputError("no bids_dir is given; give one, or a table")
     return path
+
+
+def run_stem(run: RunFiles, index: int) -> str:
+    """``sub-01_ses-1_task-x_run-1``; a run without a number is called by its place."""
+    number = run.run or f"{index + 1}"
+    words = (("sub", run.subject), ("ses", run.session), ("task", run.task), ("run", number))
+    return "_".join(f"{key}-{slug(word)}" for key, word in words if word)
+
+
+def _check_names(runs: Sequence[RunFiles]) -> None:
+    stems = [run_stem(run, index) for index, run in enumerate(runs)]
+    for stem in stems:
+        if stems.count(stem) > 1:
+            raise InputError(f"two runs are both {stem}; tell them apart by session, task or run")
 
 
 def _asked_for(run: RunFiles, cfg: FmriConfig) -> bool:
@@ -263,11 +288,7 @@ def _key(
     options = {"clean": cfg.clean, "confounds": cfg.confounds, "resample": cfg.resample}
     files = []
     for run, source in zip(runs, sources, strict=True):
-        small = roi_files(spec, run)
-        if cfg.confounds.strategy or cfg.confounds.columns:
-            small += [path for path in (run.confounds,) if path is not None]
-        if isinstance(cfg, MvpaJobConfig):
-            small.append(label_files(cfg, run))
+        small = small_files(cfg, spec, run)
         words = [run.session, run.task, run.run]  # they stand in results
         files.append({**source, "small": [digest(path) for path in small], "words": words})
     fields: dict[str, Any] = {"format": RESULT_FORMAT, "roi": asked, "files": files}

@@ -8,6 +8,7 @@ by a voxel still gives numbers, only not of that region.
 from __future__ import annotations
 
 import csv
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,11 +170,12 @@ def _resampled(
 ) -> NDArray[np.float64]:
     """The values of a 3-D image on ``grid``; path : what messages call it."""
     if Grid.of(image).same_as(grid):
-        return np.asarray(image.dataobj, np.float64).reshape(grid.shape)
+        return _values(image, path, what).reshape(grid.shape)
     if not resample:
         raise InputError(_mismatch(path, Grid.of(image), grid, what))
     from nilearn.image import resample_img
 
+    _values(image, path, what)  # a file that breaks off says so in our words
     moved = resample_img(
         image,
         target_affine=grid.affine,
@@ -183,6 +185,15 @@ def _resampled(
         force_resample=True,
     )
     return np.asarray(moved.dataobj, np.float64)
+
+
+def _values(image: Any, path: Path | str, what: str) -> NDArray[np.float64]:
+    """All values of ``image``; raises InputError for a file that breaks off."""
+    try:
+        return np.asarray(image.dataobj, np.float64)
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        why = " ".join(str(error).split())
+        raise InputError(f"{what} {path} cannot be read: {why}; copy it again") from error
 
 
 def _mismatch(path: Path | str, of: Grid, grid: Grid, what: str) -> str:
@@ -201,7 +212,7 @@ def _load(path: Path, what: str) -> Any:
         raise MissingInput(f"{what} {path} does not exist; give a NIfTI file")
     try:
         image = nibabel.load(path)
-    except (ImageFileError, OSError, EOFError) as error:
+    except (ImageFileError, OSError, EOFError, zlib.error) as error:
         raise InputError(f"{what} {path} is not a readable NIfTI image: {error}") from error
     return _one_volume(image, what, path)
 

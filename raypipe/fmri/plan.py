@@ -7,7 +7,7 @@ is refused before a scan is read. Bytes are those that the budget counts: anonym
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -247,10 +247,14 @@ def split(units: Sequence[Unit], parts: int) -> list[tuple[Unit, ...]]:
     return [tuple(units[a:b]) for a, b in pairwise(edges)]
 
 
-def interleave(lists: Sequence[Sequence[Batch]]) -> list[Batch]:
-    """The first of each subject, then the second of each: workers start on different scans."""
-    longest = max(map(len, lists), default=0)
-    return [batches[i] for i in range(longest) for batches in lists if i < len(batches)]
+def in_order(lists: Sequence[Sequence[Batch]], streamed: Collection[str]) -> list[Batch]:
+    """The first item of each subject that is ``streamed``, so that workers unpack different scans; then
+    the rest subject by subject, whose masks and pages are then at hand.
+    """
+    heads = [batches[0] for batches in lists if batches and batches[0].subject in streamed]
+    first = {one.key for one in heads}
+    rest = [one for batches in lists for one in batches if one.key not in first]
+    return [*heads, *rest]
 
 
 def parts_of(n_units: int, *, streamed: bool, may_store: bool, workers: int, subjects: int) -> int:

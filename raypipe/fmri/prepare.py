@@ -6,8 +6,10 @@ are ``plan``, what there is ``inputs``; ``commands`` carries the plan out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 
 from raypipe.errors import InputError
 from raypipe.fmri.config import FmriConfig, MvpaJobConfig
@@ -17,9 +19,8 @@ from raypipe.fmri.plan import (
     Batch,
     Decision,
     Need,
-    ScanFacts,
     decide,
-    interleave,
+    in_order,
     is_mapped,
     need_of,
     pack,
@@ -33,6 +34,8 @@ from raypipe.fmri.rois import wanted_rois
 from raypipe.fmri.units import RoiSpec, Unit, check_distinct
 from raypipe.memory.config import MemoryConfig, ResolvedMemory
 from raypipe.units import format_bytes, format_seconds
+
+LOOKING = 8  # threads over subjects: headers and masks, from disks that may be far
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +75,9 @@ def make_plan(cfg: FmriConfig, memory: ResolvedMemory, cores: int) -> Plan:
     """
     rois = wanted_rois(cfg)
     targets = cfg.targets() if isinstance(cfg, MvpaJobConfig) else ()
-    subjects = tuple(look_at(cfg, name, rois, targets) for name in subjects_of(cfg))
+    with ThreadPoolExecutor(LOOKING) as threads:
+        found = threads.map(lambda name: look_at(cfg, name, rois, targets), subjects_of(cfg))
+        subjects = tuple(found)
     units = [unit for subject in subjects for unit, _ in subject.units]
     failed = [one for subject in subjects for one in subject.failed]
     check_distinct([*units, *(unit for unit, _ in failed)])
@@ -138,25 +143,36 @@ def _batches(
     decision: Decision,
 ) -> list[Batch]:
     waiting = [subject for subject in subjects if needs[subject.subject]]
-    return interleave(
-        [
-            _of_subject(cfg, subject, done, needs[subject.subject], decision, len(waiting))
-            for subject in waiting
-        ]
-    )
+    streamed = {
+        subject.subject for subject in waiting if _is_streamed(cfg, subject, decision.config)
+    }
+    lists = [
+        _of_subject(
+            subject,
+            done,
+            needs[subject.subject],
+            decision,
+            partial(
+                parts_of,
+                streamed=subject.subject in streamed,
+                may_store=cfg.cache,
+                workers=decision.workers,
+                subjects=len(waiting),
+            ),
+        )
+        for subject in waiting
+    ]
+    return in_order(lists, streamed)
 
 
 def _of_subject(
-    cfg: FmriConfig,
     subject: SubjectInputs,
     done: set[Unit],
     needs: dict[str, Need],
     decision: Decision,
-    n_subjects: int,
+    parts: Callable[[int], int],
 ) -> list[Batch]:
-    """The subject's units that are left, in items that fit a worker."""
-    voxels = sum(subject.roi_voxels[roi] for roi in needs)
-    streamed = any(_streamed(cfg, scan, voxels, decision.config) for scan in subject.scans)
+    """The subject's units that are left, in items that fit a worker; parts : of a number of units."""
     mapped = frozenset(
         roi
         for roi in needs
@@ -165,14 +181,7 @@ def _of_subject(
     batches: list[Batch] = []
     for group in pack(needs, decision.limit_bytes):
         units = [u for u, _ in subject.units if u.roi in group and u not in done]
-        parts = parts_of(
-            len(units),
-            streamed=streamed,
-            may_store=cfg.cache,
-            workers=decision.workers,
-            subjects=n_subjects,
-        )
-        for chunk in split(units, parts):
+        for chunk in split(units, parts(len(units))):
             rois = list(dict.fromkeys(unit.roi for unit in chunk))
             batches.append(
                 Batch(
@@ -188,9 +197,19 @@ def _of_subject(
     return batches
 
 
-def _streamed(cfg: FmriConfig, scan: ScanFacts, voxels: int, config: MemoryConfig) -> bool:
-    way = way_of(scan, voxels, may_store=cfg.cache, may_map=config.use_memmap)
-    return way.name in ("build", "one pass")
+def _is_streamed(cfg: FmriConfig, subject: SubjectInputs, config: MemoryConfig) -> bool:
+    """Whether some scan of it has to be read as a whole."""
+    ways = _ways(cfg, subject, config)
+    return "build" in ways or "one pass" in ways
+
+
+def _ways(cfg: FmriConfig, subject: SubjectInputs, config: MemoryConfig) -> list[str]:
+    """How each scan will be read."""
+    voxels = sum(subject.roi_voxels.values())
+    return [
+        way_of(scan, voxels, may_store=cfg.cache, may_map=config.use_memmap).name
+        for scan in subject.scans
+    ]
 
 
 def _cache_bytes(cfg: FmriConfig, subject: SubjectInputs, done: set[Unit]) -> int:
@@ -245,11 +264,7 @@ def _subject_line(
     )
     if not left or decision is None:
         return f"{text}: nothing to do"
-    voxels = sum(subject.roi_voxels.values())
-    ways = [
-        way_of(scan, voxels, may_store=cfg.cache, may_map=decision.config.use_memmap).name
-        for scan in subject.scans
-    ]
+    ways = _ways(cfg, subject, decision.config)
     counted = ", ".join(f"{ways.count(way)} {_WAYS[way]}" for way in dict.fromkeys(ways))
     return f"{text}: {len(left)} units, {counted}"
 

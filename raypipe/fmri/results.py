@@ -16,12 +16,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raypipe.fmri.inputs import digest
+from raypipe.fmri.config import FmriConfig
+from raypipe.fmri.inputs import digest, run_stem, small_files
 from raypipe.fmri.ledger import write_whole
 from raypipe.fmri.mvpa import MvpaResult
 from raypipe.fmri.series import Joined, RunSeries, Subject
-from raypipe.fmri.units import Unit, slug
-from raypipe.read.nifti import Scan
+from raypipe.fmri.units import RoiSpec, Unit, slug
+from raypipe.read.nifti import Scan, content_sample
 from raypipe.read.runfiles import RunFiles
 
 SERIES = "series"
@@ -32,10 +33,7 @@ def save_series(run_dir: Path, unit: Unit, run: RunFiles, series: RunSeries) -> 
     return its row of the table.
     """
     values, cleaned = series.cleaned.values, series.cleaned
-    words = {"ses": run.session, "task": run.task, "run": run.run or f"{series.index + 1}"}
-    parts = [f"sub-{slug(run.subject)}"]
-    parts += [f"{key}-{slug(word)}" for key, word in words.items() if word]
-    path = run_dir / SERIES / f"{'_'.join(parts)}_roi-{slug(unit.roi)}.npy"
+    path = run_dir / SERIES / f"{run_stem(run, series.index)}_roi-{slug(unit.roi)}.npy"
     # In file order the transposed view is the array itself: nothing is copied.
     write_whole(path, lambda file: np.save(file, values.T), need_bytes=values.nbytes)
     return {
@@ -69,30 +67,33 @@ def save_decoding(path: Path, unit: Unit, result: MvpaResult) -> Path:
     return write_whole(path, lambda file: pq.write_table(pa.table(table), file))
 
 
-def roi_fields(subject: Subject, roi: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def roi_fields(
+    cfg: FmriConfig, subject: Subject, spec: RoiSpec, rows: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
     """The record of a region's time series."""
-    outside = sum(found.outside[roi] for found in subject.regions)
-    return _provenance(subject) | {
+    return _provenance(cfg, subject, spec) | {
         "series": list(rows),
         "n_voxels": max(row["n_voxels"] for row in rows),
-        "outside_mask": outside,
+        "outside_mask": sum(found.outside[spec.name] for found in subject.regions),
     }
 
 
-def mvpa_fields(subject: Subject, series: Joined, unit: Unit, result: MvpaResult) -> dict[str, Any]:
+def mvpa_fields(
+    cfg: FmriConfig, subject: Subject, spec: RoiSpec, series: Joined, result: MvpaResult
+) -> dict[str, Any]:
     """The record of a decoding."""
     told = result.to_dict()
     for name in ("subject", "roi", "target", "null", "warnings"):
         told.pop(name)
     null = {name: _band(values) for name, values in result.null.items()}
-    return _provenance(subject) | {
+    return _provenance(cfg, subject, spec) | {
         **told,
         "null": null,
         "n_roi_voxels": series.values.shape[0],
         "n_volumes": series.values.shape[1],
         "not_finite": series.not_finite,
         "constant": series.constant,
-        "outside_mask": subject.regions[0].outside[unit.roi],
+        "outside_mask": subject.regions[0].outside[spec.name],
         "ways": list(series.ways),
     }
 
@@ -105,26 +106,24 @@ def _band(values: np.ndarray) -> dict[str, Any]:
     return {"n": len(values), "q05": low, "median": middle, "q95": high}
 
 
-def _provenance(subject: Subject) -> dict[str, Any]:
+def _provenance(cfg: FmriConfig, subject: Subject, spec: RoiSpec) -> dict[str, Any]:
     pairs = zip(subject.scans, subject.runs, strict=True)
-    return {"runs": [_source(scan, run) for scan, run in pairs]}
+    return {"runs": [_source(cfg, scan, run, spec) for scan, run in pairs]}
 
 
-def _source(scan: Scan, run: RunFiles) -> dict[str, Any]:
+def _source(cfg: FmriConfig, scan: Scan, run: RunFiles, spec: RoiSpec) -> dict[str, Any]:
     """Which files a run's numbers came from."""
-    small = {"mask": run.mask, "confounds": run.confounds, "events": run.events}
+    beside = [*([run.mask] if run.mask else []), *small_files(cfg, spec, run)]
     return {
         "run": run.name,
         "bold": str(scan.path),
         "size_bytes": scan.size_bytes,
         "header": scan.header_hash,
+        "sample": content_sample(scan.path, scan.size_bytes),
         "shape": list(scan.shape),
         "dtype": scan.dtype.str,
         "slope": scan.slope,
         "inter": scan.inter,
         "t_r_s": scan.tr_s,
-        **{
-            name: None if path is None else {"path": str(path), "xxh3_128": digest(path)}
-            for name, path in small.items()
-        },
+        "beside": [{"path": str(path), "xxh3_128": digest(path)} for path in beside],
     }

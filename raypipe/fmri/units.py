@@ -116,5 +116,5 @@ def parse_sphere(text: str, radius_mm: float) -> RoiSpec:
 
 
 def slug(text: str) -> str:
-    """Letters, digits, dot and hyphen only."""
+    """``text`` as a part of a file name: letters, digits, dots and hyphens only."""
     return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-.") or "x"

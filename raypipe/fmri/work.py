@@ -36,6 +36,7 @@ from raypipe.fmri.series import Joined, Subject, joined, run_series
 from raypipe.fmri.units import RoiSpec, Unit
 from raypipe.memory.guard import current, note, relieve
 from raypipe.memory.policy import Throttle
+from raypipe.read.runfiles import RunFiles
 from raypipe.runner import Done
 
 
@@ -96,6 +97,7 @@ class FmriWorker:
         self._blas = threadpool_limits(1)
         self._id = f"{os.getpid()}-{uuid.uuid4().hex[:8]}"
         self._shared: Shared | None = None
+        self._opened: tuple[tuple[RunFiles, ...], Subject] | None = None
 
     def describe(self) -> str:
         """Which process this is."""
@@ -108,7 +110,7 @@ class FmriWorker:
                 f"{os.uname().nodename} does not see {shared.cfg.run_dir}; put --run-dir on a disk that "
                 "every machine mounts"
             )
-        self._shared = shared
+        self._shared, self._opened = shared, None
         return self._id
 
     def step(self, item: Batch, upcoming: Batch | None) -> list[Done]:
@@ -159,10 +161,9 @@ class FmriWorker:
         """Units whose regions are read together."""
         cfg, notes = self._job.cfg, _Notes()
         rois = tuple(dict.fromkeys(unit.roi for unit in units))
-        specs = [spec for spec in self._job.rois if spec.name in rois]
         try:
             with notes.listening():
-                subject = Subject.open(cfg, item.runs, specs)
+                subject = self._subject(item)
             bad = {name: why for found in subject.regions for name, why in found.bad.items()}
             usable = [roi for roi in rois if roi not in bad]
             yield from (
@@ -183,6 +184,13 @@ class FmriWorker:
                 for unit in units
                 if not ledger.is_done(unit)
             )
+
+    def _subject(self, item: Batch) -> Subject:
+        """Its headers and masks, kept for the next item: reading masks takes longer than an ROI."""
+        if self._opened is None or self._opened[0] != item.runs:
+            self._opened = None
+            self._opened = item.runs, Subject.open(self._job.cfg, item.runs, self._job.rois)
+        return self._opened[1]
 
     def _write(
         self, cfg: RoiConfig, subject: Subject, units: Sequence[Unit], ledger: Ledger, notes: _Notes
@@ -206,7 +214,7 @@ class FmriWorker:
                 rows[one.roi].append(save_series(cfg.run_dir, unit, subject.runs[one.index], one))
         seconds = time.monotonic() - started
         for roi, unit in by_roi.items():
-            fields = roi_fields(subject, roi, rows[roi])
+            fields = roi_fields(cfg, subject, self._spec(roi), rows[roi])
             fields |= _cost(seconds / len(by_roi), 0.0, peak.bytes, notes)
             files = [cfg.run_dir / row["file"] for row in rows[roi]]
             ledger.finish(unit, fields, files)
@@ -272,13 +280,16 @@ class FmriWorker:
             )
         ledger.begin(unit)
         table = save_decoding(ledger.path(unit).with_suffix(".parquet"), unit, result)
-        fields = mvpa_fields(subject, series, unit, result)
+        fields = mvpa_fields(cfg, subject, self._spec(unit.roi), series, result)
         fields |= reading | {
             "seconds": time.monotonic() - started,
             "peak_anon_bytes": max(peak.bytes, int(reading["peak_anon_bytes"])),
             "warnings": notes.warnings,
         }
         ledger.finish(unit, fields, [table])
+
+    def _spec(self, roi: str) -> RoiSpec:
+        return next(spec for spec in self._job.rois if spec.name == roi)
 
     def _failed(self, unit: Unit, error: Exception, ledger: Ledger, notes: _Notes) -> Outcome:
         known = isinstance(error, (RaypipeError, OSError))

@@ -48,7 +48,10 @@ def read_labels(path: Path, column: str | None = None) -> VolumeLabels:
 
 def _table(path: Path, column: str | None) -> tuple[list[str], list[list[str]]]:
     """(column names, rows of equal length)."""
-    text = path.read_text(encoding="utf-8-sig")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"labels {path} are no text: {error}; give a table") from None
     mark = "\t" if "\t" in text else "," if "," in text else None
     lines = [line for line in text.splitlines() if line.strip()]
     rows = [

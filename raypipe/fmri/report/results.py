@@ -1,7 +1,7 @@
 """What a run folder says: its units' records, the group's rows, permuted scores, maps. Read only.
 
-A run folder may hold units of earlier options (other ROIs, other targets). What belongs to the run is
-what its group.json names; before that is written, all that is done.
+A run folder may hold units of earlier options (other ROIs, other targets): run.json names those of
+the run.
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ def read_results(run_dir: Path) -> Results:
     if (run_dir / "group.json").is_file():
         group = read_json(run_dir / "group.json", "run the command again")["rows"]
     records = [record for record in Ledger(run_dir).all() if record["status"] == DONE]
-    if group and run.get("kind") == "fmri mvpa":
-        named = {(s, row["roi"], row["target"]) for row in group for s in row["subjects"]}
-        records = [r for r in records if (r["subject"], r["roi"], r["target"]) in named]
+    named = run.get("units")
+    if named is not None:
+        records = [record for record in records if record["unit"] in set(named)]
     failed = {
         name: str(found[0])
         for name, found in ((run.get("summary") or {}).get("failed") or {}).items()

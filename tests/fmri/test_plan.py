@@ -1,0 +1,175 @@
+"""Decisions before anything is read: what fits, how many workers, which units go together."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raypipe.errors import MemoryBudgetExceeded
+from raypipe.fmri.plan import (
+    Batch,
+    Need,
+    ScanFacts,
+    UnitFacts,
+    decide,
+    in_order,
+    need_of,
+    pack,
+    parts_of,
+    peak_bytes,
+    series_bytes,
+    split,
+)
+from raypipe.fmri.units import Unit
+from raypipe.memory.config import MemoryFlags, ResolvedMemory, resolve
+from raypipe.memory.limits import NodeLimits
+
+MIB, GIB = 1 << 20, 1 << 30
+SCAN = ScanFacts(
+    name="bold.nii.gz",
+    compressed=True,
+    n_volumes=320,
+    itemsize=2,
+    grid_voxels=91 * 109 * 91,
+    masked_voxels=227_000,
+    cached=False,
+)
+
+
+def memory(total_gib: int, **flags: str) -> ResolvedMemory:
+    limits = NodeLimits(
+        physical_bytes=total_gib * GIB,
+        cgroup_bytes=None,
+        slurm_bytes=None,
+        slurm_tasks=None,
+        shm_bytes=0,
+        shm_free_bytes=0,
+    )
+    return resolve(MemoryFlags(**flags), environ={}, limits=limits)  # type: ignore[arg-type]
+
+
+def batch(n_rois: int, number: int = 0, subject: str = "01") -> Batch:
+    units = tuple(Unit(subject=subject, roi=f"r{i}", target="all") for i in range(n_rois))
+    return Batch(
+        subject=subject,
+        number=number,
+        runs=(),
+        units=units,
+        mapped=frozenset(),
+        at_once=n_rois,
+        need_bytes=0,
+    )
+
+
+@given(
+    needs=st.lists(
+        st.builds(
+            Need,
+            held=st.integers(0, 200 * MIB),
+            reading=st.integers(0, 200 * MIB),
+            working=st.integers(0, 200 * MIB),
+        ),
+        max_size=12,
+    )
+)
+def test_every_group_fits_and_every_region_is_in_one(needs: list[Need]) -> None:
+    named = {f"r{i}": need for i, need in enumerate(needs)}
+    limit = peak_bytes([]) + 500 * MIB
+    groups = pack(named, limit)
+    assert [roi for group in groups for roi in group] == list(named)
+    assert all(peak_bytes([named[roi] for roi in group]) <= limit for group in groups)
+    for group, after in pairwise(groups):  # no group could take one more
+        assert peak_bytes([named[roi] for roi in (*group, after[0])]) > limit
+
+
+def test_a_region_that_fits_no_worker_is_refused_before_reading() -> None:
+    need = need_of(200_000, [SCAN] * 8, [UnitFacts(n_samples=1000, n_folds=8)], mapped=False)
+    with pytest.raises(MemoryBudgetExceeded, match=r"ROI brain needs .* in one worker"):
+        pack({"brain": need}, 4 * GIB)
+
+
+@given(voxels=st.integers(1, 100_000), n_scans=st.integers(1, 12), more=st.integers(1, 1000))
+def test_needs_grow_with_voxels_and_mapped_series_are_free(
+    voxels: int, n_scans: int, more: int
+) -> None:
+    unit = UnitFacts(n_samples=100, n_folds=4)
+    of = [need_of(v, [SCAN] * n_scans, [unit], mapped=False) for v in (voxels, voxels + more)]
+    assert peak_bytes(of[:1]) < peak_bytes(of[1:])
+    assert of[0].held == series_bytes(voxels, [SCAN] * n_scans)
+    assert need_of(voxels, [SCAN] * n_scans, [unit], mapped=True).held == 0
+    keeps = replace(unit, keeps_folds=True, n_folds=50)
+    assert need_of(voxels, [SCAN], [keeps], mapped=False).working > 50 * 8 * 100 * voxels
+
+
+@pytest.mark.parametrize(
+    ("cores", "n_units", "largest", "workers"),
+    [(8, 100, GIB, 8), (8, 3, GIB, 3), (2, 100, GIB, 2), (8, 100, 4 * GIB, 3), (8, 1, GIB, 1)],
+)
+def test_as_many_workers_as_cores_units_and_memory_allow(
+    cores: int, n_units: int, largest: int, workers: int
+) -> None:
+    found = decide(memory(20), cores=cores, asked=None, n_units=n_units, largest_bytes=largest)
+    assert found.workers == workers
+    assert largest <= found.limit_bytes < found.budget_bytes
+    assert found.workers * found.budget_bytes <= 16 * GIB  # a fifth is left alone
+
+
+def test_a_stated_number_of_workers_is_kept_or_refused() -> None:
+    assert decide(memory(20), cores=1, asked=4, n_units=9, largest_bytes=GIB).workers == 4
+    with pytest.raises(MemoryBudgetExceeded, match=r"largest unit needs 4.00 GiB.*4 worker"):
+        decide(memory(20), cores=8, asked=4, n_units=9, largest_bytes=4 * GIB)
+    small = memory(20, max_memory_per_process="1GiB")
+    with pytest.raises(MemoryBudgetExceeded, match=r"largest unit needs 1.00 GiB"):
+        decide(small, cores=8, asked=None, n_units=9, largest_bytes=GIB)
+
+
+def test_the_decision_is_told_in_one_line() -> None:
+    line = decide(memory(20), cores=2, asked=None, n_units=9, largest_bytes=GIB).line(GIB)
+    assert "2 worker(s) of 8.00 GiB" in line
+    assert "from 1.00 GiB on are mapped" in line
+    off = memory(20, use_memmap="no")
+    assert "nothing is mapped" in decide(off, cores=1, asked=None, n_units=1, largest_bytes=1).line(
+        1
+    )
+
+
+@given(n=st.integers(1, 40), parts=st.integers(1, 60))
+def test_split_loses_nothing_and_is_even(n: int, parts: int) -> None:
+    units = [Unit(subject="1", roi=f"{i}") for i in range(n)]
+    cut = split(units, parts)
+    assert [unit for part in cut for unit in part] == units
+    sizes = {len(part) for part in cut}
+    assert min(sizes) >= 1
+    assert max(sizes) - min(sizes) <= 1
+    assert len(cut) == min(n, parts)
+
+
+def test_scans_are_unpacked_once_but_all_workers_get_work() -> None:
+    cached = parts_of(9, streamed=False, may_store=True, workers=4, subjects=2)
+    assert cached == 9  # from the cache, each unit is an item of its own
+    assert parts_of(9, streamed=True, may_store=True, workers=4, subjects=8) == 1
+    assert parts_of(9, streamed=True, may_store=True, workers=4, subjects=1) == 4
+    assert parts_of(9, streamed=True, may_store=False, workers=4, subjects=1) == 1
+
+
+def test_workers_unpack_different_subjects_first() -> None:
+    counts = (("a", 3), ("b", 1), ("c", 2))
+    lists = [[batch(1, n, subject) for n in range(count)] for subject, count in counts]
+    keys = [one.key for one in in_order(lists, {"b", "c"})]
+    assert keys == [("b", 0), ("c", 0), ("a", 0), ("a", 1), ("a", 2), ("c", 1)]
+
+
+def test_less_memory_means_fewer_regions_at_once_down_to_one() -> None:
+    seen = [batch(5)]
+    while seen[-1].at_once > 1:
+        seen.append(seen[-1].with_less_memory())
+    assert [one.at_once for one in seen] == [5, 3, 2, 1]
+    assert {one.key for one in seen} == {("01", 0)}
+    with pytest.raises(MemoryBudgetExceeded, match="one ROI of subject 01"):
+        seen[-1].with_less_memory()
+    assert batch(5).at_most(seen[1]).at_once == 3
+    assert batch(2).at_most(seen[1]).at_once == 2
