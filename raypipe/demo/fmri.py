@@ -20,9 +20,8 @@ from raypipe.fmri.config import MvpaJobConfig
 from raypipe.fmri.ledger import Ledger
 from raypipe.fmri.mvpa import MvpaConfig
 from raypipe.fmri.planted import EMPTY, MOTION, PLANTED, PlantedFmriConfig, make_planted_subjects
-from raypipe.fmri.report import write_report
-from raypipe.fmri.roi_map import save_roi_maps
 from raypipe.read.confounds import ConfoundsConfig
+from raypipe.report.html import PAGE_FILE
 from raypipe.runner import Runner
 from raypipe.units import format_seconds
 
@@ -79,8 +78,7 @@ def demo_fmri(cfg: DemoConfig, runner: Runner) -> None:
     )
     job = mvpa_config(cfg.folder, cfg)
     summary = mvpa(job, runner)
-    save_roi_maps(job, summary.group)
-    page = write_report(job.run_dir)
+    page = job.run_dir / PAGE_FILE
     found = verdicts(summary.group, Ledger(job.run_dir).all())
     print("\n" + "\n".join(one.line() for one in found))
     print(f"report     {page}")

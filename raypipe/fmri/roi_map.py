@@ -1,6 +1,7 @@
-"""The group's score of each ROI painted on its voxels: ``maps/group_target-…_accuracy.nii.gz``.
+"""The group's score of each ROI painted on its voxels: ``maps/group_target-…_accuracy_roi.nii.gz``.
 
 A voxel of several ROIs shows the highest. Beside each map lies what it is, as ``report.brain`` reads it.
+Regions that differ by subject have no voxels in common, so there is no map of them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raypipe.fmri.config import MvpaJobConfig
-from raypipe.fmri.inputs import runs_of, subjects_of
+from raypipe.fmri.inputs import runs_of
 from raypipe.fmri.ledger import write_whole
 from raypipe.fmri.masks import Grid, Voxels
 from raypipe.fmri.report.results import FIRST, NAMES
@@ -23,13 +24,21 @@ from raypipe.fmri.rois import find_regions, wanted_rois
 from raypipe.fmri.units import slug
 from raypipe.read.nifti import open_scan
 from raypipe.report.saved import write_json
+from raypipe.store.durable import remove
 
 
 def save_roi_maps(cfg: MvpaJobConfig, rows: Sequence[Mapping[str, Any]]) -> list[Path]:
-    """One map a target, of ``rows`` of the group, on the grid of the first subject's first run."""
-    run = runs_of(cfg, subjects_of(cfg)[0])[0]
+    """One map a target, of ``rows`` of the group, on the grid of a subject's first run; older ones go.
+
+    None where regions differ by subject.
+    """
+    remove((cfg.run_dir / "maps").glob("group_*_roi.*"))
+    rois = wanted_rois(cfg)
+    if not rows or any("{" in spec.source or spec.kind == "brain" for spec in rois):
+        return []
+    run = runs_of(cfg, next(iter(rows[0]["subjects"])))[0]
     grid = Grid.of(open_scan(run.bold))
-    regions = find_regions(wanted_rois(cfg), run, grid, resample=cfg.resample)
+    regions = find_regions(rois, run, grid, resample=cfg.resample)
     saved = []
     for target in dict.fromkeys(str(row["target"]) for row in rows):
         own = [row for row in rows if row["target"] == target]
@@ -38,7 +47,7 @@ def save_roi_maps(cfg: MvpaJobConfig, rows: Sequence[Mapping[str, Any]]) -> list
         values = painted(
             grid, regions.voxels, {roi: float(row["mean"]) for roi, row in shown.items()}
         )
-        path = cfg.run_dir / "maps" / f"group_target-{slug(target)}_{score}.nii.gz"
+        path = cfg.run_dir / "maps" / f"group_target-{slug(target)}_{score}_roi.nii.gz"
         saved.append(_save(path, values, grid))
         told = {
             "title": f"{target}: mean {NAMES[score]} of each ROI over subjects",

@@ -233,7 +233,10 @@ class MemoryEfficientLoader:
         scratch, self._scratch = self._scratch, None
         maps, self._maps = self._maps, []
         for one in maps:
-            one.close()
+            if self.memory.cleanup_temp_files:
+                one.cleanup()
+            else:
+                one.close()
         if scratch is None:
             return
         if self.memory.cleanup_temp_files:

@@ -16,11 +16,6 @@ TITLES = {"fmri mvpa": "fMRI decoding", "fmri roi": "fMRI time series"}
 MOST_MAPS = 8  # drawn, about a second each
 
 
-def is_fmri(run: Record) -> bool:
-    """Whether a run.json is of this room."""
-    return str(run.get("kind")) in TITLES
-
-
 def fmri_page(run_dir: Path) -> Page:
     """The whole page. Raises MissingInput, StoreCorrupt."""
     results = read_results(run_dir)
