@@ -109,6 +109,7 @@ def _carry_out(
         "kind": kind,
         "memory": runner.memory.record(),
         "plan": list(plan.lines),
+        "notes": _notes(cfg),
         # Records of earlier runs with other regions or targets may lie beside these.
         "units": [unit.unit_id for unit in [*plan.units, *(unit for unit, _ in plan.failed)]],
     }
@@ -132,6 +133,16 @@ def _carry_out(
     print(f"report: {write_report(cfg.run_dir)}")
     _raise_if_failed(cfg, summary)
     return summary
+
+
+def _notes(cfg: FmriConfig) -> list[str]:
+    """What the report must say about these data."""
+    if cfg.bids_dir is None or not (cfg.bids_dir / "planted.json").is_file():
+        return []
+    return [
+        "The scans are made up, not measured: patterns are planted in some regions and in no others "
+        "(planted.json says in which)."
+    ]
 
 
 def _compute(

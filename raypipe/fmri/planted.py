@@ -55,7 +55,7 @@ class PlantedFmriConfig:
     block_volumes: int = 6
     t_r_s: float = 2.0
     response_percent: float = 1.0  # to any stimulus, in every ROI
-    pattern_percent: float = 0.35  # standard deviation over voxels of what tells classes apart
+    pattern_percent: float = 0.5  # standard deviation over voxels of what tells classes apart
     noise_percent: float = 1.2
     autocorrelation: float = 0.4
     seed: int = 0

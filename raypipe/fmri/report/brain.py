@@ -91,8 +91,15 @@ def draw_map(one: BrainMap) -> Figure:
 
     values = np.abs(np.asarray(one.image.dataobj))
     top = float(np.quantile(values[values > 0], 0.995))
-    fig = Figure(figsize=(WIDTH_IN, 4.6))
-    common = {"figure": fig, "vmin": -top, "vmax": top, "cmap": "RdBu_r", "threshold": 1e-9}
+    fig = Figure(figsize=(WIDTH_IN, 4.4))
+    common = {
+        "figure": fig,
+        "vmin": -top,
+        "vmax": top,
+        "cmap": "RdBu_r",
+        "threshold": 1e-9,
+        "annotate": False,
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # nilearn's on dtypes and empty slices: nothing is computed
         glass = plotting.plot_glass_brain(

@@ -118,7 +118,7 @@ def confusions(found: Sequence[Confusion]) -> Figure:
     columns = min(len(found), 4 if max(len(one.classes) for one in found) <= 4 else 3)
     lines = -(-len(found) // columns)
     side = WIDTH_IN / max(columns, 2)
-    fig = Figure(figsize=(WIDTH_IN, lines * (side + 0.35) + 0.3), layout="constrained")
+    fig = Figure(figsize=(WIDTH_IN, lines * (0.88 * side + 0.3)), layout="constrained")
     axes = fig.subplots(lines, columns, squeeze=False).ravel()
     pictures = [
         _draw_confusion(ax, one, small=columns > 2) for ax, one in zip(axes, found, strict=False)
@@ -168,5 +168,5 @@ def seconds_by_subject(reading: Mapping[str, float], decoding: Mapping[str, floa
     ax.set_ylim(len(names) - 0.4, -0.6)
     dress(ax, "", "worker seconds, all units of the subject", "")
     ax.grid(axis="y", visible=False)
-    ax.legend(fontsize=9.5, loc="lower right", facecolor="white", edgecolor="none", framealpha=0.9)
+    fig.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=9.5)
     return fig

@@ -1,7 +1,7 @@
 """What a run folder says: its units' records, the group's rows, permuted scores, maps. Read only.
 
 A run folder may hold units of earlier options (other ROIs, other targets): run.json names those of
-the run.
+the run, in their order.
 """
 
 from __future__ import annotations
@@ -69,7 +69,9 @@ def read_results(run_dir: Path) -> Results:
     records = [record for record in Ledger(run_dir).all() if record["status"] == DONE]
     named = run.get("units")
     if named is not None:
-        records = [record for record in records if record["unit"] in set(named)]
+        order = {name: number for number, name in enumerate(named)}
+        records = [record for record in records if record["unit"] in order]
+        records.sort(key=lambda record: order[record["unit"]])
     failed = {
         name: str(found[0])
         for name, found in ((run.get("summary") or {}).get("failed") or {}).items()
