@@ -21,7 +21,8 @@ from raypipe.store.voxels.decide import Reads
 from raypipe.store.voxels.obtain import LIKELY_READS
 from raypipe.units import format_bytes
 
-# A worker with everything imported, before its first unit; measured, see docs/fmri.md.
+# A worker with everything imported and its kernels compiled; with it predictions came out above what
+# was measured (docs/fmri.md).
 BASE_BYTES = 320 << 20
 LESS = "take a smaller ROI, fewer --workers, or a larger --max-memory-per-process"
 

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from raypipe.errors import InputError
 from raypipe.fmri.clean import CleanConfig, Cleaned, clean
 from raypipe.fmri.config import FmriConfig, MvpaJobConfig, RoiConfig
 from raypipe.fmri.inputs import regions_of, t_r_of
@@ -108,7 +107,7 @@ def run_series(
             values = series.scaled(roi)
             del series.raw[roi]
             if isinstance(cfg, RoiConfig) and cfg.reduce == "mean":
-                values = _mean(values, run, roi)
+                values = _mean(values)
             into = None
             if out is not None and kept is None:
                 into = out[roi][:, first : first + scan.n_volumes]
@@ -184,11 +183,11 @@ def _with_t_r(config: CleanConfig, tr_s: float | None) -> CleanConfig:
     return replace(config, t_r_s=tr_s) if config.t_r_s is None and tr_s is not None else config
 
 
-def _mean(values: Floats, run: RunFiles, roi: str) -> Floats:
-    """(1, T) the mean of the voxels that are finite throughout."""
+def _mean(values: Floats) -> Floats:
+    """(1, T) the mean of the voxels that are finite throughout; NaN, which is counted, for none."""
     finite = np.isfinite(values).all(axis=1)
     if not finite.any():
-        raise InputError(f"ROI {roi} of {run.name} has no voxel that is finite; choose another ROI")
+        return np.full((1, values.shape[1]), np.nan, np.float32)
     mean: Floats = values[finite].mean(axis=0, dtype=np.float64, keepdims=True).astype(np.float32)
     return mean
 

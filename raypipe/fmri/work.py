@@ -160,18 +160,18 @@ class FmriWorker:
     def _group(self, item: Batch, units: Sequence[Unit], ledger: Ledger) -> Iterator[Outcome]:
         """Units whose regions are read together."""
         cfg, notes = self._job.cfg, _Notes()
-        rois = tuple(dict.fromkeys(unit.roi for unit in units))
         try:
             with notes.listening():
                 subject = self._subject(item)
             bad = {name: why for found in subject.regions for name, why in found.bad.items()}
-            usable = [roi for roi in rois if roi not in bad]
             yield from (
                 self._failed(unit, InputError(bad[unit.roi]), ledger, notes)
                 for unit in units
                 if unit.roi in bad
             )
-            units = [unit for unit in units if unit.roi in usable]
+            units = [unit for unit in units if unit.roi not in bad]
+            if not units:
+                return
             if isinstance(cfg, RoiConfig):
                 yield from self._write(cfg, subject, units, ledger, notes)
             elif isinstance(cfg, MvpaJobConfig):

@@ -39,7 +39,8 @@ def _subject(folder: Path, name: str, seed: int) -> list[dict[str, str]]:
     mean = rng.normal(size=(2, 20)) * 12
     rows = []
     for run in range(1, N_RUNS + 1):
-        kinds = rng.permutation(np.tile([0, 1], N_VOLUMES // BLOCK // 2))
+        # In turn: labels that rise over a run would go with its linear trend.
+        kinds = (np.arange(N_VOLUMES // BLOCK) + rng.integers(2)) % 2
         shown = np.repeat(kinds, BLOCK)
         values = 500 + rng.normal(size=(np.prod(SHAPE), N_VOLUMES)) * 10
         values[:20] += mean[shown].T
