@@ -57,7 +57,7 @@ def test_the_demo_finds_what_is_planted_and_resumes(tmp_path: Path, capsys) -> N
     _run(tmp_path)
     assert "12 of 12 as planted" in capsys.readouterr().out
     page = (tmp_path / "run" / "report.html").read_text()
-    assert page.count("data:image/png") == 7  # scores and confusions of two targets, two maps, time
+    assert page.count("data:image/png") == 8  # scores, confusions, a map a target; time, memory
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run/units").iterdir()}
     assert len(before) == 2 * 72
     _run(tmp_path)
