@@ -91,7 +91,7 @@ COMMANDS = {
         "say that stores lie on one node's disk",
     ),
     "report": Command(
-        "raypipe.report.commands:ReportConfig", "raypipe.report.commands:report", False,
+        "raypipe.report.commands:ReportConfig", "raypipe.pages:report", False,
         "rebuild report.html from a run folder",
     ),
 }  # fmt: skip

@@ -25,6 +25,8 @@ from raypipe.fmri.cohort import group_rows, lines, save_group
 from raypipe.fmri.config import FmriConfig, MvpaJobConfig, RoiConfig, absolute
 from raypipe.fmri.ledger import DONE, Ledger, write_whole
 from raypipe.fmri.prepare import Plan, make_plan, measured_seconds
+from raypipe.fmri.report import write_report
+from raypipe.fmri.roi_map import save_roi_maps
 from raypipe.fmri.units import Unit
 from raypipe.fmri.work import Outcome, Shared, WorkerSetup
 from raypipe.memory.config import ResolvedMemory, resolve
@@ -107,6 +109,7 @@ def _carry_out(
         "kind": kind,
         "memory": runner.memory.record(),
         "plan": list(plan.lines),
+        "notes": _notes(cfg),
         # Records of earlier runs with other regions or targets may lie beside these.
         "units": [unit.unit_id for unit in [*plan.units, *(unit for unit, _ in plan.failed)]],
     }
@@ -127,8 +130,19 @@ def _carry_out(
         summary.seconds = time.monotonic() - started
         finish(cfg, plan, summary)
     _tell(summary)
+    print(f"report: {write_report(cfg.run_dir)}")
     _raise_if_failed(cfg, summary)
     return summary
+
+
+def _notes(cfg: FmriConfig) -> list[str]:
+    """What the report must say about these data."""
+    if cfg.bids_dir is None or not (cfg.bids_dir / "planted.json").is_file():
+        return []
+    return [
+        "The scans are made up, not measured: patterns are planted in some regions and in no others "
+        "(planted.json says in which)."
+    ]
 
 
 def _compute(
@@ -183,10 +197,11 @@ def _tsv(rows: list[dict[str, Any]]) -> bytes:
 
 
 def _test_group(cfg: MvpaJobConfig, plan: Plan, summary: FmriSummary) -> None:
-    """group.json and group.parquet of all subjects that are done."""
+    """group.json and group.parquet of all subjects that are done, and maps of regions."""
     summary.group = group_rows(_done_records(cfg, plan), seed=cfg.mvpa.seed)
     if summary.group:
         save_group(cfg.run_dir, summary.group)
+        save_roi_maps(cfg, summary.group)
         print("\n".join(lines(summary.group)))
 
 

@@ -53,10 +53,17 @@ class Grid:
         return self.shape == other.shape and self.distance_voxels(other) < _SAME_GRID_VOXELS
 
 
-def mask_voxels(path: Path | str, grid: Grid, *, resample: bool = False) -> Voxels:
-    """The voxels where the mask image is not 0; raises InputError for none or another grid."""
-    values = _on_grid(Path(path), grid, resample, "mask")
-    return _some(np.flatnonzero(np.nan_to_num(values).ravel()), f"mask {path} holds no voxel")
+def mask_voxels(mask: Path | str | Any, grid: Grid, *, resample: bool = False) -> Voxels:
+    """The voxels where the mask, a file or an open image, is not 0.
+
+    Raises InputError for none or another grid.
+    """
+    if isinstance(mask, (str, Path)):
+        values = _on_grid(Path(mask), grid, resample, "mask")
+    else:
+        values = _resampled(_one_volume(mask, "mask", "image"), "image", grid, resample, "mask")
+        mask = "image"
+    return _some(np.flatnonzero(np.nan_to_num(values).ravel()), f"mask {mask} holds no voxel")
 
 
 def atlas_voxels(
@@ -155,7 +162,13 @@ def _number(
 
 def _on_grid(path: Path, grid: Grid, resample: bool, what: str) -> NDArray[np.float64]:
     """The image's values (x, y, z) on ``grid``."""
-    image = _load(path, what)
+    return _resampled(_load(path, what), path, grid, resample, what)
+
+
+def _resampled(
+    image: Any, path: Path | str, grid: Grid, resample: bool, what: str
+) -> NDArray[np.float64]:
+    """The values of a 3-D image on ``grid``; path : what messages call it."""
     if Grid.of(image).same_as(grid):
         return _values(image, path, what).reshape(grid.shape)
     if not resample:
@@ -174,7 +187,7 @@ def _on_grid(path: Path, grid: Grid, resample: bool, what: str) -> NDArray[np.fl
     return np.asarray(moved.dataobj, np.float64)
 
 
-def _values(image: Any, path: Path, what: str) -> NDArray[np.float64]:
+def _values(image: Any, path: Path | str, what: str) -> NDArray[np.float64]:
     """All values of ``image``; raises InputError for a file that breaks off."""
     try:
         return np.asarray(image.dataobj, np.float64)
@@ -183,7 +196,7 @@ def _values(image: Any, path: Path, what: str) -> NDArray[np.float64]:
         raise InputError(f"{what} {path} cannot be read: {why}; copy it again") from error
 
 
-def _mismatch(path: Path, of: Grid, grid: Grid, what: str) -> str:
+def _mismatch(path: Path | str, of: Grid, grid: Grid, what: str) -> str:
     if of.shape != grid.shape:
         told = f"has {of.shape} voxels, the scan {grid.shape}"
     else:
@@ -199,9 +212,14 @@ def _load(path: Path, what: str) -> Any:
         raise MissingInput(f"{what} {path} does not exist; give a NIfTI file")
     try:
         image = nibabel.load(path)
-        shape = tuple(image.shape)
     except (ImageFileError, OSError, EOFError, zlib.error) as error:
         raise InputError(f"{what} {path} is not a readable NIfTI image: {error}") from error
+    return _one_volume(image, what, path)
+
+
+def _one_volume(image: Any, what: str, path: Path | str) -> Any:
+    """The 3-D image, of one or of a 4-D image with one volume."""
+    shape = tuple(image.shape)
     if len(shape) == 4 and shape[3] == 1:
         return image.slicer[..., 0]
     if len(shape) != 3:

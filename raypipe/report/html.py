@@ -11,6 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from raypipe.errors import InputError
 from raypipe.report import sections
 from raypipe.report.blocks import Block, Cards, Page, Section
 from raypipe.report.extraction import extraction_page, is_extraction
@@ -26,7 +27,8 @@ PAGE_FILE = "report.html"
 def build_report(run_dir: Path) -> Path:
     """Write RUN/report.html of an extraction or a fit; returns its path.
 
-    Raises MissingInput when ``run_dir`` is no run folder, StoreCorrupt when a file is damaged.
+    Raises MissingInput when ``run_dir`` is no run folder, StoreCorrupt when a file is damaged,
+    InputError for a run whose room makes its own page.
     """
     return write_bytes(run_dir / PAGE_FILE, render(run_page(run_dir)).encode())
 
@@ -36,6 +38,11 @@ def run_page(run_dir: Path) -> Page:
     parent = read_run(run_dir)
     if is_extraction(parent):
         return extraction_page(run_dir, parent)
+    if str(parent.get("kind", "")).startswith("fmri "):
+        raise InputError(
+            f"{run_dir} is a run of {parent['kind']}, whose room makes its page; give raypipe report, or "
+            "call raypipe.fmri.report.write_report"
+        )
     folders = subject_folders(run_dir)
     runs = {subj: read_run(folder) for subj, folder in folders.items() if _is_run(folder)}
     several = len(folders) > 1

@@ -1,4 +1,4 @@
-"""``raypipe demo``: photographs in, brain encoder out, held against a planted truth.
+"""``raypipe demo --job encoding``: photographs in, brain encoder out, held against a planted truth.
 
 Makes a small Algonauts-layout dataset whose responses are known functions of the images plus known
 noise, runs extraction, training and evaluation as a person would, and says what share of the
@@ -9,20 +9,23 @@ machinery works, not what a trained network predicts.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
+from typing import TYPE_CHECKING
 
+from raypipe.demo.recovered import NotRecovered
 from raypipe.encoding.assess import evaluate
 from raypipe.encoding.config import EvaluateConfig, FitConfig, ModelConfig
 from raypipe.encoding.planted import PlantedConfig, make_planted_dataset
 from raypipe.encoding.run import fit
-from raypipe.errors import RaypipeError
 from raypipe.extract.config import ExtractConfig
 from raypipe.extract.run import extract
 from raypipe.runner import Runner
 from raypipe.train import TrainConfig
 from raypipe.units import format_seconds
+
+if TYPE_CHECKING:
+    from raypipe.demo import DemoConfig
 
 BACKBONE, WEIGHTS = "resnet18", "random:0"
 SUBJECTS = ("01", "02")
@@ -31,30 +34,10 @@ SUBJECTS = ("01", "02")
 LEAST_RECOVERED = 0.7
 
 
-class NotRecovered(RaypipeError):
-    """The planted signal was not found again: something between image and report is broken."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DemoConfig:
-    """Make data, extract features, train an encoder, evaluate it, write a report; about 2 minutes."""
-
-    out: Path = Path("demo-run")
-    """Folder for the data, the features, the run and its report; a second call resumes in it."""
-    n_train: int = 240
-    """Training images a subject."""
-    n_test: int = 48
-    """Held-out images a subject."""
-    epochs: int = 20
-    """Training epochs."""
-    seed: int = 0
-    """Of the dataset, the split and the training."""
-
-
-def demo(cfg: DemoConfig, runner: Runner) -> None:
+def demo_encoding(cfg: DemoConfig, runner: Runner) -> None:
     """Run the whole; raises NotRecovered when the planted signal was not found again."""
     started = time.monotonic()
-    out = cfg.out.resolve()
+    out = cfg.folder
     _say(f"backbone {BACKBONE} with seeded RANDOM weights ({WEIGHTS}): nothing is downloaded")
     planted = PlantedConfig(
         subjects=SUBJECTS, n_train=cfg.n_train, n_test=cfg.n_test, seed=cfg.seed
