@@ -9,11 +9,8 @@ how it goes away. Reading voxels is ``raypipe.store.voxels``, cleaning ``raypipe
 
 from __future__ import annotations
 
-from raypipe.fmri.loader.core import (
-    MemoryEfficientContext,
-    MemoryEfficientLoader,
-    create_memory_efficient_loader,
-)
+from raypipe.fmri.loader.context import MemoryEfficientContext, create_memory_efficient_loader
+from raypipe.fmri.loader.core import MemoryEfficientLoader
 from raypipe.fmri.loader.mapped import MemoryMappedArray
 from raypipe.fmri.loader.series import RoiSeries
 
