@@ -44,10 +44,20 @@ class Cleaned:
     def summary(self) -> str:
         """One line for people."""
         n, m = self.values.shape
-        return (
-            f"{n} voxels, {m} volumes; {int(self.not_finite.sum())} voxels hold NaN or infinity, "
-            f"{int(self.constant.sum())} are constant"
-        )
+        return in_words(n, m, self.not_finite, self.constant)
+
+
+def in_words(
+    n_voxels: int,
+    n_volumes: int,
+    not_finite: NDArray[np.bool_],
+    constant: NDArray[np.bool_],
+) -> str:
+    """What cleaning found, in one line; not_finite, constant : (n_voxels,) bool."""
+    return (
+        f"{n_voxels} voxels, {n_volumes} volumes; {int(not_finite.sum())} voxels hold NaN or "
+        f"infinity, {int(constant.sum())} are constant"
+    )
 
 
 def clean(

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from raypipe.errors import InputError
 from raypipe.fmri.clean import CleanConfig, Cleaned, clean
+from raypipe.fmri.clean.series import in_words
 from raypipe.fmri.loader.decide import Placement
 from raypipe.fmri.loader.mapped import MemoryMappedArray
 from raypipe.fmri.masks import Voxels
@@ -50,10 +51,7 @@ class RoiSeries:
     def summary(self) -> str:
         """One line for people."""
         m, n = self.values.shape
-        return (
-            f"{n} voxels, {m} volumes; {int(self.not_finite.sum())} voxels hold NaN or infinity, "
-            f"{int(self.constant.sum())} are constant"
-        )
+        return in_words(n, m, self.not_finite, self.constant)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
