@@ -57,6 +57,18 @@ class WorkerMemory:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Lease:
+    """What an actor beside the workers asks of its node.
+
+    label : names this one actor, in verdicts too. budget_bytes : as computed, see ``helping``.
+    """
+
+    order: WorkerMemory
+    label: str
+    budget_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Share:
     """One process's budget and what its node gives out in all, in bytes; the others : see ``Ask``."""
 

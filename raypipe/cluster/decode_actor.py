@@ -10,11 +10,10 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
-from dataclasses import dataclass
 
 import numpy as np
 
-from raypipe.cluster.budget import WorkerMemory, helping
+from raypipe.cluster.budget import Lease, helping
 from raypipe.memory.guard import current, note, relieve
 from raypipe.stream.pixels import PixelSource
 
@@ -31,18 +30,6 @@ def budget_bytes(source: PixelSource, part_rows: int, most_bytes: int) -> int:
     run's budget per process.
     """
     return min(most_bytes, BASE_BYTES + PICTURE_BYTES + PARTS * part_rows * source.row_bytes)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lease:
-    """What an actor asks of its node.
-
-    label : names this one actor, in verdicts too.
-    """
-
-    order: WorkerMemory
-    label: str
-    budget_bytes: int
 
 
 class DecodeActor:

@@ -17,12 +17,16 @@ import numpy as np
 import ray
 from ray.exceptions import ActorUnavailableError, ObjectLostError, RayTaskError
 
+from raypipe.cluster.budget import Lease, await_verdict
 from raypipe.cluster.lost import ACTOR_LOST
 from raypipe.cluster.pieces import Pieces, Request, Share
-from raypipe.errors import ConfigError, RaypipeError, WorkerFailed
+from raypipe.errors import ConfigError, MemoryBudgetExceeded, RaypipeError, WorkerFailed
+from raypipe.memory.verdict import Verdict
 from raypipe.stream import ArraySource
 
 ASK_AGAIN_S = 1.0
+# A verdict is flushed to the disk right after the kill; a slow disk gets this long.
+VERDICT_WAIT_S = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +40,14 @@ class Patience:
 
 @dataclass(frozen=True)
 class Copy:
-    """``source``, as the node that has it names it, and the handle of that node's server."""
+    """``source``, as the node that has it names it, and the handle of that node's server.
+
+    lease : the server's, None when nobody watches it
+    """
 
     source: ArraySource
     server: Any
+    lease: Lease | None = None
 
     @property
     def words(self) -> str:
@@ -52,7 +60,8 @@ class RemoteRows:
 
     ``name``: the source's, for ``say``, which is told of a batch that does not come. Raises (where
     a batch is waited for) WorkerFailed, which names the node, when no copy is left or nothing came in
-    ``patience.give_up_s``; and what the server raises.
+    ``patience.give_up_s``; MemoryBudgetExceeded when the last copy's server was ended for its memory
+    each time; and what the server raises.
     """
 
     def __init__(
@@ -131,6 +140,8 @@ class RemoteRows:
         with self._lock:
             first = self._copies[0] is lost  # else another piece has found out
             if first and gone is not None and len(self._copies) == 1:
+                if verdict := verdict_on(lost.lease, piece.asked):
+                    raise MemoryBudgetExceeded(f"{self.name}: {verdict.message()}") from gone
                 said = str(gone).strip().splitlines()[0][:200]
                 raise WorkerFailed(
                     f"{self.name}: {lost.words} cannot be read any more, its server is gone for good "
@@ -146,8 +157,18 @@ class RemoteRows:
         piece.copy, piece.ref = again.copy, again.ref
 
 
+def verdict_on(lease: Lease | None, since: float = 0.0) -> Verdict | None:
+    """Why a server under ``lease`` that is gone for good was ended, if it was for its memory.
+
+    since : seconds since 1970; it may have outlived an earlier verdict
+    """
+    found = await_verdict(lease.order, lease.label, VERDICT_WAIT_S) if lease else None
+    return found if found and found.when >= since else None
+
+
 class _Piece:
     """Rows that are on their way."""
 
     def __init__(self, rows: np.ndarray, copy: Copy, ref: Any) -> None:
         self.rows, self.copy, self.ref = rows, copy, ref
+        self.asked = time.time()

@@ -2,7 +2,8 @@
 
 It is made by the driver before training (`shards`), opens its files then, so that a copy which is
 not there is an error at once, and takes part in its node's budget: a lease of what `THREADS` pieces
-take. Ray starts it again on its node when it dies, and sends it what was not answered once more.
+take. Ray starts it again on its node when it dies, and sends it what was not answered once more; one
+that was ended for its memory asks for twice as much then. Whose last try it was, says `remote_rows`.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from raypipe.cluster.budget import LEASE_WAIT_S, WorkerMemory, helping
+from raypipe.cluster.budget import LEASE_WAIT_S, Lease, helping, verdicts
 from raypipe.errors import InputError, StoreError
-from raypipe.memory.guard import current, relieve
+from raypipe.memory.guard import current, note, relieve
 from raypipe.store import Place, Placement
 from raypipe.stream import ArraySource
 from raypipe.stream.mapped import MappedRows
@@ -49,18 +50,22 @@ def budget_bytes(piece_bytes: int, most_bytes: int) -> int:
     return min(most_bytes, BASE_BYTES + THREADS * piece_bytes)
 
 
+def grown_bytes(lease: Lease, ended: int) -> int:
+    """Bytes to ask for when servers of this lease were ``ended`` for their memory: doubled each time,
+    up to the run's budget per process.
+    """
+    most_bytes = lease.order.memory.config.budget_bytes
+    return min(most_bytes, lease.budget_bytes << ended)
+
+
 class RowServer:
     """Reads rows of ``files``, which lie on this node. An ordinary class: `shards` makes it an actor.
 
-    ``budget_bytes``: of its lease, see `budget_bytes`. ``order``: the run's memory; None: no lease is
-    taken.
+    ``lease``: see `budget_bytes`; None: nobody watches it.
     """
 
-    def __init__(
-        self, files: Sequence[Held], budget_bytes: int, order: WorkerMemory | None
-    ) -> None:
-        self._files, self._order = tuple(files), order
-        self._budget_bytes = budget_bytes
+    def __init__(self, files: Sequence[Held], lease: Lease | None) -> None:
+        self._files, self._lease = tuple(files), lease
         self._maps: dict[ArraySource, MappedRows] | None = None
         self._held: ExitStack | None = None
         self._lock = threading.Lock()
@@ -95,17 +100,14 @@ class RowServer:
             self._held.close()
 
     def _watched(self) -> ExitStack:
-        stack = ExitStack()
-        if self._order is not None:
+        stack, lease = ExitStack(), self._lease
+        if lease is not None:
+            budget_bytes = grown_bytes(lease, len(verdicts(lease.order, lease.label)))
+            # As long as workers wait: it asks before them, whatever else runs there.
             stack.enter_context(
-                helping(
-                    # As long as workers wait: it asks before them, whatever else runs there.
-                    self._order,
-                    "row-server",
-                    self._budget_bytes,
-                    wait_s=LEASE_WAIT_S,
-                )
+                helping(lease.order, lease.label, budget_bytes, wait_s=LEASE_WAIT_S)
             )
+            note(phase="read rows")
         return stack
 
 

@@ -8,6 +8,7 @@ node that has them (`remote_rows`).
 
 from __future__ import annotations
 
+import secrets
 import sys
 import time
 from collections import Counter
@@ -20,12 +21,12 @@ import ray
 from ray.exceptions import RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raypipe.cluster.budget import LEASE_WAIT_S, WorkerMemory
+from raypipe.cluster.budget import LEASE_WAIT_S, Lease, WorkerMemory
 from raypipe.cluster.lost import ACTOR_LOST
 from raypipe.cluster.pieces import Share, divide, smallest_object_store
-from raypipe.cluster.remote_rows import Copy, Patience, RemoteRows
+from raypipe.cluster.remote_rows import Copy, Patience, RemoteRows, verdict_on
 from raypipe.cluster.row_server import THREADS, Held, RowServer, budget_bytes
-from raypipe.errors import MissingInput, RaypipeError, WorkerFailed
+from raypipe.errors import MemoryBudgetExceeded, MissingInput, RaypipeError, WorkerFailed
 from raypipe.store import Placement, Way, this_node
 from raypipe.store.placement import in_words
 from raypipe.stream import ArraySource
@@ -44,14 +45,15 @@ RESTARTS = 3
 @dataclass(frozen=True, kw_only=True)
 class Shards:
     """Small and picklable. ``names``, ``placements``, ``shares``: by source; ``servers``: the actor
-    handle of each node that rows are read on, by raypipe's node id; ``server_bytes``: most that
-    those of one machine have leased.
+    handle of each node that rows are read on, by raypipe's node id; ``leases``: theirs, so that a
+    worker finds why one was ended; ``server_bytes``: most that those of one machine have leased.
     """
 
     names: Mapping[ArraySource, str]
     placements: Mapping[ArraySource, Placement]
     shares: Mapping[ArraySource, Share] = field(default_factory=dict)
     servers: Mapping[str, Any] = field(default_factory=dict)
+    leases: Mapping[str, Lease] = field(default_factory=dict)
     patience: Patience = field(default_factory=Patience)
     server_bytes: int = 0
 
@@ -83,7 +85,11 @@ class Shards:
                 self.placements[source].check(place)
             return replace(source, path=place.path, node=place.node).open()
         copies = [
-            Copy(replace(source, path=place.path, node=place.node), self.servers[place.node])
+            Copy(
+                replace(source, path=place.path, node=place.node),
+                self.servers[place.node],
+                self.leases.get(place.node),
+            )
             for place in way.places
             if place.node in self.servers
         ]
@@ -130,24 +136,30 @@ def open_shards(
     shares = {source: divide(room, readers, source.row_bytes, batch_rows) for source in far}
     servers: dict[str, Any] = {}
     addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
-    leases: Counter[str] = Counter()  # by machine: several nodes may be one
+    leases: dict[str, Lease] = {}
+    leased: Counter[str] = Counter()  # bytes by machine: several nodes may be one
     try:
         for node in sorted({place.node for source in far for place in placed[source].places}):
             held = _held_on(node, {source: placed[source] for source in far})
             piece_bytes = max(shares[h.source].piece_rows * h.source.row_bytes for h in held)
             most_bytes = memory.memory.config.budget_bytes if memory else sys.maxsize
             lease_bytes = budget_bytes(piece_bytes, most_bytes)
-            leases[addresses[nodes[node]]] += lease_bytes
-            servers[node] = _start_server(nodes[node], held, lease_bytes, memory)
-        _await_ready(servers, say)
+            leased[addresses[nodes[node]]] += lease_bytes
+            if memory is not None:
+                # Of this call alone: the verdicts of an earlier try stay in the run's folder.
+                label = f"row-server-{node}-{secrets.token_hex(3)}"
+                leases[node] = Lease(order=memory, label=label, budget_bytes=lease_bytes)
+            servers[node] = _start_server(nodes[node], held, leases.get(node))
+        _await_ready(servers, leases, say)
         say(_summary(servers, shares, names, readers, room))
         yield Shards(
             names=names,
             placements=placed,
             shares=shares,
             servers=servers,
+            leases=leases,
             patience=patience or Patience(),
-            server_bytes=max(leases.values()),
+            server_bytes=max(leased.values()),
         )
     finally:
         _end(servers.values())
@@ -206,9 +218,7 @@ def _held_on(node: str, placed: Mapping[ArraySource, Placement]) -> list[Held]:
     ]
 
 
-def _start_server(
-    ray_node: str, held: Sequence[Held], lease_bytes: int, memory: WorkerMemory | None
-) -> Any:
+def _start_server(ray_node: str, held: Sequence[Held], lease: Lease | None) -> Any:
     return (
         ray.remote(RowServer)
         .options(
@@ -218,11 +228,13 @@ def _start_server(
             max_task_retries=RESTARTS,
             scheduling_strategy=NodeAffinitySchedulingStrategy(ray_node, soft=False),
         )
-        .remote(held, lease_bytes, memory)
+        .remote(held, lease)
     )
 
 
-def _await_ready(servers: Mapping[str, Any], say: Callable[[str], None]) -> None:
+def _await_ready(
+    servers: Mapping[str, Any], leases: Mapping[str, Lease], say: Callable[[str], None]
+) -> None:
     """Until all have their leases and files. Raises the first error."""
     waiting = {server.ready.remote(): node for node, server in servers.items()}
     deadline = time.monotonic() + READY_S
@@ -235,6 +247,8 @@ def _await_ready(servers: Mapping[str, Any], say: Callable[[str], None]) -> None
             except RayTaskError as error:
                 raise (error.cause if isinstance(error.cause, RaypipeError) else error) from None
             except ACTOR_LOST as error:
+                if verdict := verdict_on(leases.get(node)):
+                    raise MemoryBudgetExceeded(verdict.message()) from error
                 raise WorkerFailed(
                     f"the row server of node {node} did not start ({str(error).splitlines()[0]}); "
                     "see to that node, then run the same command again"

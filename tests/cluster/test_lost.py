@@ -76,7 +76,7 @@ class TestEachError:
     def test_row_servers(self, error: RayError, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(shards, "ray", fake_ray(error))
         with pytest.raises(WorkerFailed, match="row server of node B did not start") as caught:
-            _await_ready({"B": Handle()}, print)
+            _await_ready({"B": Handle()}, {}, print)
         assert "\n" not in str(caught.value)
 
 
