@@ -65,6 +65,11 @@ COMMANDS = {
         "raypipe.fmri.config:MvpaJobConfig", "raypipe.fmri.commands:mvpa", True,
         "decode labels from regions, test the group",
     ),
+    "fmri searchlight": Command(
+        "raypipe.fmri.searchlight.job:SearchlightJobConfig",
+        "raypipe.fmri.searchlight.run:run_searchlight", True,
+        "map what is decoded around every voxel",
+    ),
     "store info": Command(
         "raypipe.store.commands:InfoConfig", "raypipe.store.commands:info", False,
         "what a store holds, or how far it is",

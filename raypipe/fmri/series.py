@@ -113,7 +113,7 @@ def run_series(
                 into = out[roi][:, first : first + scan.n_volumes]
             cleaned = clean(
                 values,
-                _with_t_r(cfg.clean, scan.tr_s),
+                with_t_r(cfg.clean, scan.tr_s),
                 confounds=None if confounds is None else confounds.values,
                 sample_mask=kept,
                 runs=within,
@@ -178,7 +178,7 @@ def joined(
     }
 
 
-def _with_t_r(config: CleanConfig, tr_s: float | None) -> CleanConfig:
+def with_t_r(config: CleanConfig, tr_s: float | None) -> CleanConfig:
     """A filter works in seconds: by the header's TR where none is given."""
     return replace(config, t_r_s=tr_s) if config.t_r_s is None and tr_s is not None else config
 

@@ -71,7 +71,7 @@ class Outcome:
 
 
 @dataclass(kw_only=True)
-class _Notes:
+class Notes:
     """What is said while a group of regions is worked on: warnings, and from where scans were read."""
 
     warnings: list[str] = field(default_factory=list)
@@ -159,13 +159,13 @@ class FmriWorker:
 
     def _group(self, item: Batch, units: Sequence[Unit], ledger: Ledger) -> Iterator[Outcome]:
         """Units whose regions are read together."""
-        cfg, notes = self._job.cfg, _Notes()
+        cfg, notes = self._job.cfg, Notes()
         try:
             with notes.listening():
                 subject = self._subject(item)
             bad = {name: why for found in subject.regions for name, why in found.bad.items()}
             yield from (
-                self._failed(unit, InputError(bad[unit.roi]), ledger, notes)
+                failed(unit, InputError(bad[unit.roi]), ledger, notes)
                 for unit in units
                 if unit.roi in bad
             )
@@ -180,9 +180,7 @@ class FmriWorker:
             raise
         except Exception as error:  # each unit's record says what it was
             yield from (
-                self._failed(unit, error, ledger, notes)
-                for unit in units
-                if not ledger.is_done(unit)
+                failed(unit, error, ledger, notes) for unit in units if not ledger.is_done(unit)
             )
 
     def _subject(self, item: Batch) -> Subject:
@@ -193,7 +191,7 @@ class FmriWorker:
         return self._opened[1]
 
     def _write(
-        self, cfg: RoiConfig, subject: Subject, units: Sequence[Unit], ledger: Ledger, notes: _Notes
+        self, cfg: RoiConfig, subject: Subject, units: Sequence[Unit], ledger: Ledger, notes: Notes
     ) -> Iterator[Outcome]:
         """Every run's series of every region to a file of its own."""
         by_roi = {unit.roi: unit for unit in units}
@@ -227,7 +225,7 @@ class FmriWorker:
         item: Batch,
         units: Sequence[Unit],
         ledger: Ledger,
-        notes: _Notes,
+        notes: Notes,
     ) -> Iterator[Outcome]:
         started = time.monotonic()
         with Peak() as peak, notes.listening():
@@ -243,7 +241,7 @@ class FmriWorker:
             )
         reading = _cost((time.monotonic() - started) / len(series), 0.0, peak.bytes, notes)
         for number, unit in enumerate(units):
-            own = _Notes(warnings=list(notes.warnings), reading=list(notes.reading))
+            own = Notes(warnings=list(notes.warnings), reading=list(notes.reading))
             try:
                 if current().pressure():
                     relieve()
@@ -252,7 +250,7 @@ class FmriWorker:
             except (MemoryError, ResourceError):
                 raise
             except Exception as error:
-                yield self._failed(unit, error, ledger, own)
+                yield failed(unit, error, ledger, own)
             if all(later.roi != unit.roi for later in units[number + 1 :]):
                 del series[unit.roi]
 
@@ -263,7 +261,7 @@ class FmriWorker:
         series: Joined,
         unit: Unit,
         ledger: Ledger,
-        notes: _Notes,
+        notes: Notes,
         reading: dict[str, Any],
     ) -> None:
         from raypipe.fmri.mvpa import decode
@@ -291,15 +289,17 @@ class FmriWorker:
     def _spec(self, roi: str) -> RoiSpec:
         return next(spec for spec in self._job.rois if spec.name == roi)
 
-    def _failed(self, unit: Unit, error: Exception, ledger: Ledger, notes: _Notes) -> Outcome:
-        known = isinstance(error, (RaypipeError, OSError))
-        reason = one_line(error) if known else f"{type(error).__name__}: {one_line(error)}"
-        code = 2 if isinstance(error, OSError) else getattr(error, "exit_code", 4)
-        ledger.fail(unit, reason)
-        return Outcome(unit=unit, reason=reason, exit_code=code, warnings=tuple(notes.warnings))
+
+def failed(unit: Unit, error: Exception, ledger: Ledger, notes: Notes) -> Outcome:
+    """Record why ``unit`` could not be computed."""
+    known = isinstance(error, (RaypipeError, OSError))
+    reason = one_line(error) if known else f"{type(error).__name__}: {one_line(error)}"
+    code = 2 if isinstance(error, OSError) else getattr(error, "exit_code", 4)
+    ledger.fail(unit, reason)
+    return Outcome(unit=unit, reason=reason, exit_code=code, warnings=tuple(notes.warnings))
 
 
-def _cost(reading_s: float, seconds: float, peak_bytes: int, notes: _Notes) -> dict[str, Any]:
+def _cost(reading_s: float, seconds: float, peak_bytes: int, notes: Notes) -> dict[str, Any]:
     return {
         "seconds_reading": reading_s,
         "seconds": seconds,
