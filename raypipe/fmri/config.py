@@ -151,6 +151,9 @@ class MvpaJobConfig(FmriConfig):
     """How it is decoded."""
     regressor: str = "ridge"
     """The model of number:COLUMN targets: ridge, svr or package.Class."""
+    weight_maps: bool = False
+    """Write maps of each linear model fitted to all samples: its weights, and the pattern they stand
+    for (Haufe 2014), which is the one to interpret."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

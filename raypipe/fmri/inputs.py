@@ -302,6 +302,7 @@ def _key(
             "labels": [cfg.labels is not None, cfg.label_column, sorted(cfg.rest)],
             "samples": [cfg.delay_s, cfg.each],
         }
+        fields |= {"weight_maps": True} if cfg.weight_maps else {}  # keys of before stay
     text = json.dumps(fields, sort_keys=True, default=str)
     return str(xxhash.xxh3_128_hexdigest(text.encode()))
 

@@ -34,6 +34,7 @@ from raypipe.fmri.results import mvpa_fields, roi_fields, save_decoding, save_se
 from raypipe.fmri.samples import design_of
 from raypipe.fmri.series import Joined, Subject, joined, run_series
 from raypipe.fmri.units import RoiSpec, Unit
+from raypipe.fmri.weight_files import save_weights
 from raypipe.memory.guard import current, note, relieve
 from raypipe.memory.policy import Throttle
 from raypipe.read.runfiles import RunFiles
@@ -264,7 +265,7 @@ class FmriWorker:
         notes: Notes,
         reading: dict[str, Any],
     ) -> None:
-        from raypipe.fmri.mvpa import decode
+        from raypipe.fmri.mvpa import decode, weight_maps
 
         target = next(target for target in cfg.targets() if target.name == unit.target)
         started = time.monotonic()
@@ -273,18 +274,20 @@ class FmriWorker:
             design = design_of(cfg, target, subject.runs, n_volumes, subject.t_r_s)
             design = design.left(series.volumes)
             tags = {"subject": unit.subject, "roi": unit.roi, "target": unit.target}
-            result = decode(
-                design.samples(series.values), design, cfg.decoding_of(target), tags=tags
-            )
+            patterns, decoding = design.samples(series.values), cfg.decoding_of(target)
+            result = decode(patterns, design, decoding, tags=tags)
+            weights = weight_maps(patterns, design, decoding) if cfg.weight_maps else None
+            del patterns
         ledger.begin(unit)
-        table = save_decoding(ledger.path(unit).with_suffix(".parquet"), unit, result)
+        files = [save_decoding(ledger.path(unit).with_suffix(".parquet"), unit, result)]
+        files += save_weights(cfg.run_dir, unit, subject, weights)
         fields = mvpa_fields(cfg, subject, self._spec(unit.roi), series, result)
         fields |= reading | {
             "seconds": time.monotonic() - started,
             "peak_anon_bytes": max(peak.bytes, int(reading["peak_anon_bytes"])),
             "warnings": notes.warnings,
         }
-        ledger.finish(unit, fields, [table])
+        ledger.finish(unit, fields, files)
 
     def _spec(self, roi: str) -> RoiSpec:
         return next(spec for spec in self._job.rois if spec.name == roi)

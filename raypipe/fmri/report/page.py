@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from raypipe.fmri.report.decoding import cards, decoding_section
 from raypipe.fmri.report.lights import searchlight_cards, searchlight_section
@@ -12,6 +13,9 @@ from raypipe.report.blocks import Block, Card, Cards, Code, Note, Page, Picture,
 from raypipe.report.memory import memory_card, memory_section
 from raypipe.report.sections import how_it_was_made
 from raypipe.units import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from raypipe.fmri.report.brain import BrainMap
 
 LIGHT = "fmri searchlight"
 TITLES = {"fmri mvpa": "fMRI decoding", "fmri roi": "fMRI time series", LIGHT: "fMRI searchlight"}
@@ -80,25 +84,36 @@ def _notes(results: Results) -> list[Block]:
 
 
 def _maps(results: Results) -> Section | None:
-    from raypipe.fmri.report.brain import draw_map, map_files, read_map
-    from raypipe.report.plots import data_uri
+    from raypipe.fmri.report.brain import described, map_files, read_maps
 
     others = results.others_files()  # of other regions or targets: they lie beside this run's
     files = [path for path in map_files(results.run_dir) if path not in others]
     blocks: list[Block] = []
-    for path in files[:MOST_MAPS]:
-        one = read_map(path)
-        if one.empty:
-            blocks.append(Note(f"Map {path.name} has no value besides {one.what} 0."))
+    left: list[list[str]] = []
+    for path in files:
+        if len(blocks) >= MOST_MAPS or not described(path).get("drawn", True):
+            left.append([path.name])
             continue
-        caption = f"{path.name}: {one.what}; {one.extreme()}. Top: projections; bottom: slices."
-        if not one.standard:
-            caption += " The map is not said to be in MNI space: the glass outline is MNI's."
-        blocks.append(Picture(data_uri(draw_map(one)), f"Brain map: {one.title}", caption))
-    if len(files) > MOST_MAPS:
-        left = [[path.name] for path in files[MOST_MAPS:]]
+        maps = read_maps(path)
+        room = MOST_MAPS - len(blocks)
+        blocks += [_drawn(path, one) for one in maps[:room]]
+        if len(maps) > room:
+            left.append([f"{path.name}: {len(maps) - room} of its {len(maps)} volumes"])
+    if left:
         blocks.append(Table(["file"], left, "Maps that are not drawn", folded=True))
     return Section("Maps", blocks) if blocks else None
+
+
+def _drawn(path: Path, one: BrainMap) -> Block:
+    from raypipe.fmri.report.brain import draw_map
+    from raypipe.report.plots import data_uri
+
+    if one.empty:
+        return Note(f"Map {path.name} has no value besides {one.what} 0.")
+    caption = f"{path.name}: {one.what}; {one.extreme()}. Top: projections; bottom: slices."
+    if not one.standard:
+        caption += " The map is not said to be in MNI space: the glass outline is MNI's."
+    return Picture(data_uri(draw_map(one)), f"Brain map: {one.title}", caption)
 
 
 def _time(results: Results) -> Section | None:

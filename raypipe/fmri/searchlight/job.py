@@ -5,7 +5,7 @@ Inputs, labels, cleaning and decoding are those of ``fmri mvpa``; here stand the
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 import xxhash
 
@@ -19,11 +19,6 @@ from raypipe.units import parse_bytes
 RESULT_FORMAT = 1  # a higher one computes finished maps and blocks anew
 
 
-def _accuracy() -> MvpaConfig:
-    """One map a target: every score asked for is one more, and the area under the ROC takes long."""
-    return MvpaConfig(scores=("accuracy",))
-
-
 @dataclass(frozen=True, kw_only=True)
 class SearchlightJobConfig(MvpaJobConfig):
     """Decode from a sphere around every voxel: maps of each subject, and of the group.
@@ -34,8 +29,6 @@ class SearchlightJobConfig(MvpaJobConfig):
 
     radius_mm: float = 8.0
     """Radius of each sphere; 6 to 12 is usual."""
-    mvpa: MvpaConfig = field(default_factory=_accuracy)
-    """How each sphere is decoded."""
     centres_a_block: int = 256
     """Most spheres a block: what a worker takes at a time, and what a crash can lose."""
     block_memory: str = "256MiB"
@@ -53,7 +46,15 @@ class SearchlightJobConfig(MvpaJobConfig):
                 "a searchlight reads each scan block by block, so it needs the cache; leave --no-cache "
                 "out, or give --cache-dir on a disk with room"
             )
+        if self.weight_maps:
+            raise ConfigError("weight_maps are of regions; leave them out, or use fmri mvpa")
         self.light_of(self.targets()[0])
+
+    def decoding_of(self, target: Target) -> MvpaConfig:
+        """As in ``fmri mvpa``, but with one score unless some are named: each takes time and is a map."""
+        made = super().decoding_of(target)
+        first = "accuracy" if target.column is None else "r"
+        return made if made.scores else replace(made, scores=(first,))
 
     def light_of(self, target: Target) -> SearchlightConfig:
         """Spheres, decoding and blocks for ``target``."""
