@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -29,17 +28,17 @@ from raypipe.fmri.report import write_report
 from raypipe.fmri.roi_map import save_roi_maps
 from raypipe.fmri.units import Unit
 from raypipe.fmri.work import Outcome, Shared, WorkerSetup
-from raypipe.memory.config import ResolvedMemory, resolve
 from raypipe.progress import Progress
 from raypipe.provenance import run_record
 from raypipe.report.saved import RUN_FILE, write_json
-from raypipe.runner import Needs, Runner
+from raypipe.runner import LocalRunner, Needs, Prospect, Runner
 from raypipe.store import require_space
 from raypipe.store.durable import make_dirs
 from raypipe.store.flocks import held
 from raypipe.units import format_seconds
 
 LOCK = ".fmri.lock"
+_NAMED = 4  # units in one line of failures; all are in run.json
 
 
 @dataclass(kw_only=True)
@@ -54,15 +53,15 @@ class FmriSummary:
     group: list[dict[str, Any]] = field(default_factory=list)
 
 
-def roi(cfg: RoiConfig, runner: Runner | ResolvedMemory | None) -> FmriSummary:
+def roi(cfg: RoiConfig, runner: Runner | Prospect) -> FmriSummary:
     """Write the cleaned time series of every region; raises as ``mvpa``."""
     return _run(cfg, runner, "fmri roi", _save_table)
 
 
-def mvpa(cfg: MvpaJobConfig, runner: Runner | ResolvedMemory | None) -> FmriSummary:
+def mvpa(cfg: MvpaJobConfig, runner: Runner | Prospect) -> FmriSummary:
     """Decode every target from every region of every subject, then test the group.
 
-    A dry run needs no runner, and takes budgets instead. Raises InputError when nothing can be computed,
+    A dry run needs no runner, and takes a prospect instead. Raises InputError when nothing can be computed,
     MemoryBudgetExceeded and NoSpace; and, when all else is done, InputError, ResourceError or
     WorkerFailed when units failed.
     """
@@ -72,34 +71,26 @@ def mvpa(cfg: MvpaJobConfig, runner: Runner | ResolvedMemory | None) -> FmriSumm
 Finish = Callable[[Any, Plan, FmriSummary], None]
 
 
-def _run(
-    cfg: FmriConfig, runner: Runner | ResolvedMemory | None, kind: str, finish: Finish
-) -> FmriSummary:
+def _run(cfg: FmriConfig, runner: Runner | Prospect, kind: str, finish: Finish) -> FmriSummary:
     cfg = absolute(cfg)
-    if cfg.dry_run or runner is None or isinstance(runner, ResolvedMemory):
-        memory = runner if isinstance(runner, ResolvedMemory) else getattr(runner, "memory", None)
-        plan = make_plan(cfg, memory or resolve(), len(os.sched_getaffinity(0)))
+    here = runner.needs(cfg.workers, "cpu") if isinstance(runner, LocalRunner) else None
+    plan = make_plan(cfg, runner.memory, runner.machines)
+    if cfg.dry_run or isinstance(runner, Prospect):
         print("\n".join([*plan.lines, measured_seconds(cfg, plan)]))
         _tell_failed(plan.failed)
         return FmriSummary(units=len(plan.units) + len(plan.failed), found=len(plan.done))
-    most = runner.needs(cfg.workers if runner.name == "local" else None, "cpu")
-    cores = 1 if runner.name == "local" else max(1, int(most.cpus))
-    plan = make_plan(cfg, runner.memory, cores)
     print("\n".join(plan.lines), file=sys.stderr, flush=True)
     require_space({cfg.run_dir: plan.output_bytes})
     make_dirs(cfg.run_dir)
     with held(cfg.run_dir / LOCK, f"{cfg.run_dir} is in use by another run; wait for it"):
-        return _carry_out(cfg, runner, plan, kind, _needs(cfg, plan, most, runner.name), finish)
+        return _carry_out(cfg, runner, plan, kind, here or _needs(plan), finish)
 
 
-def _needs(cfg: FmriConfig, plan: Plan, most: Needs, runner: str) -> Needs:
+def _needs(plan: Plan) -> Needs:
     """Workers by the plan; cores that are left over clean series."""
-    if runner == "local" or plan.decision is None:
-        return replace(most, run_dir=cfg.run_dir)
-    workers = plan.decision.workers
-    return Needs(
-        workers=workers, cpus=float(max(1, int(most.cpus) // workers)), run_dir=cfg.run_dir
-    )
+    if plan.decision is None:  # nothing is left to do
+        return Needs()
+    return Needs(workers=plan.decision.workers, cpus=plan.decision.cores)
 
 
 def _carry_out(
@@ -154,7 +145,7 @@ def _compute(
     total = len(plan.done) + plan.left
     said: set[str] = set()
     with (
-        runner.pool(setup, needs) as pool,
+        runner.pool(setup, replace(needs, run_dir=cfg.run_dir)) as pool,
         Progress(kind, total, "units", done=len(plan.done)) as progress,
     ):
         for done in pool.run(plan.batches, shared):
@@ -230,8 +221,13 @@ def _save_run(cfg: FmriConfig, runner: str, record: dict[str, Any]) -> None:
 
 
 def _tell_failed(failed: list[tuple[Unit, str]]) -> None:
+    """One line a reason: what keeps all units of a subject from being computed is said once."""
+    units: dict[str, list[str]] = {}
     for unit, reason in failed:
-        print(f"failed: {unit.unit_id}: {reason}", file=sys.stderr, flush=True)
+        units.setdefault(reason, []).append(unit.unit_id)
+    for reason, names in units.items():
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        print(f"failed: {', '.join(names[:_NAMED])}{more}: {reason}", file=sys.stderr, flush=True)
 
 
 def _tell(summary: FmriSummary) -> None:
