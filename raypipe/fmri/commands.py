@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -30,17 +29,18 @@ from raypipe.fmri.report import write_report
 from raypipe.fmri.roi_map import save_roi_maps
 from raypipe.fmri.units import Unit
 from raypipe.fmri.work import Outcome, Shared, WorkerSetup
-from raypipe.memory.config import ResolvedMemory, resolve
+from raypipe.memory.config import ResolvedMemory
 from raypipe.progress import Progress
 from raypipe.provenance import run_record
 from raypipe.report.saved import RUN_FILE, write_json
-from raypipe.runner import Needs, Runner
+from raypipe.runner import LocalRunner, Machines, Needs, Prospect, Runner
 from raypipe.store import require_space
 from raypipe.store.durable import make_dirs
 from raypipe.store.flocks import held
 from raypipe.units import format_seconds
 
 LOCK = ".fmri.lock"
+_NAMED = 4  # units in one line of failures; all are in run.json
 
 
 @dataclass(kw_only=True)
@@ -59,48 +59,42 @@ class FmriSummary:
     group: list[dict[str, Any]] = field(default_factory=list)
 
 
-def roi(cfg: RoiConfig, runner: Runner | ResolvedMemory | None) -> FmriSummary:
+def roi(cfg: RoiConfig, runner: Runner | Prospect) -> FmriSummary:
     """Write the cleaned time series of every region; raises as ``mvpa``."""
     return carry_out(cfg, runner, Verb(kind="fmri roi", finish=_save_table))
 
 
-def mvpa(cfg: MvpaJobConfig, runner: Runner | ResolvedMemory | None) -> FmriSummary:
+def mvpa(cfg: MvpaJobConfig, runner: Runner | Prospect) -> FmriSummary:
     """Decode every target from every region of every subject, then test the group.
 
-    A dry run needs no runner, and takes budgets instead. Raises InputError when nothing can be computed,
+    A dry run needs no runner, and takes a prospect instead. Raises InputError when nothing can be computed,
     MemoryBudgetExceeded and NoSpace; and, when all else is done, InputError, ResourceError or
     WorkerFailed when units failed.
     """
     return carry_out(cfg, runner, Verb(kind="fmri mvpa", finish=_test_group))
 
 
-def carry_out(cfg: FmriConfig, runner: Runner | ResolvedMemory | None, verb: Verb) -> FmriSummary:
+def carry_out(cfg: FmriConfig, runner: Runner | Prospect, verb: Verb) -> FmriSummary:
     """Plan ``cfg`` and, unless it is a dry run, do it in its run folder; raises as ``mvpa``."""
     cfg = absolute(cfg)
-    if cfg.dry_run or runner is None or isinstance(runner, ResolvedMemory):
-        memory = runner if isinstance(runner, ResolvedMemory) else getattr(runner, "memory", None)
-        plan = verb.plan(cfg, memory or resolve(), len(os.sched_getaffinity(0)))
+    here = runner.needs(cfg.workers, "cpu") if isinstance(runner, LocalRunner) else None
+    plan = verb.plan(cfg, runner.memory, runner.machines)
+    if cfg.dry_run or isinstance(runner, Prospect):
         print("\n".join([*plan.lines, verb.seconds(cfg, plan)]))
         _tell_failed(plan.failed)
         return FmriSummary(units=len(plan.units) + len(plan.failed), found=len(plan.done))
-    most = runner.needs(cfg.workers if runner.name == "local" else None, "cpu")
-    cores = 1 if runner.name == "local" else max(1, int(most.cpus))
-    plan = verb.plan(cfg, runner.memory, cores)
     print("\n".join(plan.lines), file=sys.stderr, flush=True)
     require_space({cfg.run_dir: plan.output_bytes})
     make_dirs(cfg.run_dir)
     with held(cfg.run_dir / LOCK, f"{cfg.run_dir} is in use by another run; wait for it"):
-        return _in_folder(cfg, runner, plan, verb, _needs(cfg, plan, most, runner.name))
+        return _in_folder(cfg, runner, plan, verb, here or _needs(plan))
 
 
-def _needs(cfg: FmriConfig, plan: Any, most: Needs, runner: str) -> Needs:
+def _needs(plan: Any) -> Needs:
     """Workers by the plan; cores that are left over clean series."""
-    if runner == "local" or plan.decision is None:
-        return replace(most, run_dir=cfg.run_dir)
-    workers = plan.decision.workers
-    return Needs(
-        workers=workers, cpus=float(max(1, int(most.cpus) // workers)), run_dir=cfg.run_dir
-    )
+    if plan.decision is None:  # nothing is left to do
+        return Needs()
+    return Needs(workers=plan.decision.workers, cpus=plan.decision.cores)
 
 
 def _in_folder(cfg: FmriConfig, runner: Runner, plan: Any, verb: Verb, needs: Needs) -> FmriSummary:
@@ -154,7 +148,7 @@ def compute_units(
     total = len(plan.done) + plan.left
     said: set[str] = set()
     with (
-        runner.pool(setup, needs) as pool,
+        runner.pool(setup, replace(needs, run_dir=cfg.run_dir)) as pool,
         Progress(kind, total, "units", done=len(plan.done)) as progress,
     ):
         for done in pool.run(plan.batches, shared):
@@ -167,14 +161,14 @@ def compute_units(
 class Verb:
     """How one command plans, computes and ends.
 
-    plan    : (cfg, budgets, cores) -> what ``prepare.Plan`` has; seconds : the time it will take, in words
+    plan    : (cfg, budgets, machines) -> what ``prepare.Plan`` has; seconds : the time it will take, in words
     compute : (cfg, runner, plan, needs, kind, summary), not called where nothing is left
     finish  : (cfg, plan, summary), over all that is done
     """
 
     kind: str
     finish: Callable[[Any, Any, FmriSummary], None]
-    plan: Callable[[Any, ResolvedMemory, int], Any] = make_plan
+    plan: Callable[[Any, ResolvedMemory, Machines], Any] = make_plan
     compute: Callable[[Any, Runner, Any, Needs, str, FmriSummary], None] = compute_units
     seconds: Callable[[Any, Any], str] = measured_seconds
 
@@ -254,8 +248,13 @@ def _save_run(cfg: FmriConfig, runner: str, record: dict[str, Any]) -> None:
 
 
 def _tell_failed(failed: list[tuple[Unit, str]]) -> None:
+    """One line a reason: what keeps all units of a subject from being computed is said once."""
+    units: dict[str, list[str]] = {}
     for unit, reason in failed:
-        print(f"failed: {unit.unit_id}: {reason}", file=sys.stderr, flush=True)
+        units.setdefault(reason, []).append(unit.unit_id)
+    for reason, names in units.items():
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        print(f"failed: {', '.join(names[:_NAMED])}{more}: {reason}", file=sys.stderr, flush=True)
 
 
 def _tell(summary: FmriSummary) -> None:

@@ -234,7 +234,7 @@ class FmriWorker:
                 cfg,
                 subject,
                 list(dict.fromkeys(unit.roi for unit in units)),
-                scratch=cfg.run_dir / "scratch",
+                scratch=cfg.run_dir,
                 mapped=item.mapped,
                 use_memmap=self._job.use_memmap,
                 threads=self._threads,

@@ -15,13 +15,12 @@ from raypipe.fmri.searchlight.job import SearchlightJobConfig
 from raypipe.fmri.searchlight.run import run_searchlight
 from raypipe.runner import LocalRunner
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_session", "no_page")]
 
 
 def test_two_workers_make_the_maps_of_one_process(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setattr("raypipe.fmri.commands.write_report", lambda run_dir: run_dir)
     here = SearchlightJobConfig(
         table=make_data(tmp_path / "data"),
         run_dir=tmp_path / "here",

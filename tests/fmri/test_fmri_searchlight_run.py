@@ -21,7 +21,6 @@ from sklearn.svm import SVC
 
 from raypipe.cli import main
 from raypipe.errors import ConfigError, InputError, MemoryBudgetExceeded
-from raypipe.fmri import commands as commands_module
 from raypipe.fmri.commands import FmriSummary
 from raypipe.fmri.mvpa import MvpaConfig
 from raypipe.fmri.report import write_report
@@ -35,6 +34,8 @@ from raypipe.fmri.units import Unit
 from raypipe.memory.guard import NoGuard, guarding
 from raypipe.runner import LocalRunner
 
+pytestmark = pytest.mark.usefixtures("no_page")
+
 N_VOXELS = int(np.prod(SHAPE))
 MAP = "maps/sub-{}_roi-brain_target-all_accuracy_searchlight.nii.gz"
 
@@ -43,17 +44,6 @@ MAP = "maps/sub-{}_roi-brain_target-all_accuracy_searchlight.nii.gz"
 def shared_table(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Read only."""
     return make_data(tmp_path_factory.mktemp("light") / "data")
-
-
-@pytest.fixture
-def table(tmp_path: Path) -> Path:
-    return make_data(tmp_path / "data")
-
-
-@pytest.fixture(autouse=True)
-def no_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing maps takes longer than making them."""
-    monkeypatch.setattr(commands_module, "write_report", lambda run_dir: run_dir)
 
 
 def config(table: Path, run_dir: Path, **more: Any) -> SearchlightJobConfig:
@@ -134,6 +124,9 @@ def test_the_planted_plane_is_found_and_the_rest_is_not(
         assert corrected.min() == pytest.approx(told["p"]["accuracy"], rel=1e-5)
         assert (corrected[0] < 1.5 / 40).mean() >= 0.5
         assert (corrected[2:] > 1.5 / 40).all(), "nothing is found in the empty part"
+    assert {path.name.split("_")[-1] for path in cfg.run_dir.glob("maps/group*.nii.gz")} == {
+        *("searchlight.nii.gz", "t.nii.gz", "logp.nii.gz")
+    }
     row = summary.group[0]
     both = (volume(cfg, "01") + volume(cfg, "02")) / 2
     group = volume(cfg, name="maps/group_roi-brain_target-all_accuracy_searchlight.nii.gz")
@@ -141,12 +134,13 @@ def test_the_planted_plane_is_found_and_the_rest_is_not(
     assert row["mean"] == pytest.approx(both.max())
     assert row["n_centres"] == N_VOXELS
     assert "brain all accuracy: mean" in capsys.readouterr().out
-    for path in cfg.run_dir.glob("maps/sub-02*"):  # each map drawn takes a second
-        path.unlink()
+    for pattern in ("sub-02*", "*_logp*", "group*_t.*"):  # each map drawn takes a second
+        for path in cfg.run_dir.glob(f"maps/{pattern}"):
+            path.unlink()
     page = write_report(cfg.run_dir).read_text()
     assert "Searchlight: all" in page
-    assert page.count('alt="Brain map: brain: all') == 3  # the group's mean, t and p
-    assert page.count('alt="Brain map: sub-01') == 2
+    assert page.count('alt="Brain map: brain: all, mean accuracy over 2 subjects') == 1
+    assert page.count('alt="Brain map: sub-01 brain: all, accuracy around each voxel') == 1
 
 
 def test_a_finished_block_is_never_computed_again(

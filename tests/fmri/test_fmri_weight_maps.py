@@ -10,13 +10,11 @@ from typing import Any, ClassVar
 import nibabel
 import numpy as np
 import pytest
-from nilearn.maskers import NiftiMasker
-from run_kit import N_RUNS, SHAPE, make_data, mvpa_config
+from run_kit import SHAPE, make_data, mvpa_config, patterns
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
 from raypipe.errors import InputError, StoreCorrupt
-from raypipe.fmri import commands as commands_module
 from raypipe.fmri.commands import mvpa
 from raypipe.fmri.masks import Grid
 from raypipe.fmri.mvpa import EstimatorConfig, MvpaConfig, Weights
@@ -27,27 +25,13 @@ from raypipe.fmri.units import Unit
 from raypipe.fmri.weight_files import save_weights
 from raypipe.runner import LocalRunner
 
+pytestmark = pytest.mark.usefixtures("no_page")
+
 NAME = "sub-01_roi-yes_target-all"
-
-
-@pytest.fixture(autouse=True)
-def no_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commands_module, "write_report", lambda run_dir: run_dir)
 
 
 def volume(run_dir: Path, name: str) -> np.ndarray:
     return np.asarray(nibabel.load(run_dir / "maps" / f"{name}.nii.gz").dataobj, np.float64)
-
-
-def samples(table: Path) -> tuple[np.ndarray, np.ndarray]:
-    """(patterns, labels) of subject 01's volumes in region yes, by nilearn."""
-    folder, parts, labels = table.parent, [], []
-    for run in range(1, N_RUNS + 1):
-        masker = NiftiMasker(folder / "rois/yes.nii.gz", detrend=True, standardize="zscore_sample")
-        parts.append(masker.fit_transform(folder / f"sub-01_run-{run}_bold.nii.gz"))
-        rows = (folder / f"sub-01_run-{run}_events.tsv").read_text().split("\n")[1:-1]
-        labels += [row.split("\t")[2] for row in rows for _ in range(5)]
-    return np.vstack(parts).astype(np.float64), np.array(labels)
 
 
 def test_maps_are_scikit_learns_weights_and_their_patterns(tmp_path: Path) -> None:
@@ -57,8 +41,8 @@ def test_maps_are_scikit_learns_weights_and_their_patterns(tmp_path: Path) -> No
     assert not list((plain.run_dir / "maps").glob("sub-*"))
     cfg = replace(plain, weight_maps=True)
     assert mvpa(cfg, LocalRunner()).computed == 4, "a changed option"
-    values, labels = samples(table)
-    scaled = StandardScaler().fit_transform(values)
+    values, labels, _ = patterns(table, "01", "yes")
+    scaled = StandardScaler().fit_transform(values.astype(np.float64))
     weights = SVC(kernel="linear").fit(scaled, labels).coef_[0]
     pattern = np.cov(scaled.T) @ weights / np.var(scaled @ weights, ddof=1)
     for kind, theirs in (("weights", weights), ("pattern", pattern)):

@@ -30,6 +30,7 @@ from raypipe.fmri.series import Subject
 from raypipe.fmri.units import RoiSpec, Unit, check_distinct
 from raypipe.memory.config import ResolvedMemory
 from raypipe.read.runfiles import RunFiles
+from raypipe.runner import Machines
 from raypipe.store.voxels import BLOCK_BYTES
 from raypipe.units import format_bytes, format_seconds
 
@@ -81,7 +82,7 @@ class LightPlan:
         return [unit for subject in self.subjects for unit, _ in subject.units]
 
 
-def lay_out(cfg: FmriConfig, memory: ResolvedMemory, cores: int) -> LightPlan:
+def lay_out(cfg: FmriConfig, memory: ResolvedMemory, machines: Machines) -> LightPlan:
     """Look at all inputs of ``cfg`` (absolute paths) and decide.
 
     Raises InputError when no map at all can be made, MemoryBudgetExceeded for a sphere that fits no
@@ -112,7 +113,7 @@ def lay_out(cfg: FmriConfig, memory: ResolvedMemory, cores: int) -> LightPlan:
     if left:
         decision = decide(
             memory,
-            cores=cores,
+            machines=machines,
             asked=cfg.workers,
             n_units=sum(len(light.left) for light in left),
             largest_bytes=max(light.need_bytes for light in left),

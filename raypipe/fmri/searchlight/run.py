@@ -7,6 +7,7 @@ option makes both anew.
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 from raypipe.fmri.cohort import save_group
@@ -18,17 +19,14 @@ from raypipe.fmri.searchlight.settle import settle
 from raypipe.fmri.searchlight.together import group_maps
 from raypipe.fmri.searchlight.worker import LightShared, LightWorker
 from raypipe.fmri.work import Outcome
-from raypipe.memory.config import ResolvedMemory
 from raypipe.progress import Progress
-from raypipe.runner import Needs, Runner
+from raypipe.runner import Needs, Prospect, Runner
 from raypipe.store.durable import remove
 
 KIND = "fmri searchlight"
 
 
-def run_searchlight(
-    cfg: SearchlightJobConfig, runner: Runner | ResolvedMemory | None
-) -> FmriSummary:
+def run_searchlight(cfg: SearchlightJobConfig, runner: Runner | Prospect) -> FmriSummary:
     """Map what can be decoded around every voxel of every subject, then test the group.
 
     Raises as ``commands.mvpa``.
@@ -61,7 +59,7 @@ def compute_blocks(
     total = found + len(plan.batches)
     said: set[str] = set()
     with (
-        runner.pool(LightWorker, needs) as pool,
+        runner.pool(LightWorker, replace(needs, run_dir=cfg.run_dir)) as pool,
         Progress(kind, total, "blocks", done=found) as progress,
     ):
         for done in pool.run(plan.batches, shared):

@@ -15,13 +15,15 @@ from numpy.typing import NDArray
 
 from raypipe.fmri.clean import CleanConfig, clean
 from raypipe.fmri.config import MvpaJobConfig
+from raypipe.fmri.entries import open_entry
+from raypipe.fmri.inputs import with_t_r
 from raypipe.fmri.masks import Voxels
 from raypipe.fmri.rois import Regions
 from raypipe.fmri.samples import runs_within
-from raypipe.fmri.series import Subject, with_t_r
+from raypipe.fmri.series import Subject
 from raypipe.read.confounds import read_confounds
 from raypipe.read.nifti import Scan
-from raypipe.store.voxels import VoxelStore, build, obtain, read_in_place
+from raypipe.store.voxels import VoxelStore, read_in_place
 from raypipe.store.voxels.reader import scale
 
 Series = NDArray[np.float32]
@@ -122,7 +124,15 @@ class LightRuns:
     ) -> _Run:
         run, scan, regions = subject.runs[index], subject.scans[index], subject.regions[index]
         confounds = read_confounds(run, cfg.confounds)
-        store, way = self._store(cfg, scan, regions, reads, say)
+        store, way = open_entry(
+            cfg,
+            scan,
+            regions.brain,
+            self.voxels,
+            reads=reads,
+            use_memmap=self._use_memmap,
+            say=say,
+        )
         self.ways = (*self.ways, way)
         return _Run(
             scan=scan,
@@ -132,31 +142,6 @@ class LightRuns:
             kept=None if confounds is None else confounds.kept,
             within=runs_within(cfg, run, scan.n_volumes),
         )
-
-    def _store(
-        self,
-        cfg: MvpaJobConfig,
-        scan: Scan,
-        regions: Regions,
-        reads: int,
-        say: Callable[[str], None],
-    ) -> tuple[VoxelStore | None, str]:
-        """The scan's entry, found or built; None where a plain file is better read in place."""
-        folder = cfg.cache_folder()
-        first = obtain(
-            scan,
-            {"first": self.voxels[:1]},
-            mask_flat=regions.brain,
-            cache_dir=folder,
-            quota_bytes=cfg.quota_bytes(),
-            expected_reads=reads,
-            use_memmap=self._use_memmap,
-            say=say,
-        )
-        store = None if first.pending is None else first.pending.store()
-        if store is None and first.way.name != "in place" and folder is not None:
-            store = build(scan, regions.brain, folder, quota_bytes=cfg.quota_bytes(), say=say)
-        return store, first.way.name
 
     def _columns(self) -> NDArray[np.int64]:
         """Which volumes are left, as cleaning tells of one voxel."""
