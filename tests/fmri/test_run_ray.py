@@ -20,6 +20,7 @@ from run_kit import AFFINE, flags, make_data, mvpa_config
 
 from raypipe.cli import main
 from raypipe.cluster.runner import RayRunner
+from raypipe.cluster.session import own_machine
 from raypipe.fmri.commands import mvpa, roi
 from raypipe.fmri.config import RoiConfig
 from raypipe.fmri.mvpa import EstimatorConfig, MvpaConfig
@@ -185,3 +186,15 @@ def test_a_worker_over_its_budget_is_ended_and_takes_fewer_regions_at_once(tmp_p
     assert max(batch or 0 for batch in batches) == N_REGIONS, "all regions at once were too many"
     assert any("was stopped in reading sub-01 at batch 24" in text for text in said)
     assert len((cfg.run_dir / "series.tsv").read_text().splitlines()) == 1 + N_REGIONS
+
+
+def test_a_dry_run_knows_the_cores_of_ray_before_and_after_it_is_started(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started = RayRunner(joined=False, on_event=print).machines
+    assert [cores for _, cores in own_machine().nodes] == [cores for _, cores in started.nodes]
+    command = flags(make_data(tmp_path / "data"), tmp_path / "run", "--runner", "ray", "--dry-run")
+    assert main(command) == 0
+    workers = min(4, started.places(1.0))
+    assert f"memory: {workers} worker(s) of" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
