@@ -242,5 +242,7 @@ def test_a_bad_value_is_told_in_one_line(
     assert code == (3 if said == "largest unit needs" else 2), err
     assert len(last) == 1, err
     assert "fault of raypipe" not in err
+    assert "---" not in last[0]
+    assert "│" not in last[0]
     assert said.format(**places) in err
     assert not (tmp_path / "run" / "units").exists() or "units failed" in last[0]
