@@ -125,7 +125,7 @@ def test_the_planted_plane_is_found_and_the_rest_is_not(
         assert (corrected[0] < 1.5 / 40).mean() >= 0.5
         assert (corrected[2:] > 1.5 / 40).all(), "nothing is found in the empty part"
     assert {path.name.split("_")[-1] for path in cfg.run_dir.glob("maps/group*.nii.gz")} == {
-        *("searchlight.nii.gz", "t.nii.gz", "logp.nii.gz")
+        *("searchlight.nii.gz", "t.nii.gz", "logp.nii.gz", "logq.nii.gz")
     }
     row = summary.group[0]
     both = (volume(cfg, "01") + volume(cfg, "02")) / 2
@@ -134,7 +134,7 @@ def test_the_planted_plane_is_found_and_the_rest_is_not(
     assert row["mean"] == pytest.approx(both.max())
     assert row["n_centres"] == N_VOXELS
     assert "brain all accuracy: mean" in capsys.readouterr().out
-    for pattern in ("sub-02*", "*_logp*", "group*_t.*"):  # each map drawn takes a second
+    for pattern in ("sub-02*", "*_log[pq]*", "group*_t.*"):  # each map drawn takes a second
         for path in cfg.run_dir.glob(f"maps/{pattern}"):
             path.unlink()
     page = write_report(cfg.run_dir).read_text()

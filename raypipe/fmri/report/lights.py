@@ -58,7 +58,8 @@ def _group(rows: list[Record]) -> Table:
     ]  # fmt: skip
     caption = (
         "All subjects together, at the centre of highest mean score; p by sign flips of subjects and "
-        "the count beside it are corrected for all centres."
+        "the count beside it are corrected for all centres. Where all subjects agree to the digit there "
+        "is no t."
     )
     return Table(header, body, caption, numeric_from=2)
 

@@ -1,8 +1,10 @@
 """All subjects' searchlight maps together: mean, t, and where the group is above chance.
 
 Maps are compared voxel by voxel, so subjects must be on one grid; the centres that all of them have are
-tested. Written are ``maps/group_roi-brain_target-all_accuracy_{searchlight,t,logp}.nii.gz``: the mean
-score, Student's t of score less chance, and -log10 of its p by sign flips, corrected for all centres.
+tested. Written are ``maps/group_roi-brain_target-all_accuracy_{searchlight,t,logp,logq}.nii.gz``: the
+mean score, Student's t of score less chance, -log10 of its p by sign flips, corrected for all centres, and
+-log10 of the false discovery rate of t. Below about ten subjects the corrected p has few values and little
+power: six subjects have 64 sign patterns.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from raypipe.fmri.searchlight.settle import ALPHA, peak, save_map
 from raypipe.fmri.units import slug
 from raypipe.store.durable import remove
 
-KINDS = ("searchlight", "t", "logp")  # of maps
+KINDS = ("searchlight", "t", "logp", "logq")  # of maps
 Record = Mapping[str, Any]
 Floats = NDArray[np.float64]
 
@@ -69,7 +71,7 @@ def _row(
     row |= {"n_subjects": len(records), "subjects": values, "mean": math.nan}
     row |= dict.fromkeys(("t", "p", "p_flip", "q"), math.nan)
     row |= {"x_mm": math.nan, "y_mm": math.nan, "z_mm": math.nan, "n_centres": 0}
-    row |= {"above_fwe": 0, "above_fdr": 0, "note": ""}
+    row |= {"above_fwe": 0, "above_fdr": 0, "without_t": 0, "note": ""}
     if len(records) < LEAST:
         return row | {"note": "one subject: no test"}
     found = _read(run_dir, score, records)
@@ -85,14 +87,17 @@ def _tested(
     """Write the maps; what the row says of the group's peak."""
     student = one_sample_t(group.above)
     flipped = sign_flip(group.above, seed=seed)
-    q = false_discovery_rate(student.p)
+    agree = ~np.isfinite(student.t)  # subjects who agree to the digit: no variance, no t
+    p = np.where(agree, np.nan, student.p)
+    q = false_discovery_rate(p)
     mean = student.mean + group.chance
-    t = np.where(np.isfinite(student.t), student.t, np.nan)  # subjects who agree to the digit
+    t = np.where(agree, np.nan, student.t)
     n = len(group.subjects)
     maps = (
         (mean, f"mean {score} over {n} subjects", score, group.chance),
         (t, f"t of {score} less chance, {n} subjects", "t", None),
         (-np.log10(flipped.p_fwe), "corrected p by sign flips", "-log10 p", None),
+        (-np.log10(q), "false discovery rate of t", "-log10 q", None),
     )
     for kind, (values, title, what, chance) in zip(KINDS, maps, strict=True):
         told: dict[str, Any] = {"title": f"{words}, {title}", "score": what, "space": group.space}
@@ -103,13 +108,14 @@ def _tested(
     return {
         "mean": top["value"],
         "t": float(t[at]),
-        "p": float(student.p[at]),
+        "p": float(p[at]),
         "p_flip": float(flipped.p_fwe[at]),
         "q": float(q[at]),
         **dict(zip(("x_mm", "y_mm", "z_mm"), top["mm"], strict=True)),
         "n_centres": len(group.centres),
         "above_fwe": int((flipped.p_fwe < ALPHA).sum()),
         "above_fdr": int((q < ALPHA).sum()),
+        "without_t": int(agree.sum()),
     }
 
 
