@@ -43,15 +43,16 @@ class DecodeActor:
         """(n, height, width, 3) uint8; raises as `PixelSource.decode_row`, and MemoryBudgetExceeded
         (LeaseTimeout) when this process did not get its lease.
         """
-        if self._held is None:  # here, not when it is made: this error reaches who asks
-            self._held = self._watched()
+        self.ready()
         pixels = self._source.decode_rows(rows)
         if current().pressure():
             relieve()
         return pixels
 
-    def pid(self) -> int:
-        """This process."""
+    def ready(self) -> int:
+        """Take the lease, once; this process's number. Raises MemoryBudgetExceeded (LeaseTimeout)."""
+        if self._held is None:  # here, not when it is made: this error reaches who asks
+            self._held = self._watched()
         return os.getpid()
 
     def _watched(self) -> ExitStack:
