@@ -37,9 +37,7 @@ class Picture:
     size_bytes: int
     mtime_ns: int
 
-    def read(
-        self, frame: int, rows: slice = slice(None), cols: slice = slice(None)
-    ) -> np.ndarray:
+    def read(self, frame: int, rows: slice = slice(None), cols: slice = slice(None)) -> np.ndarray:
         """Pixels (rows, cols[, channels]). Raises ConfigError, InputError."""
         if frame != 0:
             raise ConfigError(f"frame {frame} asked of {self.path}, which has 1; ask for frame 0")

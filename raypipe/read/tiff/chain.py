@@ -105,4 +105,3 @@ def _as_expected(
         return same and values_start(file, found, page_bytes) == start[page]
     except InputError:
         return False
-

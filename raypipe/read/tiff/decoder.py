@@ -44,8 +44,9 @@ class Decoder:
     ) -> np.ndarray:
         """Values (depth, height, width, samples) of a segment, in native byte order."""
         options = {}
-        if self.jpeg and JPEG_TABLES in directory.tags:
-            options["jpegtables"] = file.raw(directory.tags[JPEG_TABLES])
+        tables = file.tag(directory, JPEG_TABLES) if self.jpeg else None
+        if tables is not None:
+            options["jpegtables"] = file.raw(tables)
         try:
             values, _, shape = self.function(data, segment, **options)
         except MemoryError:
@@ -101,9 +102,7 @@ def require_codec(page: tifffile.TiffPage, path: Path) -> None:
         try:
             known[number]
         except KeyError as error:
-            raise InputError(
-                f"{path} is {kind} {_name(number)}, {_remedy(str(error))}"
-            ) from error
+            raise InputError(f"{path} is {kind} {_name(number)}, {_remedy(str(error))}") from error
 
 
 def _remedy(why: str) -> str:

@@ -11,6 +11,8 @@ import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -33,22 +35,20 @@ _FIRST_READ = 1024  # a directory of 50 tags; a longer one costs a second read
 _MOST_TAGS = 4096
 
 
-@dataclass(frozen=True)
-class Tag:
-    """An entry: ``count`` values of TIFF type ``kind``; ``field`` holds them, or where they are."""
+class Tag(NamedTuple):
+    """An entry: ``n`` values of TIFF type ``kind``; ``field`` holds them, or where they are."""
 
     kind: int
-    count: int
+    n: int
     field: bytes
 
 
-@dataclass(frozen=True)
-class Directory:
+class Directory(NamedTuple):
     """One IFD at byte ``at``; ``after`` is where the next one lies, 0 after the last."""
 
     at: int
     after: int
-    tags: dict[int, Tag]
+    entries: dict[int, bytes]  # by the tag's number; `TiffBytes.tag` takes one apart
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,18 @@ class TiffBytes:
     first: int
     size: int
 
+    @cached_property
+    def _entries(self) -> struct.Struct:
+        return struct.Struct(self.order + ("H18s" if self.big else "H10s"))
+
+    @cached_property
+    def _parts(self) -> struct.Struct:
+        return struct.Struct(self.order + ("HQ8s" if self.big else "HI4s"))
+
+    @cached_property
+    def _words(self) -> Literal["little", "big"]:
+        return "little" if self.order == "<" else "big"
+
     @classmethod
     def of(cls, fd: int, path: str) -> TiffBytes:
         """Reads the header."""
@@ -72,16 +84,16 @@ class TiffBytes:
             what = "is empty" if not head else f"begins with {head[:4]!r}"
             raise InputError(f"{path} {what}, which is no TIFF file; save or copy it again")
         big = version == 43
-        first = struct.unpack(order + "Q", head[8:])[0] if big else struct.unpack(
-            order + "I", head[4:8]
-        )[0]
-        return cls(fd, path, order, big, int(first), os.fstat(fd).st_size)
+        first = (
+            struct.unpack(order + "Q", head[8:]) if big else struct.unpack(order + "I", head[4:8])
+        )
+        return cls(fd, path, order, big, int(first[0]), os.fstat(fd).st_size)
 
     def directory(self, at: int) -> Directory:
         """The directory at byte ``at``."""
         head, entry, after = (8, 20, 8) if self.big else (2, 12, 4)
         data = os.pread(self.fd, _FIRST_READ, at) if 0 < at < self.size else b""
-        count = int.from_bytes(data[:head], "little" if self.order == "<" else "big")
+        count = int.from_bytes(data[:head], self._words)
         size = head + count * entry + after
         if count > _MOST_TAGS or not count or len(data) < head:
             raise self._damaged(f"has no page at byte {at}")
@@ -89,14 +101,17 @@ class TiffBytes:
             data = os.pread(self.fd, size, at)
         if len(data) < size:
             raise self._damaged(f"ends in the description of the page at byte {at}")
-        form = struct.Struct(self.order + ("HHQ8s" if self.big else "HHI4s"))
         end = head + count * entry
-        tags = {
-            code: Tag(kind, number, field)
-            for code, kind, number, field in form.iter_unpack(data[head:end])
-        }
-        follows = struct.unpack(self.order + ("Q" if self.big else "I"), data[end:size])[0]
-        return Directory(at, int(follows), tags)
+        entries = dict(self._entries.iter_unpack(data[head:end]))
+        return Directory(at, int.from_bytes(data[end:size], self._words), entries)
+
+    def tag(self, directory: Directory, *numbers: int) -> Tag | None:
+        """The first of the tags ``numbers`` that the directory has."""
+        for number in numbers:
+            entry = directory.entries.get(number)
+            if entry is not None:
+                return Tag(*self._parts.unpack(entry))
+        return None
 
     def chain(self) -> Iterator[Directory]:
         """All directories, in the file's order."""
@@ -112,19 +127,19 @@ class TiffBytes:
     def values(self, tag: Tag, lo: int = 0, hi: int | None = None) -> np.ndarray:
         """Values [lo, hi) of an integer tag: (hi - lo,) int64. Only those are read."""
         kind = _KINDS.get(tag.kind)
-        hi = tag.count if hi is None else hi
-        if kind is None or not 0 <= lo <= hi <= tag.count:
-            raise self._damaged(f"has {tag.count} values where {hi} integers belong")
+        hi = tag.n if hi is None else hi
+        if kind is None or not 0 <= lo <= hi <= tag.n:
+            raise self._damaged(f"has {tag.n} values where {hi} integers belong")
         data = self.raw(tag, lo, hi)
         return np.frombuffer(data, self.order + kind).astype(np.int64)
 
     def raw(self, tag: Tag, lo: int = 0, hi: int | None = None) -> bytes:
         """The bytes of values [lo, hi) of ``tag``."""
         width = _BYTES.get(tag.kind, 1)
-        hi = tag.count if hi is None else hi
-        if tag.count * width <= len(tag.field):
+        hi = tag.n if hi is None else hi
+        if tag.n * width <= len(tag.field):
             return tag.field[lo * width : hi * width]
-        place = struct.unpack(self.order + ("Q" if self.big else "I"), tag.field)[0]
+        place = int.from_bytes(tag.field, self._words)
         wanted = (hi - lo) * width
         if place + lo * width + wanted > self.size:
             raise self._damaged(f"has a table at byte {place} that leaves the file")
@@ -136,20 +151,22 @@ class TiffBytes:
         )
 
 
-def segment_tags(directory: Directory) -> tuple[Tag | None, Tag | None]:
+def segment_tags(file: TiffBytes, directory: Directory) -> tuple[Tag | None, Tag | None]:
     """Where a page's strips or tiles lie, and how many bytes each has."""
-    tags = directory.tags
-    if TILE_OFFSETS in tags:
-        return tags[TILE_OFFSETS], tags.get(TILE_COUNTS)
     # Some writers use the tags of strips for tiles: the numbering is the tiles' all the same.
-    return tags.get(STRIP_OFFSETS), tags.get(STRIP_COUNTS)
+    return (
+        file.tag(directory, TILE_OFFSETS, STRIP_OFFSETS),
+        file.tag(directory, TILE_COUNTS, STRIP_COUNTS),
+    )
 
 
 def alike(file: TiffBytes, one: Directory, other: Directory) -> bool:
     """Whether two pages of ``file`` share size, sample format and compression."""
+    if [one.entries.get(code) for code in SAME] == [other.entries.get(code) for code in SAME]:
+        return True  # a table that is not in the entry itself would lie in one place for both
     for code in SAME:
-        a, b = one.tags.get(code), other.tags.get(code)
-        if a == b and (a is None or a.count * _BYTES.get(a.kind, 1) <= len(a.field)):
+        a, b = file.tag(one, code), file.tag(other, code)
+        if a == b:
             continue
         if a is None or b is None or file.values(a).tolist() != file.values(b).tolist():
             return False
@@ -158,12 +175,12 @@ def alike(file: TiffBytes, one: Directory, other: Directory) -> bool:
 
 def values_start(file: TiffBytes, directory: Directory, page_bytes: int) -> int | None:
     """Where the values of an uncompressed page lie in one piece of ``page_bytes``, if they do."""
-    offsets, counts = segment_tags(directory)
+    offsets, counts = segment_tags(file, directory)
     if offsets is None:
         return None
     starts = file.values(offsets)
     if len(starts) > 1:
-        if counts is None or counts.count != offsets.count:
+        if counts is None or counts.n != offsets.n:
             return None
         ends = starts + file.values(counts)
         if (ends[:-1] != starts[1:]).any() or ends[-1] - starts[0] != page_bytes:

@@ -56,7 +56,9 @@ def tiff_files(paths: Paths) -> tuple[Path, ...]:
         names = [entry.name for entry in entries if entry.name.lower().endswith(_SUFFIXES)]
     names = sorted((name for name in names if not name.startswith(".")), key=_natural)
     if not names:
-        raise MissingInput(f"folder {path} holds no {' or '.join(_SUFFIXES)} file; give one that does")
+        raise MissingInput(
+            f"folder {path} holds no {' or '.join(_SUFFIXES)} file; give one that does"
+        )
     return tuple(path / name for name in names)
 
 
@@ -104,7 +106,9 @@ def _frame_shape(found: Indexed, n_frames: int) -> tuple[int, ...] | None:
 def _check_alike(found: Indexed) -> None:
     first = found.parts[0]
     for part in found.parts[1:]:
-        if part.page != first.page or part.stored.newbyteorder("=") != first.stored.newbyteorder("="):
+        if part.page != first.page or part.stored.newbyteorder("=") != first.stored.newbyteorder(
+            "="
+        ):
             raise InputError(
                 f"{part.path.name} has pages of {_words(part)}, {first.path.name} of {_words(first)}; "
                 "a stack has one size and dtype: sort them apart"

@@ -25,7 +25,9 @@ def ranges_of(key: Any, shape: tuple[int, ...]) -> tuple[list[range], tuple[int,
         raise IndexError(f"{given} indices for an array of {len(shape)} axes {shape}")
     k = next(k for k, one in enumerate(keys) if one is Ellipsis)
     keys = (*keys[:k], *[slice(None)] * (len(shape) - given), *keys[k + 1 :])
-    ranges = [_range(one, axis, size) for axis, (one, size) in enumerate(zip(keys, shape, strict=True))]
+    ranges = [
+        _range(one, axis, size) for axis, (one, size) in enumerate(zip(keys, shape, strict=True))
+    ]
     return ranges, tuple(axis for axis, one in enumerate(keys) if not isinstance(one, slice))
 
 

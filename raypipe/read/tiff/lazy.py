@@ -85,7 +85,9 @@ class LazyStack:
     def _read_frame(self, frame: int, inner: list[range], out: np.ndarray) -> None:
         """Rows, columns and channels of ``frame`` into ``out``."""
         rows, cols, *channels = inner
-        every = all(each == range(size) for each, size in zip(channels, self.shape[-1:], strict=False))
+        every = all(
+            each == range(size) for each, size in zip(channels, self.shape[-1:], strict=False)
+        )
         if every and rows.step == 1 and cols.step == 1:
             self.source.read_into(frame, out, _bounds(rows), _bounds(cols))
             return

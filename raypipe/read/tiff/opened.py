@@ -108,7 +108,7 @@ class OpenPart:
         """Each segment's plane at depth ``z``, (height, width, samples), and whether it is kept."""
         if not segments:
             return
-        offsets, counts = segment_tags(directory)
+        offsets, counts = segment_tags(self._file, directory)
         if offsets is None or counts is None:
             raise self._damaged(directory, "has no table of its strips or tiles")
         # Only the part of the tables that is needed: an image of 100,000 tiles has large ones.
@@ -128,9 +128,7 @@ class OpenPart:
                     shared = True
             yield block[z % seg_depth], shared
 
-    def _encoded(
-        self, directory: Directory, one: Segment, offset: int, count: int
-    ) -> bytes | None:
+    def _encoded(self, directory: Directory, one: Segment, offset: int, count: int) -> bytes | None:
         """The bytes of a segment as stored; None for one that the writer left empty."""
         if not offset or not count:
             return None
@@ -154,7 +152,7 @@ class OpenPart:
 
     def _fill(self, out: np.ndarray, at: int) -> None:
         """``out`` (bytes,) uint8 from byte ``at`` on."""
-        view, got = memoryview(out), 0
+        view, got = out.data, 0
         while got < len(view):
             try:
                 n = os.preadv(self._fd, [view[got:]], at + got)

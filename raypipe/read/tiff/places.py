@@ -56,9 +56,7 @@ def places(offsets: Sequence[int] | np.ndarray) -> Places:
     steps = np.diff(listed[1:])
     if steps[0] <= 0 or (steps != steps[0]).any():
         return listed
-    return Spaced(
-        first=int(listed[0]), second=int(listed[1]), step=int(steps[0]), n=len(listed)
-    )
+    return Spaced(first=int(listed[0]), second=int(listed[1]), step=int(steps[0]), n=len(listed))
 
 
 def largest(at: Places) -> int:

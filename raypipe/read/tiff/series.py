@@ -103,7 +103,7 @@ def _check_tables(path: Path, pages: list[Any]) -> None:
     try:
         file = TiffBytes.of(fd, str(path))
         for page in pages:
-            tag, _ = segment_tags(file.directory(page.offset))
+            tag, _ = segment_tags(file, file.directory(page.offset))
             if tag is None or tuple(file.values(tag).tolist()) != tuple(page.dataoffsets):
                 raise InputError(
                     f"{path} has a table of strips that is not as TIFF has it; save it as OME-TIFF"

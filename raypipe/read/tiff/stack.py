@@ -52,9 +52,7 @@ class TiffStack:
         """The same in words, with what was left out or is missing."""
         return tuple(f"{part.path.name}: {part.why}" for part in self.parts)
 
-    def read(
-        self, frame: int, rows: slice = slice(None), cols: slice = slice(None)
-    ) -> np.ndarray:
+    def read(self, frame: int, rows: slice = slice(None), cols: slice = slice(None)) -> np.ndarray:
         """Pixels (rows, cols[, channels]) of a frame; only what they touch is read and decoded.
 
         Raises ConfigError for what the stack does not have, InputError for a file that is damaged
