@@ -11,7 +11,6 @@ import os
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterator
 from functools import cached_property
 
 import numpy as np
@@ -31,6 +30,7 @@ _GAP_BYTES = 4 << 10
 _BLOCK_BYTES = 1 << 20
 
 Span = tuple[int, int]
+Place = tuple[int, int, int]  # number of a strip or tile, its offset and bytes
 
 
 class OpenPart:
@@ -83,59 +83,65 @@ class OpenPart:
         if not part.stored.isnative:
             out.byteswap(inplace=True)
 
-    def decode_plane(self, page: int, plane: int, rows: Span, cols: Span) -> np.ndarray:
-        """The crop of a plane of a "pages" part: (rows, cols, samples), native, the caller's own."""
+    def decode_plane(self, page: int, plane: int, rows: Span, cols: Span, out: np.ndarray) -> None:
+        """The crop of a plane of a "pages" part into ``out`` (rows, cols, samples), C-contiguous."""
         directory = self._file.directory(int(self.part.at[page]))
         segments = list(self._decoder.grid.touched(plane, rows, cols))
-        blocks = self._blocks(directory, segments, plane % self.part.page.depth)
-        if len(segments) == 1 and segments[0].whole:
-            block, shared = next(blocks)
-            if not shared:  # a strip that is the page: not copied, so that two are never held
-                return block[: rows[1] - rows[0], : cols[1] - cols[0]]
-            return block[: rows[1] - rows[0], : cols[1] - cols[0]].copy()
-        shape = (rows[1] - rows[0], cols[1] - cols[0], self.part.page.samples)
-        out = np.empty(shape, self.part.stored.newbyteorder("="))
-        for one, (block, _) in zip(segments, blocks, strict=True):
+        tables = self._tables(directory, segments)
+        if len(segments) == 1 and segments[0].whole and self._straight(directory, tables, out):
+            return
+        z = plane % self.part.page.depth % self._decoder.grid.seg_depth
+        for one, place in zip(segments, tables, strict=True):
             (top, bottom), (left, right) = one.rows, one.cols
+            block = self._block(directory, one, place)[z]
             out[top - rows[0] : bottom - rows[0], left - cols[0] : right - cols[0]] = block[
                 top - one.y0 : bottom - one.y0, left - one.x0 : right - one.x0
             ]
-        return out
 
-    def _blocks(
-        self, directory: Directory, segments: list[Segment], z: int
-    ) -> Iterator[tuple[np.ndarray, bool]]:
-        """Each segment's plane at depth ``z``, (height, width, samples), and whether it is kept."""
+    def _tables(self, directory: Directory, segments: list[Segment]) -> list[Place]:
+        """(number, offset, bytes) of each segment."""
         if not segments:
-            return
+            return []
         offsets, counts = segment_tags(self._file, directory)
         if offsets is None or counts is None:
             raise self._damaged(directory, "has no table of its strips or tiles")
         # Only the part of the tables that is needed: an image of 100,000 tiles has large ones.
         lo, hi = segments[0].index, segments[-1].index + 1
         starts, sizes = (self._file.values(tag, lo, hi).tolist() for tag in (offsets, counts))
-        seg_depth = self._decoder.grid.seg_depth
-        for one in segments:
-            key = (self.part.key, directory.at, one.index)
-            block = kept.get(key)
-            shared = block is not None
-            if block is None:
-                data = self._encoded(directory, one, starts[one.index - lo], sizes[one.index - lo])
-                block = self._decoder.decode(self._file, directory, one.index, data)
-                shared = not block.flags.writeable
-                if not one.whole or seg_depth > 1:
-                    kept.put(key, block, self.part.page_bytes)
-                    shared = True
-            yield block[z % seg_depth], shared
+        return [(one.index, starts[one.index - lo], sizes[one.index - lo]) for one in segments]
 
-    def _encoded(self, directory: Directory, one: Segment, offset: int, count: int) -> bytes | None:
+    def _straight(self, directory: Directory, places: list[Place], out: np.ndarray) -> bool:
+        """Decode the one segment that ``out`` is all of without a copy, if that can be."""
+        if not self._decoder.fits(out):
+            return False
+        kept.make_room(out.nbytes, self.part.page_bytes)  # so that two pages are never held
+        data = self._encoded(directory, places[0])
+        return data is not None and self._decoder.decode_into(data, out)
+
+    def _block(self, directory: Directory, one: Segment, place: Place) -> np.ndarray:
+        """All of segment ``one``: (depth, height, width, samples), native, not to be written to."""
+        key = (self.part.key, directory.at, one.index)
+        block = kept.get(key)
+        if block is not None:
+            return block
+        grid = self._decoder.grid
+        samples = self.part.page.samples
+        kept.make_room(grid.seg_items * samples * self.part.stored.itemsize, self.part.page_bytes)
+        data = self._encoded(directory, place)
+        block = self._decoder.decode(self._file, directory, one.index, data)
+        if not one.whole or grid.seg_depth > 1:
+            kept.put(key, block, self.part.page_bytes)
+        return block
+
+    def _encoded(self, directory: Directory, place: Place) -> bytes | None:
         """The bytes of a segment as stored; None for one that the writer left empty."""
+        index, offset, count = place
         if not offset or not count:
             return None
         data = os.pread(self._fd, count, offset) if offset < self.part.size_bytes else b""
         if len(data) < count:
             raise self._damaged(
-                directory, f"wants bytes {offset} to {offset + count} for strip or tile {one.index}"
+                directory, f"wants bytes {offset} to {offset + count} for strip or tile {index}"
             )
         return data
 
