@@ -21,13 +21,10 @@ from raypipe.read.tiff.ifd import Directory, TiffBytes, segment_tags
 from raypipe.read.tiff.kept import kept
 from raypipe.read.tiff.part import Part
 from raypipe.read.tiff.segments import Segment
+from raypipe.read.tiff.strided import copy_rows
 
 #: Descriptors held open, of a stack of many files: far below the usual limit of 1,024 a process.
 MOST_OPEN = 64
-# A row of a crop is a read of its own, unless what lies between two of them is so short that
-# copying it costs less than a call.
-_GAP_BYTES = 4 << 10
-_BLOCK_BYTES = 1 << 20
 
 Span = tuple[int, int]
 Place = tuple[int, int, int]  # number of a strip or tile, its offset and bytes
@@ -53,7 +50,6 @@ class OpenPart:
                 f"{part.path} was changed since the stack was opened ({part.size_bytes} bytes "
                 f"then, {now.st_size} now); wait until it is written, then open the stack again"
             )
-        self._making = threading.Lock()
 
     @cached_property
     def _file(self) -> TiffBytes:
@@ -61,25 +57,16 @@ class OpenPart:
 
     @cached_property
     def _decoder(self) -> Decoder:
-        with self._making:  # tifffile builds it through a file position
-            return build_decoder(self.part)
+        return build_decoder(self.part)
 
     def copy_plane(self, page: int, plane: int, rows: Span, cols: Span, out: np.ndarray) -> None:
         """The crop of a plane of a "map" part into ``out`` (rows, cols[, samples]), C-contiguous."""
         part = self.part
-        item = part.stored.itemsize
-        pixel = part.page.samples * item
+        pixel = part.page.samples * part.stored.itemsize
         row = part.page.width * pixel
         start = part.at[page] + plane * part.plane_bytes + rows[0] * row + cols[0] * pixel
-        width = (cols[1] - cols[0]) * pixel
-        flat = out.reshape(-1).view(np.uint8)
-        if width == row:
-            self._fill(flat, int(start))
-        elif row - width > _GAP_BYTES:
-            for k in range(rows[1] - rows[0]):
-                self._fill(flat[k * width : (k + 1) * width], int(start) + k * row)
-        else:
-            self._fill_blocks(flat.reshape(-1, width), int(start), row)
+        bytes_out = out.reshape(rows[1] - rows[0], -1).view(np.uint8)
+        copy_rows(self._fd, str(part.path), bytes_out, int(start), row)
         if not part.stored.isnative:
             out.byteswap(inplace=True)
 
@@ -144,35 +131,6 @@ class OpenPart:
                 directory, f"wants bytes {offset} to {offset + count} for strip or tile {index}"
             )
         return data
-
-    def _fill_blocks(self, out: np.ndarray, start: int, row: int) -> None:
-        """``out`` (rows, width) from rows that lie ``row`` bytes apart, many with one read."""
-        width = out.shape[1]
-        together = max(1, _BLOCK_BYTES // row)
-        for k in range(0, len(out), together):
-            some = out[k : k + together]
-            block = np.empty(len(some) * row, np.uint8)
-            # No gap after the last row: the file may end there.
-            self._fill(block[: block.size - row + width], start + k * row)
-            some[:] = block.reshape(-1, row)[:, :width]
-
-    def _fill(self, out: np.ndarray, at: int) -> None:
-        """``out`` (bytes,) uint8 from byte ``at`` on."""
-        view, got = out.data, 0
-        while got < len(view):
-            try:
-                n = os.preadv(self._fd, [view[got:]], at + got)
-            except OSError as error:
-                raise InputError(
-                    f"{self.part.path} cannot be read at byte {at + got} ({error.strerror}); "
-                    "copy it again"
-                ) from error
-            if not n:
-                raise InputError(
-                    f"{self.part.path} was cut short while it was open: it ends before byte "
-                    f"{at + len(view)}; copy it again and open the stack again"
-                )
-            got += n
 
     def _damaged(self, directory: Directory, why: str) -> InputError:
         return InputError(

@@ -69,6 +69,12 @@ class TiffStack:
         """`read` into ``out``, of the crop's shape and this dtype, C-contiguous."""
         height, width = span(rows, self.shape[1]), span(cols, self.shape[2])
         part, page, plane = self._find(frame)
+        shape = (height[1] - height[0], width[1] - width[0], *self.shape[3:])
+        if out.shape != shape or out.dtype != self.dtype or not out.flags.c_contiguous:
+            raise ConfigError(
+                f"pixels {shape} {self.dtype.name} asked into {out.shape} {out.dtype.name}; give a "
+                "C-contiguous array of the same shape and dtype"
+            )
         if out.size == 0:
             return
         out = out.reshape(*out.shape[:2], part.page.samples)
