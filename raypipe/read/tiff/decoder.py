@@ -31,7 +31,7 @@ class Decoder:
     """The decoder of all pages like one.
 
     function  : (bytes or None, segment) -> (values, where, shape), tifffile's; no state, no file
-    codec     : (bytes, out=array): decompresses into an array; None where it takes more than that
+    codec     : (bytes, out=bytes): decompresses into (n,) uint8; None where it takes more than that
     unpredict : undoes the predictor in place; None where there is none
     empty     : the value of segments that were not written
     stored    : dtype in the file's byte order
@@ -48,14 +48,17 @@ class Decoder:
     def fits(self, out: np.ndarray) -> bool:
         """Whether ``out`` (rows, cols, samples), all of a segment on the page, is all of it."""
         grid = self.grid
-        rows = out.shape[0] == grid.seg_height or not grid.tiled
-        return bool(self.codec and rows and out.shape[1] == grid.seg_width and grid.seg_depth == 1)
+        if self.codec is None or grid.seg_depth > 1 or not out.flags.c_contiguous:
+            return False
+        return out.shape[1] == grid.seg_width and (
+            out.shape[0] == grid.seg_height or not grid.tiled
+        )
 
     def decode_into(self, data: bytes, out: np.ndarray) -> bool:
         """Decode a segment into ``out``, if it fills it exactly; False: `decode` has to see to it."""
         assert self.codec is not None
         try:
-            filled = self.codec(data, out=out)
+            filled = self.codec(data, out=out.reshape(-1).view(np.uint8))
         except MemoryError:
             raise
         # Damaged, or with rows that the page does not have: tifffile's decoder tells, not this one.

@@ -34,12 +34,15 @@ def ranges_of(key: Any, shape: tuple[int, ...]) -> tuple[list[range], tuple[int,
 def _range(one: Any, axis: int, size: int) -> range:
     if isinstance(one, slice):
         return range(*one.indices(size))
-    if isinstance(one, bool) or not hasattr(one, "__index__"):
+    try:
+        at = operator.index(one)
+    except TypeError:
+        at = None
+    if at is None or isinstance(one, bool):
         raise IndexError(
             f"{type(one).__name__} as an index of a stack that is not in memory; use integers, "
             "slices and ..., or np.asarray(stack[...]) of what fits into memory"
         )
-    at = operator.index(one)
     if not -size <= at < size:
         raise IndexError(f"index {at} is out of axis {axis} of {size}")
     return range(at % size, at % size + 1)

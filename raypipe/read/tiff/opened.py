@@ -74,16 +74,15 @@ class OpenPart:
         """The crop of a plane of a "pages" part into ``out`` (rows, cols, samples), C-contiguous."""
         directory = self._file.directory(int(self.part.at[page]))
         segments = list(self._decoder.grid.touched(plane, rows, cols))
-        tables = self._tables(directory, segments)
-        if len(segments) == 1 and segments[0].whole and self._straight(directory, tables, out):
-            return
         z = plane % self.part.page.depth % self._decoder.grid.seg_depth
-        for one, place in zip(segments, tables, strict=True):
+        for one, place in zip(segments, self._tables(directory, segments), strict=True):
             (top, bottom), (left, right) = one.rows, one.cols
-            block = self._block(directory, one, place)[z]
-            out[top - rows[0] : bottom - rows[0], left - cols[0] : right - cols[0]] = block[
-                top - one.y0 : bottom - one.y0, left - one.x0 : right - one.x0
-            ]
+            into = out[top - rows[0] : bottom - rows[0], left - cols[0] : right - cols[0]]
+            if not (one.whole and self._straight(directory, place, into)):
+                # Not bound to a name: it would live on while the next one is decoded.
+                into[...] = self._block(directory, one, place)[
+                    z, top - one.y0 : bottom - one.y0, left - one.x0 : right - one.x0
+                ]
 
     def _tables(self, directory: Directory, segments: list[Segment]) -> list[Place]:
         """(number, offset, bytes) of each segment."""
@@ -97,13 +96,13 @@ class OpenPart:
         starts, sizes = (self._file.values(tag, lo, hi).tolist() for tag in (offsets, counts))
         return [(one.index, starts[one.index - lo], sizes[one.index - lo]) for one in segments]
 
-    def _straight(self, directory: Directory, places: list[Place], out: np.ndarray) -> bool:
-        """Decode the one segment that ``out`` is all of without a copy, if that can be."""
-        if not self._decoder.fits(out):
+    def _straight(self, directory: Directory, place: Place, into: np.ndarray) -> bool:
+        """Decode a segment that ``into`` takes all of without a copy, if that can be."""
+        if not self._decoder.fits(into):
             return False
-        kept.make_room(out.nbytes, self.part.page_bytes)  # so that two pages are never held
-        data = self._encoded(directory, places[0])
-        return data is not None and self._decoder.decode_into(data, out)
+        kept.make_room(into.nbytes, self.part.page_bytes)  # so that two pages are never held
+        data = self._encoded(directory, place)
+        return data is not None and self._decoder.decode_into(data, into)
 
     def _block(self, directory: Directory, one: Segment, place: Place) -> np.ndarray:
         """All of segment ``one``: (depth, height, width, samples), native, not to be written to."""

@@ -14,7 +14,7 @@ SHAPE = (5, 37, 53)
 
 
 def values(shape=SHAPE, dtype="u2", seed=0) -> np.ndarray:
-    """Values of ``shape``, smooth enough to be compressed, that use a dtype's range."""
+    """Values of ``shape``, smooth enough to be compressed."""
     rng = np.random.default_rng(seed)
     dtype = np.dtype(dtype)
     if dtype.kind == "f":
@@ -22,12 +22,14 @@ def values(shape=SHAPE, dtype="u2", seed=0) -> np.ndarray:
     if dtype.kind == "b":
         return rng.integers(0, 2, shape).astype(bool)
     info = np.iinfo(dtype)
-    steps = rng.integers(0, 40, shape, dtype=np.int64).cumsum(axis=-1)
+    steps = rng.integers(-2, 3, shape, dtype=np.int64).cumsum(axis=-1)
     return (steps * (info.max // 3000 or 1) + info.min).astype(dtype)
 
 
 def write(name="a.tif", **options) -> Callable[[Path, np.ndarray], Path]:
     """A writer by tifffile.imwrite."""
+
+    options.setdefault("photometric", "minisblack")
 
     def writing(folder: Path, array: np.ndarray) -> Path:
         tifffile.imwrite(folder / name, array, **options)
@@ -40,7 +42,8 @@ def apart(folder: Path, array: np.ndarray) -> Path:
     """Plain pages, each behind its directory, without metadata of a stack; unlike descriptions."""
     with tifffile.TiffWriter(folder / "a.tif") as tif:
         for k, page in enumerate(array):
-            tif.write(page, contiguous=False, metadata=None, description=f"page {k}" * (k + 1))
+            text = f"page {k}" * (k + 1)
+            tif.write(page, contiguous=False, metadata=None, description=text)
     return folder / "a.tif"
 
 
@@ -136,7 +139,7 @@ KINDS = {
     "OME, deflate": _kind("pages", (2, 3, 4, 17, 19), name="a.ome.tif", compression="deflate"),
     "OME, RGB": _kind("map", RGB, "u1", name="a.ome.tif", photometric="rgb"),
     "ImageJ": _kind("map", (2, 3, 4, 17, 19), imagej=True, metadata={"axes": "TZCYX"}),
-    "ImageJ, RGB": _kind("map", (2, 17, 19, 3), "u1", imagej=True),
+    "ImageJ, RGB": _kind("map", (2, 17, 19, 3), "u1", imagej=True, photometric="rgb"),
     "big-endian": _kind("map", byteorder=">"),
     "big-endian, deflate": _kind("pages", byteorder=">", compression="deflate"),
     "big-endian, tiled": _kind("pages", byteorder=">", bigtiff=True, tile=(16, 16)),
