@@ -124,7 +124,8 @@ class OpenPart:
         index, offset, count = place
         if not offset or not count:
             return None
-        data = os.pread(self._fd, count, offset) if offset < self.part.size_bytes else b""
+        inside = offset + count <= self.part.size_bytes
+        data = os.pread(self._fd, count, offset) if inside else b""
         if len(data) < count:
             raise self._damaged(
                 directory, f"wants bytes {offset} to {offset + count} for strip or tile {index}"

@@ -1,7 +1,9 @@
 """Rows out of an open file by pread: a crop of plain values, as its bytes.
 
 A crop that is as wide as the image is one read. Rows of a narrower one lie apart in the file: a read
-each, or, where the gaps are short, one read with the gaps in it.
+each, or, where the gaps are short, one read with the gaps in it. 512 rows of 1,024 bytes from the
+page cache took 0.6 ms as reads of their own, with gaps of 2, 8 and 15 KB in between 0.2, 0.4 and
+0.6 ms (best of seven, a busy machine); a fresh map took 0.1 ms, but see ``opened``.
 """
 
 from __future__ import annotations
@@ -13,8 +15,8 @@ import numpy as np
 from raypipe.errors import InputError
 
 # What lies between two rows is read with them if copying it costs less than a call.
-_GAP_BYTES = 4 << 10
-_BLOCK_BYTES = 1 << 20
+_GAP_BYTES = 8 << 10
+_BLOCK_BYTES = 256 << 10  # 1 MiB is fresh pages from the kernel each time: three times as slow
 
 
 def copy_rows(fd: int, path: str, out: np.ndarray, start: int, row_bytes: int) -> None:
