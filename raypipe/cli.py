@@ -18,7 +18,7 @@ from typing import Any
 
 from raypipe import config as configs
 from raypipe.errors import Interrupted, RaypipeError, UnknownName
-from raypipe.launch import LaunchConfig, open_runner, resolve_memory
+from raypipe.launch import LaunchConfig, open_prospect, open_runner
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +64,11 @@ COMMANDS = {
     "fmri mvpa": Command(
         "raypipe.fmri.config:MvpaJobConfig", "raypipe.fmri.commands:mvpa", True,
         "decode labels from regions, test the group",
+    ),
+    "fmri searchlight": Command(
+        "raypipe.fmri.searchlight.job:SearchlightJobConfig",
+        "raypipe.fmri.searchlight.run:run_searchlight", True,
+        "map what is decoded around every voxel",
     ),
     "store info": Command(
         "raypipe.store.commands:InfoConfig", "raypipe.store.commands:info", False,
@@ -184,9 +189,11 @@ def _run(
     options: Any = configs.parse(both, args, prog=prog, description=description)
     dry = getattr(options.job, "dry_run", False)
     if dry and not getattr(cls, "rehearses", False):  # nothing is computed: no cluster is needed
-        budgets = getattr(cls, "plans_memory", False)
-        from_file = configs.only_from_file(args)
-        run(options.job, resolve_memory(options.launch.memory, from_file) if budgets else None)
+        if not getattr(cls, "plans_memory", False):
+            run(options.job, None)
+            return
+        with open_prospect(options.launch, configs.only_from_file(args)) as prospect:
+            run(options.job, prospect)
         return
     with open_runner(options.launch, configs.only_from_file(args)) as runner:
         run(options.job, runner)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from raypipe.memory.config import MemoryFlags, ResolvedMemory, resolve
-from raypipe.runner import LocalRunner, Runner
+from raypipe.runner import LocalRunner, Prospect, Runner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +48,34 @@ def open_runner(cfg: LaunchConfig, from_file: Collection[str] = ()) -> Iterator[
     from raypipe.cluster.session import open_session
 
     with open_session(cfg.address, verbose=cfg.verbose):
-        joined = bool(cfg.address or os.environ.get("RAY_ADDRESS"))
-        yield RayRunner(joined=joined, on_event=_say, memory=memory)
+        yield RayRunner(joined=_joins(cfg), on_event=_say, memory=memory)
+
+
+@contextmanager
+def open_prospect(
+    cfg: LaunchConfig, from_file: Collection[str] = ()
+) -> Iterator[Runner | Prospect]:
+    """What the runner that ``cfg`` names would have, for the length of the block; raises InputError.
+
+    A cluster that is named is asked; Ray on this machine is not started for it.
+    """
+    memory = resolve_memory(cfg.memory, from_file)
+    if cfg.runner == "local":
+        yield LocalRunner(memory)
+        return
+    from raypipe.cluster.runner import RayRunner
+    from raypipe.cluster.session import is_open, open_session, own_machine
+
+    if not _joins(cfg) and not is_open():
+        yield Prospect(memory=memory, machines=own_machine())
+        return
+    with open_session(cfg.address, verbose=cfg.verbose):
+        yield RayRunner(joined=_joins(cfg), on_event=_say, memory=memory)
+
+
+def _joins(cfg: LaunchConfig) -> bool:
+    """Whether it is somebody's cluster."""
+    return bool(cfg.address or os.environ.get("RAY_ADDRESS"))
 
 
 def _say(text: str) -> None:

@@ -8,7 +8,7 @@ Ray's runner is in ``raypipe.cluster``; rooms see only the protocol here.
 from __future__ import annotations
 
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -43,6 +43,52 @@ class Needs:
     def __post_init__(self) -> None:
         if self.workers < 1:
             raise ConfigError(f"workers {self.workers} is below 1; give --workers 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machines:
+    """Where workers may run.
+
+    nodes : (machine, cores) of each node; several nodes of Ray may be one machine, which has its memory
+    once. grows : more nodes may come when they are asked for.
+    """
+
+    nodes: tuple[tuple[str, int], ...]
+    grows: bool = False
+
+    def places(self, cores: float) -> int:
+        """How many workers of ``cores`` there is room for now."""
+        return sum(self._by_machine(cores).values())
+
+    def together(self, workers: int, cores: float) -> int:
+        """How many of ``workers`` may meet on one machine, and share its memory: Ray packs them."""
+        return min(workers, max(self._by_machine(cores).values(), default=0) or workers)
+
+    def cores_for(self, workers: int) -> float:
+        """Cores that each of ``workers`` can have: as many as leave room for all of them.
+
+        Below 1 where they are more than the cores there are, and no node will come.
+        """
+        largest = max((cores for _, cores in self.nodes), default=1)
+        for cores in range(largest, 0, -1):
+            if self.places(cores) >= workers:
+                return float(cores)
+        return 1.0 if self.grows else max(1, largest) / workers
+
+    def _by_machine(self, cores: float) -> Counter[str]:
+        found: Counter[str] = Counter()
+        for machine, has in self.nodes:
+            found[machine] += int(has / cores + 1e-6)
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prospect:
+    """What a run on Ray would have, for a dry run that starts no Ray."""
+
+    memory: ResolvedMemory
+    machines: Machines
+    name: str = "ray"
 
 
 @dataclass(frozen=True)
@@ -128,6 +174,9 @@ class Runner(Protocol):
 
     def needs(self, workers: int | None, device: str) -> Needs: ...
 
+    @property
+    def machines(self) -> Machines: ...
+
     def facts(self) -> list[tuple[str, str]]:
         """What it runs on, in words, for ``raypipe doctor``."""
         ...
@@ -208,6 +257,11 @@ class LocalRunner:
         if workers not in (None, 1):
             raise ConfigError(f"--workers {workers} needs --runner ray; --runner local has one")
         return Needs(workers=1, device=device, cpus=float(os.cpu_count() or 1))
+
+    @property
+    def machines(self) -> Machines:
+        """Room for one worker, this process."""
+        return Machines(nodes=(("", 1),))
 
     def facts(self) -> list[tuple[str, str]]:
         """This process."""

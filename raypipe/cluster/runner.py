@@ -20,7 +20,7 @@ from raypipe.errors import ConfigError, DeviceUnavailable, WorkerFailed
 from raypipe.memory.attend import attend
 from raypipe.memory.config import ResolvedMemory, resolve
 from raypipe.memory.limits import node_limits
-from raypipe.runner import Needs, StepWorker
+from raypipe.runner import Machines, Needs, StepWorker
 from raypipe.train import FitResult, Task, TrainConfig, checkpoint, training_plan
 from raypipe.train.follow import TrainProgress
 from raypipe.train.stop import stop_on_interrupt, unless_stopped
@@ -150,6 +150,16 @@ class RayRunner:
         count = workers or 1
         cpus = _node_cpus() / count if count == 1 or not self._joined else 1.0
         return Needs(workers=count, device=device, cpus=cpus if cpus < 1 else float(int(cpus)))
+
+    @property
+    def machines(self) -> Machines:
+        """The nodes that are alive now; a joined cluster may grow."""
+        nodes = [
+            (node["NodeManagerAddress"], int(node["Resources"].get("CPU", 0.0)))
+            for node in ray.nodes()
+            if node["Alive"]
+        ]
+        return Machines(nodes=tuple(nodes), grows=self._joined)
 
     def facts(self) -> list[tuple[str, str]]:
         """Every node as Ray sees it, and when Ray's own memory monitor steps in."""

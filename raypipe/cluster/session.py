@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import ray
 
 from raypipe.errors import InputError
+from raypipe.runner import Machines
 
 # Only locators and descriptors pass through the object store; Ray's default (30 % of the memory)
 # would be taken from the page cache that the feature stores are read through.
@@ -61,6 +62,18 @@ def open_session(address: str | None = None, *, verbose: bool = False) -> Iterat
         for close in _before_end:
             close()
         ray.shutdown()
+
+
+def is_open() -> bool:
+    """Whether this process has a session."""
+    return bool(ray.is_initialized())
+
+
+def own_machine() -> Machines:
+    """What a session that is started here would have, without starting it."""
+    from ray._private.utils import get_num_cpus  # what ray.init itself asks
+
+    return Machines(nodes=(("", int(get_num_cpus(override_docker_cpu_warning=True))),))
 
 
 _before_end: list[Callable[[], None]] = []

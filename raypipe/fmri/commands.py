@@ -1,14 +1,14 @@
 """``raypipe fmri roi`` and ``raypipe fmri mvpa``: plan, hand out, record, test the group, say what failed.
 
-What is finished stays finished: the same command computes only units that are not done, or whose inputs
-or options changed. A unit that fails does not stop the others; the exit code and the summary tell.
+``carry_out`` is the frame of every fMRI command; a ``Verb`` says how one plans, computes and ends. What is
+finished stays finished: the same command computes only units that are not done, or whose inputs or
+options changed. A unit that fails does not stop the others; the exit code and the summary tell.
 """
 
 from __future__ import annotations
 
 import csv
 import io
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -29,84 +29,77 @@ from raypipe.fmri.report import write_report
 from raypipe.fmri.roi_map import save_roi_maps
 from raypipe.fmri.units import Unit
 from raypipe.fmri.work import Outcome, Shared, WorkerSetup
-from raypipe.memory.config import ResolvedMemory, resolve
+from raypipe.memory.config import ResolvedMemory
 from raypipe.progress import Progress
 from raypipe.provenance import run_record
 from raypipe.report.saved import RUN_FILE, write_json
-from raypipe.runner import Needs, Runner
+from raypipe.runner import LocalRunner, Machines, Needs, Prospect, Runner
 from raypipe.store import require_space
 from raypipe.store.durable import make_dirs
 from raypipe.store.flocks import held
 from raypipe.units import format_seconds
 
 LOCK = ".fmri.lock"
+_NAMED = 4  # units in one line of failures; all are in run.json
 
 
 @dataclass(kw_only=True)
 class FmriSummary:
-    """What a run came to. found : units that were done before; failed : unit id -> (reason, exit code)."""
+    """What a run came to. found : units that were done before; failed : unit id -> (reason, exit code).
+
+    blocks : of searchlights, computed now; a unit's blocks are kept apart
+    """
 
     units: int = 0
     computed: int = 0
     found: int = 0
+    blocks: int = 0
     failed: dict[str, tuple[str, int]] = field(default_factory=dict)
     seconds: float = 0.0
     group: list[dict[str, Any]] = field(default_factory=list)
 
 
-def roi(cfg: RoiConfig, runner: Runner | ResolvedMemory | None) -> FmriSummary:
+def roi(cfg: RoiConfig, runner: Runner | Prospect) -> FmriSummary:
     """Write the cleaned time series of every region; raises as ``mvpa``."""
-    return _run(cfg, runner, "fmri roi", _save_table)
+    return carry_out(cfg, runner, Verb(kind="fmri roi", finish=_save_table))
 
 
-def mvpa(cfg: MvpaJobConfig, runner: Runner | ResolvedMemory | None) -> FmriSummary:
+def mvpa(cfg: MvpaJobConfig, runner: Runner | Prospect) -> FmriSummary:
     """Decode every target from every region of every subject, then test the group.
 
-    A dry run needs no runner, and takes budgets instead. Raises InputError when nothing can be computed,
+    A dry run needs no runner, and takes a prospect instead. Raises InputError when nothing can be computed,
     MemoryBudgetExceeded and NoSpace; and, when all else is done, InputError, ResourceError or
     WorkerFailed when units failed.
     """
-    return _run(cfg, runner, "fmri mvpa", _test_group)
+    return carry_out(cfg, runner, Verb(kind="fmri mvpa", finish=_test_group))
 
 
-Finish = Callable[[Any, Plan, FmriSummary], None]
-
-
-def _run(
-    cfg: FmriConfig, runner: Runner | ResolvedMemory | None, kind: str, finish: Finish
-) -> FmriSummary:
+def carry_out(cfg: FmriConfig, runner: Runner | Prospect, verb: Verb) -> FmriSummary:
+    """Plan ``cfg`` and, unless it is a dry run, do it in its run folder; raises as ``mvpa``."""
     cfg = absolute(cfg)
-    if cfg.dry_run or runner is None or isinstance(runner, ResolvedMemory):
-        memory = runner if isinstance(runner, ResolvedMemory) else getattr(runner, "memory", None)
-        plan = make_plan(cfg, memory or resolve(), len(os.sched_getaffinity(0)))
-        print("\n".join([*plan.lines, measured_seconds(cfg, plan)]))
+    here = runner.needs(cfg.workers, "cpu") if isinstance(runner, LocalRunner) else None
+    plan = verb.plan(cfg, runner.memory, runner.machines)
+    if cfg.dry_run or isinstance(runner, Prospect):
+        print("\n".join([*plan.lines, verb.seconds(cfg, plan)]))
         _tell_failed(plan.failed)
         return FmriSummary(units=len(plan.units) + len(plan.failed), found=len(plan.done))
-    most = runner.needs(cfg.workers if runner.name == "local" else None, "cpu")
-    cores = 1 if runner.name == "local" else max(1, int(most.cpus))
-    plan = make_plan(cfg, runner.memory, cores)
     print("\n".join(plan.lines), file=sys.stderr, flush=True)
     require_space({cfg.run_dir: plan.output_bytes})
     make_dirs(cfg.run_dir)
     with held(cfg.run_dir / LOCK, f"{cfg.run_dir} is in use by another run; wait for it"):
-        return _carry_out(cfg, runner, plan, kind, _needs(cfg, plan, most, runner.name), finish)
+        return _in_folder(cfg, runner, plan, verb, here or _needs(plan))
 
 
-def _needs(cfg: FmriConfig, plan: Plan, most: Needs, runner: str) -> Needs:
+def _needs(plan: Any) -> Needs:
     """Workers by the plan; cores that are left over clean series."""
-    if runner == "local" or plan.decision is None:
-        return replace(most, run_dir=cfg.run_dir)
-    workers = plan.decision.workers
-    return Needs(
-        workers=workers, cpus=float(max(1, int(most.cpus) // workers)), run_dir=cfg.run_dir
-    )
+    if plan.decision is None:  # nothing is left to do
+        return Needs()
+    return Needs(workers=plan.decision.workers, cpus=plan.decision.cores)
 
 
-def _carry_out(
-    cfg: FmriConfig, runner: Runner, plan: Plan, kind: str, needs: Needs, finish: Finish
-) -> FmriSummary:
+def _in_folder(cfg: FmriConfig, runner: Runner, plan: Any, verb: Verb, needs: Needs) -> FmriSummary:
     record = run_record(cfg) | {
-        "kind": kind,
+        "kind": verb.kind,
         "memory": runner.memory.record(),
         "plan": list(plan.lines),
         "notes": _notes(cfg),
@@ -126,9 +119,9 @@ def _carry_out(
     started = time.monotonic()
     with _saving(cfg, runner.name, record, summary):
         if plan.batches:
-            _compute(cfg, runner, plan, needs, kind, summary)
+            verb.compute(cfg, runner, plan, needs, verb.kind, summary)
         summary.seconds = time.monotonic() - started
-        finish(cfg, plan, summary)
+        verb.finish(cfg, plan, summary)
     _tell(summary)
     print(f"report: {write_report(cfg.run_dir)}")
     _raise_if_failed(cfg, summary)
@@ -145,32 +138,57 @@ def _notes(cfg: FmriConfig) -> list[str]:
     ]
 
 
-def _compute(
+def compute_units(
     cfg: FmriConfig, runner: Runner, plan: Plan, needs: Needs, kind: str, summary: FmriSummary
 ) -> None:
+    """Hand the plan's batches to workers and count what becomes of their units."""
     use_memmap = runner.memory.config.use_memmap
     shared = Shared(cfg=cfg, rois=plan.rois, use_memmap=use_memmap)
     setup = WorkerSetup(threads=max(1, int(needs.cpus)))
     total = len(plan.done) + plan.left
     said: set[str] = set()
     with (
-        runner.pool(setup, needs) as pool,
+        runner.pool(setup, replace(needs, run_dir=cfg.run_dir)) as pool,
         Progress(kind, total, "units", done=len(plan.done)) as progress,
     ):
         for done in pool.run(plan.batches, shared):
             for outcome in done.payload:
-                _account(outcome, summary, progress, said)
+                account(outcome, summary, progress, said)
             progress.update(len(done.payload))
 
 
-def _account(outcome: Outcome, summary: FmriSummary, progress: Progress, said: set[str]) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Verb:
+    """How one command plans, computes and ends.
+
+    plan    : (cfg, budgets, machines) -> what ``prepare.Plan`` has; seconds : the time it will take, in words
+    compute : (cfg, runner, plan, needs, kind, summary), not called where nothing is left
+    finish  : (cfg, plan, summary), over all that is done
+    """
+
+    kind: str
+    finish: Callable[[Any, Any, FmriSummary], None]
+    plan: Callable[[Any, ResolvedMemory, Machines], Any] = make_plan
+    compute: Callable[[Any, Runner, Any, Needs, str, FmriSummary], None] = compute_units
+    seconds: Callable[[Any, Any], str] = measured_seconds
+
+
+def account(
+    outcome: Outcome,
+    summary: FmriSummary,
+    progress: Progress,
+    said: set[str],
+    *,
+    whole: bool = True,
+) -> None:
+    """Count a unit; say what failed, and each warning once. whole : False for a part of one."""
     name = outcome.unit.unit_id
     for text in outcome.warnings:
         if text not in said:
             said.add(text)
             progress.note(f"warning: {name}: {text}")
     if outcome.reason is None:
-        summary.computed += 1
+        summary.computed += whole
         return
     summary.failed[name] = (outcome.reason, outcome.exit_code)
     progress.note(f"failed: {name}: {outcome.reason}")
@@ -178,7 +196,7 @@ def _account(outcome: Outcome, summary: FmriSummary, progress: Progress, said: s
 
 def _save_table(cfg: RoiConfig, plan: Plan, summary: FmriSummary) -> None:
     """series.parquet and series.tsv: a row a subject, run and region."""
-    rows = [row for record in _done_records(cfg, plan) for row in record["series"]]
+    rows = [row for record in done_records(cfg, plan) for row in record["series"]]
     if not rows:
         return
     table = pa.Table.from_pylist(rows)
@@ -198,14 +216,14 @@ def _tsv(rows: list[dict[str, Any]]) -> bytes:
 
 def _test_group(cfg: MvpaJobConfig, plan: Plan, summary: FmriSummary) -> None:
     """group.json and group.parquet of all subjects that are done, and maps of regions."""
-    summary.group = group_rows(_done_records(cfg, plan), seed=cfg.mvpa.seed)
+    summary.group = group_rows(done_records(cfg, plan), seed=cfg.mvpa.seed)
     if summary.group:
         save_group(cfg.run_dir, summary.group)
         save_roi_maps(cfg, summary.group)
         print("\n".join(lines(summary.group)))
 
 
-def _done_records(cfg: FmriConfig, plan: Plan) -> list[dict[str, Any]]:
+def done_records(cfg: FmriConfig, plan: Any) -> list[dict[str, Any]]:
     """Of this run's units, in its order."""
     ledger = Ledger(cfg.run_dir)
     found = [ledger.read(unit) for unit in plan.units if ledger.is_done(unit)]
@@ -230,8 +248,13 @@ def _save_run(cfg: FmriConfig, runner: str, record: dict[str, Any]) -> None:
 
 
 def _tell_failed(failed: list[tuple[Unit, str]]) -> None:
+    """One line a reason: what keeps all units of a subject from being computed is said once."""
+    units: dict[str, list[str]] = {}
     for unit, reason in failed:
-        print(f"failed: {unit.unit_id}: {reason}", file=sys.stderr, flush=True)
+        units.setdefault(reason, []).append(unit.unit_id)
+    for reason, names in units.items():
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        print(f"failed: {', '.join(names[:_NAMED])}{more}: {reason}", file=sys.stderr, flush=True)
 
 
 def _tell(summary: FmriSummary) -> None:

@@ -6,6 +6,7 @@ line all are flat (``--detrend``, ``--strategy motion``, ``--n-permutations 1000
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import ClassVar, Literal, TypeVar
 from raypipe.errors import ConfigError
 from raypipe.fmri.clean import CleanConfig
 from raypipe.fmri.mvpa import MvpaConfig
+from raypipe.fmri.mvpa.estimators import EstimatorConfig, check_fits
+from raypipe.fmri.mvpa.scores import CLASS_SCORES, TARGET_SCORES
 from raypipe.fmri.units import RoiSpec, Target, parse_roi, parse_sphere
 from raypipe.read.bids import BidsQuery
 from raypipe.read.confounds import ConfoundsConfig
@@ -86,8 +89,12 @@ class FmriConfig:
             raise ConfigError(f"given are {given} of bids_dir and table; give one of them")
         if self.atlas is None and (self.atlas_labels or self.atlas_names):
             raise ConfigError("atlas_labels or atlas_names are given but no atlas; give --atlas")
-        if not self.radius_mm > 0:
-            raise ConfigError(f"radius_mm {self.radius_mm} is not above 0; 6 to 10 is usual")
+        if self.bids_dir is None:
+            self._check_table_alone()
+        if not 0 < self.radius_mm < math.inf:
+            raise ConfigError(
+                f"radius_mm {self.radius_mm} is not above 0 and finite; 6 to 10 is usual"
+            )
         if self.workers is not None and self.workers < 1:
             raise ConfigError(f"workers {self.workers} is below 1; give 1 or more")
         names = [spec.name for spec in self.named_rois()]
@@ -95,6 +102,17 @@ class FmriConfig:
             twice = next(name for name in names if names.count(name) > 1)
             raise ConfigError(f"ROI {twice!r} is given twice; name one of them otherwise")
         self.quota_bytes()
+
+    def _check_table_alone(self) -> None:
+        """What chooses files of a tree says nothing to a table."""
+        if self.raw_dir is not None:
+            raise ConfigError(
+                f"raw_dir {self.raw_dir} is given without bids_dir; a table names its events itself"
+            )
+        if self.query.desc != BidsQuery().desc:
+            raise ConfigError(
+                f"desc {self.query.desc!r} is given without bids_dir; a table names its scans itself"
+            )
 
     def named_rois(self) -> tuple[RoiSpec, ...]:
         """The ROIs that the options name; atlas regions are among them when their labels are given."""
@@ -150,7 +168,10 @@ class MvpaJobConfig(FmriConfig):
     mvpa: MvpaConfig = field(default_factory=MvpaConfig)
     """How it is decoded."""
     regressor: str = "ridge"
-    """The model of number:COLUMN targets: ridge, svr or package.Class."""
+    """The model of number:COLUMN targets: ridge, svr or package.Class (without params)."""
+    weight_maps: bool = False
+    """Write maps of each linear model fitted to all samples: its weights, and the pattern they stand
+    for (Haufe 2014), which is the one to interpret."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -164,8 +185,28 @@ class MvpaJobConfig(FmriConfig):
                 "delay_s is not given: the response follows its event by 4 to 6 s; give --delay-s, "
                 "0 where the labels are delayed already"
             )
-        if self.delay_s < 0:
-            raise ConfigError(f"delay_s {self.delay_s} is below 0; the response follows the event")
+        if not 0 <= self.delay_s < math.inf:
+            raise ConfigError(
+                f"delay_s {self.delay_s} is below 0 or not finite; the response follows the event by 4 "
+                "to 6 s"
+            )
+        self._check_decoding(targets)
+
+    def _check_decoding(self, targets: tuple[Target, ...]) -> None:
+        """Models and scores fit what is decoded: said now, not by every unit."""
+        fitting: list[str] = []
+        if any(target.column is None for target in targets):
+            check_fits(self.mvpa.model, classes=True)
+            fitting += CLASS_SCORES
+        if any(target.column is not None for target in targets):
+            check_fits(self._regressor(), classes=False)
+            fitting += TARGET_SCORES
+        for name in self.mvpa.scores:
+            if name not in fitting:
+                raise ConfigError(
+                    f"score {name} fits none of the targets {', '.join(self.target)}; choose of "
+                    f"{', '.join(fitting)}"
+                )
 
     def targets(self) -> tuple[Target, ...]:
         """The targets by name."""
@@ -173,10 +214,13 @@ class MvpaJobConfig(FmriConfig):
 
     def decoding_of(self, target: Target) -> MvpaConfig:
         """How ``target`` is decoded: numbers by the regressor, and scored as numbers."""
-        if target.column is None:
-            return self.mvpa
-        model = replace(self.mvpa.model, estimator=self.regressor, params={})
-        return replace(self.mvpa, model=model, scores=())
+        fitting = CLASS_SCORES if target.column is None else TARGET_SCORES
+        scores = tuple(name for name in self.mvpa.scores if name in fitting)
+        model = self.mvpa.model if target.column is None else self._regressor()
+        return replace(self.mvpa, model=model, scores=scores)
+
+    def _regressor(self) -> EstimatorConfig:
+        return replace(self.mvpa.model, estimator=self.regressor, params=())
 
 
 def absolute(cfg: J) -> J:

@@ -17,6 +17,7 @@ import xxhash
 
 from raypipe import config as configs
 from raypipe.errors import InputError, MissingInput
+from raypipe.fmri.clean import CleanConfig
 from raypipe.fmri.config import FmriConfig, MvpaJobConfig, RoiConfig
 from raypipe.fmri.masks import Grid
 from raypipe.fmri.mvpa import Design, make_folds
@@ -25,8 +26,9 @@ from raypipe.fmri.rois import Regions, common, find_regions, roi_files
 from raypipe.fmri.samples import design_of, label_files
 from raypipe.fmri.units import RoiSpec, Target, Unit, slug
 from raypipe.read.bids import find_runs, tree_subjects
+from raypipe.read.confounds import confounds_file
 from raypipe.read.nifti import Scan, content_sample, open_scan
-from raypipe.read.runfiles import RunFiles, bare
+from raypipe.read.runfiles import RunFiles, bare, check_subjects, without_zeros
 from raypipe.read.runtable import read_run_table, table_subjects
 from raypipe.store.voxels import find
 
@@ -50,13 +52,21 @@ class SubjectInputs:
 
 
 def subjects_of(cfg: FmriConfig) -> tuple[str, ...]:
-    """The subjects asked for, or all that are there. Raises MissingInput for no table or folder."""
-    wanted = tuple(dict.fromkeys(bare(name, "sub") for name in cfg.query.subjects))
-    table, tree = cfg.table, cfg.bids_dir
-    found = table_subjects(table) if table is not None else tree_subjects(_given(tree))
+    """The subjects asked for, or all that are there.
+
+    Raises MissingInput for no table or folder, and for a subject that is not in it: a name that was
+    mistyped is told at once, not when all others are done.
+    """
+    if cfg.raw_dir is not None and not cfg.raw_dir.is_dir():
+        raise MissingInput(
+            f"raw_dir {cfg.raw_dir} does not exist; give the BIDS data set that holds events.tsv"
+        )
+    where = cfg.table or _given(cfg.bids_dir)
+    found = table_subjects(where) if cfg.table is not None else tree_subjects(where)
     if not found:
         raise MissingInput(f"{cfg.bids_dir} holds no sub-… folder; give the fMRIPrep output")
-    return wanted or found
+    check_subjects(cfg.query.subjects, found, where)
+    return tuple(dict.fromkeys(bare(name, "sub") for name in cfg.query.subjects)) or found
 
 
 def runs_of(cfg: FmriConfig, subject: str) -> tuple[RunFiles, ...]:
@@ -79,6 +89,9 @@ def look_at(
         runs = runs_of(cfg, subject)
         _check_names(runs)
         scans = tuple(open_scan(run.bold) for run in runs)
+        if cfg.clean.filter is not None:
+            for scan in scans:
+                with_t_r(cfg.clean, scan.tr_s).sampling_hz()  # refuses what it cannot resolve
         regions = regions_of(cfg, rois, runs, scans)
         facts = [_scan_facts(cfg, scan, found) for scan, found in zip(scans, regions, strict=True)]
         sources = [_source(scan, run) for scan, run in zip(scans, runs, strict=True)]
@@ -149,11 +162,16 @@ def t_r_of(cfg: FmriConfig, scans: Sequence[Scan]) -> float | None:
     return told.pop() if told else None
 
 
+def with_t_r(config: CleanConfig, tr_s: float | None) -> CleanConfig:
+    """A filter works in seconds: by the header's TR where none is given."""
+    return replace(config, t_r_s=tr_s) if config.t_r_s is None and tr_s is not None else config
+
+
 def small_files(cfg: FmriConfig, spec: RoiSpec, run: RunFiles) -> list[Path]:
     """The files beside the scan and its brain mask that the numbers of ``spec`` in ``run`` come from."""
     found = roi_files(spec, run)
-    if run.confounds is not None and (cfg.confounds.strategy or cfg.confounds.columns):
-        found.append(run.confounds)
+    if (confounds := confounds_file(run, cfg.confounds)) is not None:
+        found.append(confounds)
     if isinstance(cfg, MvpaJobConfig):
         found.append(label_files(cfg, run))
     return found
@@ -194,9 +212,10 @@ def _check_names(runs: Sequence[RunFiles]) -> None:
 def _asked_for(run: RunFiles, cfg: FmriConfig) -> bool:
     """As ``bids.find_runs`` chooses, for what a table says of its runs."""
     query = cfg.query
+    numbers = [without_zeros(bare(name, "run")) for name in query.runs]
     return (
         (not query.sessions or run.session in [bare(name, "ses") for name in query.sessions])
-        and (not query.runs or run.run in [bare(name, "run") for name in query.runs])
+        and (not query.runs or without_zeros(run.run or "") in numbers)
         and (query.task is None or run.task == bare(query.task, "task"))
         and (query.space is None or run.space == bare(query.space, "space"))
     )
@@ -302,6 +321,7 @@ def _key(
             "labels": [cfg.labels is not None, cfg.label_column, sorted(cfg.rest)],
             "samples": [cfg.delay_s, cfg.each],
         }
+        fields |= {"weight_maps": True} if cfg.weight_maps else {}  # keys of before stay
     text = json.dumps(fields, sort_keys=True, default=str)
     return str(xxhash.xxh3_128_hexdigest(text.encode()))
 

@@ -101,16 +101,21 @@ def atlas_voxels(
     }
 
 
+def atlas_labels(path: Path | str, names: Mapping[str, int] | None = None) -> tuple[str, ...]:
+    """All labels of an atlas image but 0, by name where ``names`` has one; raises InputError."""
+    return tuple(atlas_voxels(path, Grid.of(_load(Path(path), "atlas")), names=names))
+
+
 def label_names(path: Path | str) -> dict[str, int]:
     """name -> number of a label table (TSV or CSV with columns index and name, as in BIDS dseg)."""
     path = Path(path)
     if not path.is_file():
         raise MissingInput(f"label table {path} does not exist; give one with columns index, name")
-    with path.open(newline="", encoding="utf-8") as lines:
-        rows = list(csv.DictReader(lines, delimiter="\t" if path.suffix == ".tsv" else ","))
     try:
+        with path.open(newline="", encoding="utf-8") as lines:
+            rows = list(csv.DictReader(lines, delimiter="\t" if path.suffix == ".tsv" else ","))
         return {row["name"]: int(row["index"]) for row in rows}
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
         raise InputError(
             f"label table {path} is not columns index (a whole number) and name: {error}; rewrite it"
         ) from error

@@ -16,6 +16,7 @@ from raypipe.fmri.units import Unit
 from raypipe.memory.config import MemoryConfig, ResolvedMemory
 from raypipe.memory.policy import SMALLEST_BUDGET_BYTES, Limits
 from raypipe.read.runfiles import RunFiles
+from raypipe.runner import Machines
 from raypipe.store.voxels import BLOCK_BYTES, Way, choose_way
 from raypipe.store.voxels.decide import Reads
 from raypipe.store.voxels.obtain import LIKELY_READS
@@ -113,10 +114,11 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """What memory allows, made before reading. workers : processes; limit_bytes : of each, the mark
-    at which it is told to take less."""
+    """What memory allows, made before reading. workers : processes; cores : of each; limit_bytes : of
+    each, the mark at which it is told to take less."""
 
     workers: int
+    cores: float
     budget_bytes: int
     limit_bytes: int
     config: MemoryConfig
@@ -213,18 +215,23 @@ def way_of(scan: ScanFacts, voxels: int, *, may_store: bool, may_map: bool) -> W
 
 
 def decide(
-    memory: ResolvedMemory, *, cores: int, asked: int | None, n_units: int, largest_bytes: int
+    memory: ResolvedMemory,
+    *,
+    machines: Machines,
+    asked: int | None,
+    n_units: int,
+    largest_bytes: int,
 ) -> Decision:
     """As many workers as cores, units and memory allow, or the number asked for.
 
     largest_bytes : of the unit that takes most. Raises MemoryBudgetExceeded when it fits no worker.
     """
-    most = asked or max(1, min(cores, n_units))
+    most = asked or max(1, min(machines.places(1.0), n_units))
     for workers in [asked] if asked else range(most, 0, -1):
-        found = _decision(memory, workers)
+        found = _decision(memory, workers, machines)
         if found is not None and largest_bytes <= found.limit_bytes:
             return found
-    last = _decision(memory, asked or 1)
+    last = _decision(memory, asked or 1, machines)
     may = format_bytes(last.limit_bytes) if last else "less than the smallest budget"
     raise MemoryBudgetExceeded(
         f"the largest unit needs {format_bytes(largest_bytes)} in one worker; {asked or 1} worker(s) "
@@ -232,13 +239,21 @@ def decide(
     )
 
 
-def _decision(memory: ResolvedMemory, workers: int) -> Decision | None:
-    share = memory.config.capacity_bytes(memory.limits) // workers
+def _decision(memory: ResolvedMemory, workers: int, machines: Machines) -> Decision | None:
+    """Workers that may meet on one machine share its memory; a cluster's are taken to be like this one,
+    and each worker looks at its own when it starts."""
+    cores = machines.cores_for(workers)
+    share = memory.config.capacity_bytes(memory.limits) // machines.together(workers, cores)
     budget = min(memory.config.budget_bytes, share)
     if budget < SMALLEST_BUDGET_BYTES:
         return None
-    limit = Limits.of(budget).soft_bytes
-    return Decision(workers=workers, budget_bytes=budget, limit_bytes=limit, config=memory.config)
+    return Decision(
+        workers=workers,
+        cores=cores,
+        budget_bytes=budget,
+        limit_bytes=Limits.of(budget).soft_bytes,
+        config=memory.config,
+    )
 
 
 def split(units: Sequence[Unit], parts: int) -> list[tuple[Unit, ...]]:

@@ -33,6 +33,7 @@ from raypipe.fmri.plan import (
 from raypipe.fmri.rois import wanted_rois
 from raypipe.fmri.units import RoiSpec, Unit, check_distinct
 from raypipe.memory.config import MemoryConfig, ResolvedMemory
+from raypipe.runner import Machines
 from raypipe.units import format_bytes, format_seconds
 
 LOOKING = 8  # threads over subjects: headers and masks, from disks that may be far
@@ -67,7 +68,7 @@ class Plan:
         return sum(len(batch.units) for batch in self.batches)
 
 
-def make_plan(cfg: FmriConfig, memory: ResolvedMemory, cores: int) -> Plan:
+def make_plan(cfg: FmriConfig, memory: ResolvedMemory, machines: Machines) -> Plan:
     """Look at all inputs of ``cfg`` (absolute paths) and decide.
 
     Raises InputError when no unit at all can be computed, MemoryBudgetExceeded for one that fits no
@@ -92,7 +93,7 @@ def make_plan(cfg: FmriConfig, memory: ResolvedMemory, cores: int) -> Plan:
     batches: list[Batch] = []
     if left:
         decision = decide(
-            memory, cores=cores, asked=cfg.workers, n_units=left, largest_bytes=largest
+            memory, machines=machines, asked=cfg.workers, n_units=left, largest_bytes=largest
         )
         batches = _batches(cfg, subjects, done, needs, decision)
     plan = Plan(

@@ -108,10 +108,10 @@ def _band(values: np.ndarray) -> dict[str, Any]:
 
 def _provenance(cfg: FmriConfig, subject: Subject, spec: RoiSpec) -> dict[str, Any]:
     pairs = zip(subject.scans, subject.runs, strict=True)
-    return {"runs": [_source(cfg, scan, run, spec) for scan, run in pairs]}
+    return {"runs": [source_of(cfg, scan, run, spec) for scan, run in pairs]}
 
 
-def _source(cfg: FmriConfig, scan: Scan, run: RunFiles, spec: RoiSpec) -> dict[str, Any]:
+def source_of(cfg: FmriConfig, scan: Scan, run: RunFiles, spec: RoiSpec) -> dict[str, Any]:
     """Which files a run's numbers came from."""
     beside = [*([run.mask] if run.mask else []), *small_files(cfg, spec, run)]
     return {

@@ -9,14 +9,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import nibabel
 import numpy as np
 
-from raypipe.errors import InputError, MissingInput
+from raypipe.errors import InputError
 from raypipe.fmri.config import FmriConfig
 from raypipe.fmri.masks import (
     Grid,
     Voxels,
+    atlas_labels,
     atlas_voxels,
     label_names,
     mask_voxels,
@@ -59,14 +59,9 @@ def _whole_atlas(atlas: str, names: str) -> list[RoiSpec]:
             f"atlas {atlas} differs by subject, so its regions are not known beforehand; give "
             "--atlas-labels"
         )
-    if not Path(atlas).is_file():
-        raise MissingInput(f"atlas {atlas} does not exist; give a NIfTI file")
-    known = label_names(names) if names else None
-    grid = Grid.of(nibabel.load(atlas))
-    labels = atlas_voxels(atlas, grid, names=known)
     return [
         RoiSpec(name=label, kind="atlas", source=atlas, label=label, names=names)
-        for label in labels
+        for label in atlas_labels(atlas, label_names(names) if names else None)
     ]
 
 

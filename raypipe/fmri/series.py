@@ -9,15 +9,15 @@ from __future__ import annotations
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from raypipe.fmri.clean import CleanConfig, Cleaned, clean
+from raypipe.fmri.clean import Cleaned, clean
 from raypipe.fmri.config import FmriConfig, MvpaJobConfig, RoiConfig
-from raypipe.fmri.inputs import regions_of, t_r_of
+from raypipe.fmri.inputs import regions_of, t_r_of, with_t_r
 from raypipe.fmri.rois import Regions
 from raypipe.fmri.samples import runs_within
 from raypipe.fmri.units import RoiSpec
@@ -113,7 +113,7 @@ def run_series(
                 into = out[roi][:, first : first + scan.n_volumes]
             cleaned = clean(
                 values,
-                _with_t_r(cfg.clean, scan.tr_s),
+                with_t_r(cfg.clean, scan.tr_s),
                 confounds=None if confounds is None else confounds.values,
                 sample_mask=kept,
                 runs=within,
@@ -178,11 +178,6 @@ def joined(
     }
 
 
-def _with_t_r(config: CleanConfig, tr_s: float | None) -> CleanConfig:
-    """A filter works in seconds: by the header's TR where none is given."""
-    return replace(config, t_r_s=tr_s) if config.t_r_s is None and tr_s is not None else config
-
-
 def _mean(values: Floats) -> Floats:
     """(1, T) the mean of the voxels that are finite throughout; NaN, which is counted, for none."""
     finite = np.isfinite(values).all(axis=1)
@@ -193,10 +188,10 @@ def _mean(values: Floats) -> Floats:
 
 
 def _array(shape: tuple[int, int], scratch: Path | None) -> Floats:
-    """In memory, or in a file of ``scratch`` that the kernel frees with its last user."""
+    """In memory, or in a file of folder ``scratch`` that has no name: the kernel frees it with its last
+    user."""
     if scratch is None:
         return np.empty(shape, np.float32)
-    scratch.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=scratch) as file:
         preallocate(file.fileno(), scratch, 4 * shape[0] * shape[1])  # a full disk ends here
         with warnings.catch_warnings():

@@ -6,6 +6,7 @@ Text from the command line becomes ``RoiSpec`` and ``Target`` here. Which voxels
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -112,6 +113,8 @@ def parse_sphere(text: str, radius_mm: float) -> RoiSpec:
         raise ConfigError(f"sphere {text!r} is not NAME=x,y,z in mm; e.g. FFA=40,-52,-18") from None
     if not name:
         raise ConfigError(f"sphere {text!r} has no name; write e.g. FFA=40,-52,-18")
+    if not all(map(math.isfinite, (x, y, z))):
+        raise ConfigError(f"sphere {text!r} has no finite centre; give x,y,z in mm")
     return RoiSpec(name=name, kind="sphere", centre_mm=(x, y, z), radius_mm=radius_mm)
 
 

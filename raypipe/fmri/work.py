@@ -34,6 +34,7 @@ from raypipe.fmri.results import mvpa_fields, roi_fields, save_decoding, save_se
 from raypipe.fmri.samples import design_of
 from raypipe.fmri.series import Joined, Subject, joined, run_series
 from raypipe.fmri.units import RoiSpec, Unit
+from raypipe.fmri.weight_files import save_weights
 from raypipe.memory.guard import current, note, relieve
 from raypipe.memory.policy import Throttle
 from raypipe.read.runfiles import RunFiles
@@ -71,7 +72,7 @@ class Outcome:
 
 
 @dataclass(kw_only=True)
-class _Notes:
+class Notes:
     """What is said while a group of regions is worked on: warnings, and from where scans were read."""
 
     warnings: list[str] = field(default_factory=list)
@@ -159,13 +160,13 @@ class FmriWorker:
 
     def _group(self, item: Batch, units: Sequence[Unit], ledger: Ledger) -> Iterator[Outcome]:
         """Units whose regions are read together."""
-        cfg, notes = self._job.cfg, _Notes()
+        cfg, notes = self._job.cfg, Notes()
         try:
             with notes.listening():
                 subject = self._subject(item)
             bad = {name: why for found in subject.regions for name, why in found.bad.items()}
             yield from (
-                self._failed(unit, InputError(bad[unit.roi]), ledger, notes)
+                failed(unit, InputError(bad[unit.roi]), ledger, notes)
                 for unit in units
                 if unit.roi in bad
             )
@@ -180,9 +181,7 @@ class FmriWorker:
             raise
         except Exception as error:  # each unit's record says what it was
             yield from (
-                self._failed(unit, error, ledger, notes)
-                for unit in units
-                if not ledger.is_done(unit)
+                failed(unit, error, ledger, notes) for unit in units if not ledger.is_done(unit)
             )
 
     def _subject(self, item: Batch) -> Subject:
@@ -193,7 +192,7 @@ class FmriWorker:
         return self._opened[1]
 
     def _write(
-        self, cfg: RoiConfig, subject: Subject, units: Sequence[Unit], ledger: Ledger, notes: _Notes
+        self, cfg: RoiConfig, subject: Subject, units: Sequence[Unit], ledger: Ledger, notes: Notes
     ) -> Iterator[Outcome]:
         """Every run's series of every region to a file of its own."""
         by_roi = {unit.roi: unit for unit in units}
@@ -227,7 +226,7 @@ class FmriWorker:
         item: Batch,
         units: Sequence[Unit],
         ledger: Ledger,
-        notes: _Notes,
+        notes: Notes,
     ) -> Iterator[Outcome]:
         started = time.monotonic()
         with Peak() as peak, notes.listening():
@@ -235,7 +234,7 @@ class FmriWorker:
                 cfg,
                 subject,
                 list(dict.fromkeys(unit.roi for unit in units)),
-                scratch=cfg.run_dir / "scratch",
+                scratch=cfg.run_dir,
                 mapped=item.mapped,
                 use_memmap=self._job.use_memmap,
                 threads=self._threads,
@@ -243,7 +242,7 @@ class FmriWorker:
             )
         reading = _cost((time.monotonic() - started) / len(series), 0.0, peak.bytes, notes)
         for number, unit in enumerate(units):
-            own = _Notes(warnings=list(notes.warnings), reading=list(notes.reading))
+            own = Notes(warnings=list(notes.warnings), reading=list(notes.reading))
             try:
                 if current().pressure():
                     relieve()
@@ -252,7 +251,7 @@ class FmriWorker:
             except (MemoryError, ResourceError):
                 raise
             except Exception as error:
-                yield self._failed(unit, error, ledger, own)
+                yield failed(unit, error, ledger, own)
             if all(later.roi != unit.roi for later in units[number + 1 :]):
                 del series[unit.roi]
 
@@ -263,10 +262,10 @@ class FmriWorker:
         series: Joined,
         unit: Unit,
         ledger: Ledger,
-        notes: _Notes,
+        notes: Notes,
         reading: dict[str, Any],
     ) -> None:
-        from raypipe.fmri.mvpa import decode
+        from raypipe.fmri.mvpa import decode, weight_maps
 
         target = next(target for target in cfg.targets() if target.name == unit.target)
         started = time.monotonic()
@@ -275,31 +274,35 @@ class FmriWorker:
             design = design_of(cfg, target, subject.runs, n_volumes, subject.t_r_s)
             design = design.left(series.volumes)
             tags = {"subject": unit.subject, "roi": unit.roi, "target": unit.target}
-            result = decode(
-                design.samples(series.values), design, cfg.decoding_of(target), tags=tags
-            )
+            patterns, decoding = design.samples(series.values), cfg.decoding_of(target)
+            result = decode(patterns, design, decoding, tags=tags)
+            weights = weight_maps(patterns, design, decoding) if cfg.weight_maps else None
+            del patterns
         ledger.begin(unit)
-        table = save_decoding(ledger.path(unit).with_suffix(".parquet"), unit, result)
+        files = [save_decoding(ledger.path(unit).with_suffix(".parquet"), unit, result)]
+        files += save_weights(cfg.run_dir, unit, subject, weights)
         fields = mvpa_fields(cfg, subject, self._spec(unit.roi), series, result)
         fields |= reading | {
             "seconds": time.monotonic() - started,
             "peak_anon_bytes": max(peak.bytes, int(reading["peak_anon_bytes"])),
             "warnings": notes.warnings,
         }
-        ledger.finish(unit, fields, [table])
+        ledger.finish(unit, fields, files)
 
     def _spec(self, roi: str) -> RoiSpec:
         return next(spec for spec in self._job.rois if spec.name == roi)
 
-    def _failed(self, unit: Unit, error: Exception, ledger: Ledger, notes: _Notes) -> Outcome:
-        known = isinstance(error, (RaypipeError, OSError))
-        reason = one_line(error) if known else f"{type(error).__name__}: {one_line(error)}"
-        code = 2 if isinstance(error, OSError) else getattr(error, "exit_code", 4)
-        ledger.fail(unit, reason)
-        return Outcome(unit=unit, reason=reason, exit_code=code, warnings=tuple(notes.warnings))
+
+def failed(unit: Unit, error: Exception, ledger: Ledger, notes: Notes) -> Outcome:
+    """Record why ``unit`` could not be computed."""
+    known = isinstance(error, (RaypipeError, OSError))
+    reason = one_line(error) if known else f"{type(error).__name__}: {one_line(error)}"
+    code = 2 if isinstance(error, OSError) else getattr(error, "exit_code", 4)
+    ledger.fail(unit, reason)
+    return Outcome(unit=unit, reason=reason, exit_code=code, warnings=tuple(notes.warnings))
 
 
-def _cost(reading_s: float, seconds: float, peak_bytes: int, notes: _Notes) -> dict[str, Any]:
+def _cost(reading_s: float, seconds: float, peak_bytes: int, notes: Notes) -> dict[str, Any]:
     return {
         "seconds_reading": reading_s,
         "seconds": seconds,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from raypipe.errors import InputError, MissingInput
-from raypipe.read.runfiles import RunFiles, bare, check_subjects, number_key
+from raypipe.read.runfiles import RunFiles, bare, check_subjects, number_key, without_zeros
 
 _SUFFIXES = (".nii.gz", ".nii")
 _CONFOUNDS = ("desc-confounds_timeseries.tsv", "desc-confounds_regressors.tsv")  # from, before 20.2
@@ -91,17 +91,13 @@ def _scans(subject: Path, desc: str) -> list[Path]:
 
 def _matches(found: dict[str, str], query: BidsQuery) -> bool:
     sessions = [bare(session, "ses") for session in query.sessions]
-    runs = [_without_zeros(bare(run, "run")) for run in query.runs]
+    runs = [without_zeros(bare(run, "run")) for run in query.runs]
     return (
         (not sessions or found.get("ses") in sessions)
-        and (not runs or _without_zeros(found.get("run", "")) in runs)
+        and (not runs or without_zeros(found.get("run", "")) in runs)
         and (query.task is None or found.get("task") == bare(query.task, "task"))
         and (query.space is None or found.get("space") == bare(query.space, "space"))
     )
-
-
-def _without_zeros(number: str) -> str:
-    return number.lstrip("0") or number
 
 
 def _check_found(

@@ -5,9 +5,11 @@ What cleaning does with them is ``raypipe.fmri.clean``.
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pandas as pd
@@ -27,17 +29,20 @@ class ConfoundsConfig:
     """Kinds of noise: motion, high_pass, wm_csf, global_signal, compcor, ica_aroma, scrub."""
     columns: tuple[str, ...] = ()
     """Instead: columns of the confounds table by name; for tables that are not fMRIPrep's."""
-    motion: str = "full"
+    motion: Literal["basic", "power2", "derivatives", "full"] = "full"
     """basic (6), power2 (12), derivatives (12) or full (24 columns)."""
-    wm_csf: str = "basic"
+    wm_csf: Literal["basic", "power2", "derivatives", "full"] = "basic"
     """basic (2), power2, derivatives (4) or full (8 columns)."""
-    global_signal: str = "basic"
+    global_signal: Literal["basic", "power2", "derivatives", "full"] = "basic"
     """basic (1), power2, derivatives (2) or full (4 columns)."""
-    compcor: str = "anat_combined"
+    compcor: Literal[
+        "anat_combined", "anat_separated", "temporal",
+        "temporal_anat_combined", "temporal_anat_separated",
+    ] = "anat_combined"  # fmt: skip
     """Which CompCor components; high_pass must be among the strategy."""
     n_compcor: int | None = None
     """How many of them; all when left out."""
-    ica_aroma: str = "full"
+    ica_aroma: Literal["full", "basic"] = "full"
     """full needs the smoothAROMAnonaggr scan, basic takes its noise components."""
     scrub: int = 5
     """Drop stretches between scrubbed volumes that are shorter than this."""
@@ -52,6 +57,34 @@ class ConfoundsConfig:
         for name in self.strategy:
             if name not in STRATEGIES:
                 raise UnknownName.of("confounds strategy", name, STRATEGIES)
+        if "compcor" in self.strategy and "high_pass" not in self.strategy:
+            raise ConfigError(
+                "strategy compcor needs high_pass beside it: fMRIPrep's components are of filtered "
+                "series; give --strategy compcor high_pass"
+            )
+        self._check_choices()
+        self._check_numbers()
+
+    def _check_choices(self) -> None:
+        for name, kind in get_type_hints(ConfoundsConfig).items():
+            known = get_args(kind)
+            if get_origin(kind) is Literal and getattr(self, name) not in known:
+                raise ConfigError(
+                    f"{name} {getattr(self, name)!r} is not known; give {', '.join(known)}"
+                )
+
+    def _check_numbers(self) -> None:
+        if self.n_compcor is not None and self.n_compcor < 1:
+            raise ConfigError(
+                f"n_compcor {self.n_compcor} is below 1; leave it out for all components"
+            )
+        if self.scrub < 0:
+            raise ConfigError(f"scrub {self.scrub} is below 0 volumes; 5 is usual")
+        for name in ("fd_threshold_mm", "std_dvars_threshold"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(
+                    f"{name} {getattr(self, name)} is not above 0 and finite; 0.5 mm and 1.5 are usual"
+                )
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -69,15 +102,21 @@ def read_confounds(run: RunFiles, config: ConfoundsConfig) -> Confounds | None:
     A first row without value takes the second row's, as in load_confounds, and a RaypipeWarning says
     so. Raises MissingInput without a table, InputError where it has not what is asked for.
     """
+    path = confounds_file(run, config)
+    if path is None:
+        return None
+    return _by_column(path, config.columns) if config.columns else _by_strategy(run, path, config)
+
+
+def confounds_file(run: RunFiles, config: ConfoundsConfig) -> Path | None:
+    """The table that ``read_confounds`` will read, None for none; raises MissingInput without one."""
     if not config.strategy and not config.columns:
         return None
     if run.confounds is None:
         raise MissingInput(
             f"{run.name} has no confounds table beside {run.bold}; run without confounds or copy it"
         )
-    if config.columns:
-        return _by_column(run.confounds, config.columns)
-    return _by_strategy(run, run.confounds, config)
+    return run.confounds
 
 
 def _by_column(path: Path, columns: tuple[str, ...]) -> Confounds:

@@ -40,6 +40,11 @@ def bare(value: str, entity: str) -> str:
     return value.removeprefix(f"{entity}-")
 
 
+def without_zeros(number: str) -> str:
+    """Run 01 is the same as 1."""
+    return number.lstrip("0") or number
+
+
 def check_subjects(wanted: Sequence[str], found: Sequence[str], where: Path) -> None:
     """Raises MissingInput, naming those that are there, when a wanted subject is not."""
     missing = [subject for subject in wanted if bare(subject, "sub") not in found]

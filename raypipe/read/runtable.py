@@ -58,9 +58,12 @@ def _rows(path: Path) -> list[tuple[int, dict[str, str | None]]]:
         raise MissingInput(
             f"run table {path} does not exist; give a CSV or TSV with columns subject, bold"
         )
-    with path.open(newline="", encoding="utf-8-sig") as lines:
-        reader = csv.DictReader(lines, delimiter="\t" if path.suffix == ".tsv" else ",")
-        columns, rows = list(reader.fieldnames or ()), list(reader)
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as lines:
+            reader = csv.DictReader(lines, delimiter="\t" if path.suffix == ".tsv" else ",")
+            columns, rows = list(reader.fieldnames or ()), list(reader)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"run table {path} is no text: {error}; give a CSV or TSV") from None
     _check_columns(columns, path)
     return list(enumerate(rows, start=2))
 

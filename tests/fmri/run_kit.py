@@ -1,17 +1,24 @@
-"""Tiny subjects on disk: scans, masks, events; region "yes" follows the labels, region "no" does not."""
+"""Tiny subjects on disk: scans, masks, events; region "yes" follows the labels, region "no" does not.
+
+And what tests of runs ask of them: results as they lie in the run folder, patterns as nilearn reads them.
+"""
 
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 from typing import Any
 
 import nibabel
 import numpy as np
+from nilearn.maskers import NiftiMasker
 
+from raypipe.fmri.commands import FmriSummary, mvpa
 from raypipe.fmri.config import MvpaJobConfig, RoiConfig
 from raypipe.fmri.mvpa import MvpaConfig
 from raypipe.fmri.units import Unit
+from raypipe.runner import LocalRunner
 
 SHAPE, N_VOLUMES, T_R_S, N_RUNS = (6, 5, 4), 40, 2.0, 3
 AFFINE = np.diag([3.0, 3.0, 3.0, 1.0])
@@ -94,3 +101,42 @@ def roi_config(table: Path, run_dir: Path, **more: Any) -> RoiConfig:
 def unit(name: str = "V1", key: str = "k1") -> Unit:
     """A unit of subject 01."""
     return Unit(subject="01", roi=name, target="all", key=key)
+
+
+def run(cfg: MvpaJobConfig) -> FmriSummary:
+    """Decode in this process."""
+    return mvpa(cfg, LocalRunner())
+
+
+def record(cfg: Any, name: str) -> dict[str, Any]:
+    """The record of a unit."""
+    found: dict[str, Any] = json.loads((cfg.run_dir / "units" / f"{name}.json").read_text())
+    return found
+
+
+def written(cfg: Any) -> dict[str, int]:
+    """Unit file -> when it was written."""
+    return {path.name: path.stat().st_mtime_ns for path in (cfg.run_dir / "units").iterdir()}
+
+
+def patterns(table: Path, subject: str, region: str) -> tuple[np.ndarray, ...]:
+    """(patterns, labels, runs) of every volume, by nilearn and the events as they were written."""
+    folder, parts, labels = table.parent, [], []
+    for number in range(1, N_RUNS + 1):
+        masker = NiftiMasker(
+            folder / "rois" / f"{region}.nii.gz", detrend=True, standardize="zscore_sample"
+        )
+        parts.append(masker.fit_transform(folder / f"sub-{subject}_run-{number}_bold.nii.gz"))
+        rows = (folder / f"sub-{subject}_run-{number}_events.tsv").read_text().split("\n")[1:-1]
+        labels += [row.split("\t")[2] for row in rows for _ in range(5)]
+    return np.vstack(parts), np.array(labels), np.repeat(np.arange(N_RUNS), N_VOLUMES)
+
+
+def flags(table: Path, run_dir: Path, *more: str) -> list[str]:
+    """The command line of ``mvpa_config``."""
+    rois = [f"{name}={table.parent}/rois/{name}.nii.gz" for name in ("yes", "no")]
+    return [
+        *("fmri", "mvpa", "--table", str(table), "--run-dir", str(run_dir), "--roi", *rois),
+        *("--delay-s", "0", "--scores", "accuracy", "--runner", "local"),
+        *("--cache-dir", str(run_dir.parent / "cache"), *more),
+    ]

@@ -27,6 +27,7 @@ from raypipe.fmri.plan import (
 from raypipe.fmri.units import Unit
 from raypipe.memory.config import MemoryFlags, ResolvedMemory, resolve
 from raypipe.memory.limits import NodeLimits
+from raypipe.runner import Machines
 
 MIB, GIB = 1 << 20, 1 << 30
 SCAN = ScanFacts(
@@ -50,6 +51,11 @@ def memory(total_gib: int, **flags: str) -> ResolvedMemory:
         shm_free_bytes=0,
     )
     return resolve(MemoryFlags(**flags), environ={}, limits=limits)  # type: ignore[arg-type]
+
+
+def own(cores: int) -> Machines:
+    """One machine, as Ray is started on it."""
+    return Machines(nodes=(("", cores),))
 
 
 def batch(n_rois: int, number: int = 0, subject: str = "01") -> Batch:
@@ -112,29 +118,84 @@ def test_needs_grow_with_voxels_and_mapped_series_are_free(
 def test_as_many_workers_as_cores_units_and_memory_allow(
     cores: int, n_units: int, largest: int, workers: int
 ) -> None:
-    found = decide(memory(20), cores=cores, asked=None, n_units=n_units, largest_bytes=largest)
+    found = decide(
+        memory(20), machines=own(cores), asked=None, n_units=n_units, largest_bytes=largest
+    )
     assert found.workers == workers
     assert largest <= found.limit_bytes < found.budget_bytes
     assert found.workers * found.budget_bytes <= 16 * GIB  # a fifth is left alone
 
 
 def test_a_stated_number_of_workers_is_kept_or_refused() -> None:
-    assert decide(memory(20), cores=1, asked=4, n_units=9, largest_bytes=GIB).workers == 4
+    assert decide(memory(20), machines=own(1), asked=4, n_units=9, largest_bytes=GIB).workers == 4
     with pytest.raises(MemoryBudgetExceeded, match=r"largest unit needs 4.00 GiB.*4 worker"):
-        decide(memory(20), cores=8, asked=4, n_units=9, largest_bytes=4 * GIB)
+        decide(memory(20), machines=own(8), asked=4, n_units=9, largest_bytes=4 * GIB)
     small = memory(20, max_memory_per_process="1GiB")
     with pytest.raises(MemoryBudgetExceeded, match=r"largest unit needs 1.00 GiB"):
-        decide(small, cores=8, asked=None, n_units=9, largest_bytes=GIB)
+        decide(small, machines=own(8), asked=None, n_units=9, largest_bytes=GIB)
+
+
+@given(
+    nodes=st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 9)), min_size=1, max_size=5),
+    n_units=st.integers(1, 60),
+    largest=st.integers(1, 9 * GIB),
+)
+def test_a_cluster_gets_as_many_workers_as_its_machines_hold(
+    nodes: list[tuple[str, int]], n_units: int, largest: int
+) -> None:
+    """Against a plain packing: Ray fills node after node with workers of so many cores."""
+    machines = Machines(nodes=tuple(nodes), grows=True)
+    try:
+        found = decide(
+            memory(20), machines=machines, asked=None, n_units=n_units, largest_bytes=largest
+        )
+    except MemoryBudgetExceeded:
+        assert decide_limit(1) < largest
+        return
+    packed: dict[str, int] = dict.fromkeys("abc", 0)
+    for name, cores in nodes:
+        free = float(cores)
+        while free >= found.cores:
+            free, packed[name] = free - found.cores, packed[name] + 1
+    room = sum(packed.values())
+    assert found.workers <= max(1, min(n_units, sum(cores for _, cores in nodes)))
+    assert found.workers <= max(1, room)
+    most = min(found.workers, max(packed.values()) or found.workers)
+    assert most * found.budget_bytes <= 16 * GIB
+    assert largest <= found.limit_bytes
+
+
+def decide_limit(workers: int) -> int:
+    return decide(
+        memory(20), machines=own(9), asked=workers, n_units=9, largest_bytes=1
+    ).limit_bytes
+
+
+def test_workers_of_a_cluster_are_those_of_all_its_nodes() -> None:
+    two = Machines(nodes=(("a", 8), ("b", 8)), grows=True)
+    found = decide(memory(80), machines=two, asked=None, n_units=100, largest_bytes=GIB)
+    assert (found.workers, found.cores) == (16, 1)
+    spread = decide(memory(80), machines=two, asked=None, n_units=4, largest_bytes=GIB)
+    assert (spread.workers, spread.cores) == (4, 4), "two on each, not four on one"
+    large = decide(memory(20), machines=two, asked=None, n_units=100, largest_bytes=4 * GIB)
+    assert (large.workers, large.cores) == (4, 4), "of more, four would meet on one machine"
+    one_machine = Machines(nodes=(("a", 8), ("a", 8)), grows=True)
+    shared = decide(memory(20), machines=one_machine, asked=None, n_units=99, largest_bytes=4 * GIB)
+    assert shared.workers == 3, "two nodes of Ray, one machine's memory"
+    more = decide(memory(80), machines=two, asked=20, n_units=99, largest_bytes=GIB)
+    assert (more.workers, more.cores) == (20, 1), "a cluster may grow"
+    here = decide(memory(80), machines=own(2), asked=4, n_units=99, largest_bytes=GIB)
+    assert (here.workers, here.cores) == (4, 0.5), "this machine does not: all four get a place"
 
 
 def test_the_decision_is_told_in_one_line() -> None:
-    line = decide(memory(20), cores=2, asked=None, n_units=9, largest_bytes=GIB).line(GIB)
+    line = decide(memory(20), machines=own(2), asked=None, n_units=9, largest_bytes=GIB).line(GIB)
     assert "2 worker(s) of 8.00 GiB" in line
     assert "from 1.00 GiB on are mapped" in line
     off = memory(20, use_memmap="no")
-    assert "nothing is mapped" in decide(off, cores=1, asked=None, n_units=1, largest_bytes=1).line(
-        1
-    )
+    assert "nothing is mapped" in decide(
+        off, machines=own(1), asked=None, n_units=1, largest_bytes=1
+    ).line(1)
 
 
 @given(n=st.integers(1, 40), parts=st.integers(1, 60))

@@ -31,7 +31,7 @@ from raypipe.fmri.mvpa.folds import mixed_runs, neighbour_correlation
             LinearDiscriminantAnalysis(solver="lsqr", shrinkage="auto"),
         ),
         (
-            EstimatorConfig(estimator="sklearn.svm.LinearSVC", params={"random_state": 0}),
+            EstimatorConfig(estimator="sklearn.svm.LinearSVC", params=("random_state=0",)),
             LinearSVC(random_state=0),
         ),
     ],

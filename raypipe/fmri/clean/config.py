@@ -5,6 +5,7 @@ What each does to a run, and in which order, is ``plan.py``.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -60,8 +61,8 @@ class CleanConfig:
         low, high = self.low_pass_hz, self.high_pass_hz
         for name in ("low_pass_hz", "high_pass_hz", "t_r_s"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigError(f"{name} {value} is not above 0; give a positive number")
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"{name} {value} is not above 0 and finite; give such a number")
         if self.filter is None and (low is not None or high is not None):
             raise ConfigError(
                 "a cutoff frequency is given but no filter; give filter butterworth or cosine"

@@ -38,6 +38,8 @@ class MvpaConfig:
             raise ConfigError(f"n_folds {self.n_folds} is below 2; 5 is usual")
         if self.n_permutations < 0:
             raise ConfigError(f"n_permutations {self.n_permutations} is below 0; give 0 for none")
+        if self.seed < 0:
+            raise ConfigError(f"seed {self.seed} is below 0; give 0 or more")
         for name in self.scores:
             if name not in (*CLASS_SCORES, *TARGET_SCORES):
                 raise UnknownName.of("score", name, (*CLASS_SCORES, *TARGET_SCORES))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import json
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from sklearn.base import is_classifier, is_regressor
@@ -28,15 +30,17 @@ class EstimatorConfig:
     """Inverse strength of regularisation of svc, svr and logistic; 1 is usual after z-scoring."""
     alpha: float = 1.0
     """Strength of regularisation of ridge and ridge_classifier."""
-    params: Mapping[str, Any] = field(default_factory=dict)
-    """Arguments of an estimator given by import path."""
+    params: tuple[str, ...] = ()
+    """Arguments of an estimator given by import path: NAME=VALUE, e.g. C=0.1 max_iter=5000."""
 
     def __post_init__(self) -> None:
-        if not self.c > 0 or not self.alpha > 0:
-            raise ConfigError(f"c {self.c} and alpha {self.alpha} must be above 0; 1 is usual")
+        if not 0 < self.c < math.inf or not 0 < self.alpha < math.inf:
+            raise ConfigError(
+                f"c {self.c} and alpha {self.alpha} must be above 0 and finite; 1 is usual"
+            )
         if self.params and self.is_named:
             raise ConfigError(
-                f"params {dict(self.params)} are for an import path, {self.estimator} takes c or "
+                f"params {' '.join(self.params)} are for an import path, {self.estimator} takes c or "
                 "alpha; give e.g. estimator sklearn.svm.LinearSVC"
             )
         self.build()
@@ -54,7 +58,7 @@ class EstimatorConfig:
     def build(self) -> Any:
         """A fresh scikit-learn estimator; raises UnknownName or ConfigError."""
         if not self.is_named:
-            return _imported(self.estimator, self.params)
+            return _imported(self.estimator, dict(map(_argument, self.params)))
         made: dict[str, Any] = {
             "svc": lambda: SVC(kernel="linear", C=self.c),
             "logistic": lambda: LogisticRegression(C=self.c, max_iter=1000),
@@ -86,10 +90,26 @@ def _imported(path: str, params: Mapping[str, Any]) -> Any:
         )
     try:
         made = getattr(importlib.import_module(module), name)(**params)
-    except (ImportError, AttributeError, TypeError) as error:
+        known = hasattr(made, "fit") and (is_classifier(made) or is_regressor(made))
+    except Exception as error:  # its module is somebody's own: it may raise anything
+        told = " ".join(str(error).split())
         raise ConfigError(
-            f"estimator {path} cannot be made: {error}; correct the path or params"
+            f"estimator {path} cannot be made: {type(error).__name__}: {told}; correct the path or params"
         ) from error
-    if not (is_classifier(made) or is_regressor(made)):
+    if not known:
         raise ConfigError(f"estimator {path} is neither classifier nor regressor; choose another")
     return made
+
+
+def _argument(text: str) -> tuple[str, Any]:
+    """``C=0.1`` -> ("C", 0.1). Numbers, lists, true, false and null as in JSON; else it is text."""
+    name, mark, value = text.partition("=")
+    if not mark or not name.isidentifier():
+        raise ConfigError(f"params {text!r} is not NAME=VALUE; write e.g. C=0.1")
+    words = {"True": True, "False": False, "None": None}
+    if value in words:
+        return name, words[value]
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value

@@ -37,10 +37,9 @@ def weight_maps(patterns: Floats, design: Design, config: MvpaConfig) -> Weights
     patterns : (n, n_voxels). Raises InputError for a model without weights.
     """
     finite = np.atleast_1d(np.isfinite(patterns).all(axis=0))
-    every = np.arange(len(design))
-    values, _ = scaled(
-        patterns[:, finite].astype(np.float64), Fold(train=every, test=every), config.scale
-    )
+    usable = np.asarray(patterns if finite.all() else patterns[:, finite], np.float64)
+    every = Fold(train=np.arange(len(design)), test=np.arange(0))
+    values, _ = scaled(usable, every, config.scale)
     model = config.model.build().fit(values, design.encoded())
     if not hasattr(model, "coef_"):
         raise InputError(f"estimator {config.model.estimator} has no weights; choose a linear one")

@@ -4,6 +4,7 @@ A map is ``maps/NAME.nii.gz``; ``maps/NAME.json`` beside it may say what it is::
 
     title      in words                       score, chance   of a map of scores
     space      the scans' space, e.g. MNI152NLin2009cAsym; "" or absent: the scanner's own
+    volumes    what each volume of a map of several is;  drawn : false for a map that no page shows
 
 Scores are drawn less chance, so that zero, which is not drawn, is no information; weights as they are.
 """
@@ -11,7 +12,7 @@ Scores are drawn less chance, so that zero, which is not drawn, is no informatio
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from nibabel.affines import apply_affine
 from nibabel.filebasedimages import ImageFileError
+from numpy.typing import NDArray
 
 from raypipe.dress import DARK, WIDTH_IN
 from raypipe.errors import StoreCorrupt
@@ -60,28 +62,59 @@ def map_files(run_dir: Path) -> list[Path]:
 
 def read_map(path: Path) -> BrainMap:
     """Raises StoreCorrupt for a file that is no 3-D image."""
-    name = path.name.removesuffix(".gz").removesuffix(".nii")
-    side = path.with_name(f"{name}.json")
-    told = read_json(side, "remove it, or run again") if side.is_file() else {}
+    values, affine = _read(path)
+    if values.ndim != 3:
+        raise StoreCorrupt(f"map {path} has shape {values.shape}; a map is one volume: remove it")
+    return _brain_map(path, values, affine, described(path), "")
+
+
+def read_maps(path: Path) -> list[BrainMap]:
+    """The maps of a file whose volumes are named; one map of any other. Raises StoreCorrupt."""
+    told = described(path)
+    volumes = [str(name) for name in told.get("volumes") or ()]
+    values, affine = _read(path)
+    if values.ndim != 4 or values.shape[3] != len(volumes):
+        return [read_map(path)]
+    return [
+        _brain_map(path, values[..., place], affine, told, name)
+        for place, name in enumerate(volumes)
+    ]
+
+
+def described(path: Path) -> dict[str, Any]:
+    """What ``NAME.json`` says of a map; nothing where there is none."""
+    side = path.with_name(f"{_name(path)}.json")
+    return read_json(side, "remove it, or run again") if side.is_file() else {}
+
+
+def _name(path: Path) -> str:
+    return path.name.removesuffix(".gz").removesuffix(".nii")
+
+
+def _read(path: Path) -> tuple[NDArray[np.float64], Any]:
     try:
         image = nibabel.load(path)
         values = np.asarray(image.dataobj, np.float64)
     except (ImageFileError, OSError, EOFError) as error:
         raise StoreCorrupt(f"map {path} cannot be read ({error}); remove it, run again") from error
-    if values.ndim == 4 and values.shape[3] == 1:
-        values = values[..., 0]
-    if values.ndim != 3:
-        raise StoreCorrupt(f"map {path} has shape {values.shape}; a map is one volume: remove it")
+    single = values.ndim == 4 and values.shape[3] == 1
+    return (values[..., 0] if single else values), image.affine
+
+
+def _brain_map(
+    path: Path, values: NDArray[np.float64], affine: Any, told: Mapping[str, Any], volume: str
+) -> BrainMap:
     chance = told.get("chance")
     inside = np.isfinite(values) & (values != 0)
     shown = np.where(inside, values - (chance or 0.0), 0.0)
     what = str(told.get("score") or "value")
+    title = str(told.get("title") or _name(path).replace("_", " "))
     return BrainMap(
-        name=name,
-        title=str(told.get("title") or name.replace("_", " ")),
+        name=_name(path),
+        title=f"{title}: {volume}" if volume else title,
         what=what if chance is None else f"{what} less chance ({chance:.3g})",
         standard="MNI" in str(told.get("space") or ""),
-        image=nibabel.Nifti1Image(shown.astype(np.float32), image.affine),
+        image=nibabel.Nifti1Image(shown.astype(np.float32), affine),
     )
 
 

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from raypipe.fmri.report.decoding import cards, decoding_section
+from raypipe.fmri.report.lights import searchlight_cards, searchlight_section
 from raypipe.fmri.report.results import Record, Results, read_results
 from raypipe.report.blocks import Block, Card, Cards, Code, Note, Page, Picture, Section, Table
 from raypipe.report.memory import memory_card, memory_section
 from raypipe.report.sections import how_it_was_made
 from raypipe.units import format_bytes, format_seconds
 
-TITLES = {"fmri mvpa": "fMRI decoding", "fmri roi": "fMRI time series"}
+if TYPE_CHECKING:
+    from raypipe.fmri.report.brain import BrainMap
+
+LIGHT = "fmri searchlight"
+TITLES = {"fmri mvpa": "fMRI decoding", "fmri roi": "fMRI time series", LIGHT: "fMRI searchlight"}
 MOST_MAPS = 8  # drawn, about a second each
 
 
@@ -20,10 +26,12 @@ def fmri_page(run_dir: Path) -> Page:
     """The whole page. Raises MissingInput, StoreCorrupt."""
     results = read_results(run_dir)
     sections = [_result(results)]
-    sections += [decoding_section(results, target) for target in results.targets]
+    light = results.run.get("kind") == LIGHT
+    about = searchlight_section if light else decoding_section
+    sections += [about(results, target) for target in results.targets]
     sections += _present(
-        _maps(run_dir), _time(results), memory_section(run_dir, results.run), _units(results),
-        _series(results),
+        _maps(results), _time(results), memory_section(run_dir, results.run),
+        None if light else _units(results), _series(results),
     )  # fmt: skip
     sections.append(_setup(results))
     started = str(results.run.get("started", ""))[:16].replace("T", " ")
@@ -38,7 +46,8 @@ def _present(*sections: Section | None) -> Iterator[Section]:
 
 
 def _result(results: Results) -> Section:
-    found = cards(results)
+    light = results.run.get("kind") == LIGHT
+    found = searchlight_cards(results) if light else cards(results)
     summary = results.run.get("summary")
     if summary is None:
         found.append(Card("Units", "not finished", "the same command goes on from what is done"))
@@ -74,25 +83,37 @@ def _notes(results: Results) -> list[Block]:
     return notes
 
 
-def _maps(run_dir: Path) -> Section | None:
-    from raypipe.fmri.report.brain import draw_map, map_files, read_map
-    from raypipe.report.plots import data_uri
+def _maps(results: Results) -> Section | None:
+    from raypipe.fmri.report.brain import described, map_files, read_maps
 
-    files = map_files(run_dir)
+    others = results.others_files()  # of other regions or targets: they lie beside this run's
+    files = [path for path in map_files(results.run_dir) if path not in others]
     blocks: list[Block] = []
-    for path in files[:MOST_MAPS]:
-        one = read_map(path)
-        if one.empty:
-            blocks.append(Note(f"Map {path.name} has no value besides {one.what} 0."))
+    left: list[list[str]] = []
+    for path in files:
+        if len(blocks) >= MOST_MAPS or not described(path).get("drawn", True):
+            left.append([path.name])
             continue
-        caption = f"{path.name}: {one.what}; {one.extreme()}. Top: projections; bottom: slices."
-        if not one.standard:
-            caption += " The map is not said to be in MNI space: the glass outline is MNI's."
-        blocks.append(Picture(data_uri(draw_map(one)), f"Brain map: {one.title}", caption))
-    if len(files) > MOST_MAPS:
-        left = [[path.name] for path in files[MOST_MAPS:]]
+        maps = read_maps(path)
+        room = MOST_MAPS - len(blocks)
+        blocks += [_drawn(path, one) for one in maps[:room]]
+        if len(maps) > room:
+            left.append([f"{path.name}: {len(maps) - room} of its {len(maps)} volumes"])
+    if left:
         blocks.append(Table(["file"], left, "Maps that are not drawn", folded=True))
     return Section("Maps", blocks) if blocks else None
+
+
+def _drawn(path: Path, one: BrainMap) -> Block:
+    from raypipe.fmri.report.brain import draw_map
+    from raypipe.report.plots import data_uri
+
+    if one.empty:
+        return Note(f"Map {path.name} has no value besides {one.what} 0.")
+    caption = f"{path.name}: {one.what}; {one.extreme()}. Top: projections; bottom: slices."
+    if not one.standard:
+        caption += " The map is not said to be in MNI space: the glass outline is MNI's."
+    return Picture(data_uri(draw_map(one)), f"Brain map: {one.title}", caption)
 
 
 def _time(results: Results) -> Section | None:
@@ -175,7 +196,7 @@ def _setup(results: Results) -> Section:
         ("inputs", str(config.get("bids_dir") or config.get("table") or "?")),
         ("cleaning", _cleaning(clean, config.get("confounds") or {})),
     ]
-    if results.run.get("kind") == "fmri mvpa":
+    if results.run.get("kind") in ("fmri mvpa", LIGHT):
         held = used.get("cv", decoding.get("cv", "?"))
         n = decoding.get("n_permutations", 0)
         pairs += [
@@ -190,6 +211,8 @@ def _setup(results: Results) -> Section:
                 f"each {config.get('each', '?')}, {config.get('delay_s')} s after its event",
             ),
         ]
+    if results.run.get("kind") == LIGHT:
+        pairs.append(("spheres", f"radius {config.get('radius_mm')} mm"))
     plan = results.run.get("plan") or ()
     made = how_it_was_made(results.run, pairs)
     extra = [Code("What was planned before anything was read", "\n".join(plan))] if plan else []

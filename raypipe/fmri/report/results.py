@@ -54,6 +54,12 @@ class Results:
         """The units of ``target``."""
         return [unit for unit in self.units if unit["target"] == target]
 
+    def others_files(self) -> set[Path]:
+        """Files of units that are in the folder and not of this run."""
+        own = {unit["unit"] for unit in self.units}
+        records = [record for record in Ledger(self.run_dir).all() if record["unit"] not in own]
+        return {self.run_dir / name for record in records for name in record["files"]}
+
     def row(self, roi: str, target: str, score: str) -> Record | None:
         """The group's row, if the group was tested."""
         wanted = (roi, target, score)

@@ -78,14 +78,18 @@ class SearchlightPlan:
     def __len__(self) -> int:
         return len(self.start) - 1
 
+    def lumps(self) -> Iterator[Voxels]:
+        """Yield each block's centres."""
+        for number in range(len(self)):
+            yield self.centres[self.start[number] : self.start[number + 1]]
+
     def blocks(self) -> Iterator[Block]:
         """Yield all blocks, each made when it is asked for."""
         offsets, inside = (
             sphere_offsets(self.grid, self.radius_mm),
             inside_mask(self.mask, self.grid),
         )
-        for number in range(len(self)):
-            centres = self.centres[self.start[number] : self.start[number + 1]]
+        for number, centres in enumerate(self.lumps()):
             own = spheres(centres, offsets, inside, self.grid)
             yield Block(number=number, centres=centres, spheres=own)
 
@@ -122,6 +126,17 @@ def plan_searchlight(
         centres=np.concatenate(lumps),
         start=start,
     )
+
+
+def largest_bytes(
+    plan: SearchlightPlan, config: SearchlightConfig, *, n_volumes: int, n_samples: int
+) -> tuple[int, int]:
+    """(bytes, voxels) that the largest block takes at most, by the boxes around its spheres."""
+    offsets, inside = sphere_offsets(plan.grid, plan.radius_mm), inside_mask(plan.mask, plan.grid)
+    voxels = max(voxels_at_most(lump, offsets, inside, plan.grid) for lump in plan.lumps())
+    labels = 1 + config.decode.n_permutations
+    bound = block_bytes(voxels, len(offsets), n_volumes, n_samples, labels)
+    return min(bound, config.budget_bytes), voxels
 
 
 def block_bytes(
