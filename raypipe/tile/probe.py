@@ -23,32 +23,18 @@ _BASES = {2: (32, 64, 96, 112, 120, 144, 160, 168), 3: (16, 32, 48, 64)}
 _TOLERANCE = 1e-9  # of the largest value, in float64: rounding of sums in other orders is 1e-15
 _MAGNITUDES = (-30.0, -1.0, 1.0, 30.0)
 _SWALLOW = frozenset(
-    [
+    {
         "where",
         "nan_to_num",
         "nan_to_num_",
-        "gt",
-        "lt",
-        "ge",
-        "le",
-        "eq",
-        "ne",
+        "masked_fill",
+        "masked_fill_",
         "isnan",
         "isfinite",
         "isinf",
-        "argmax",
-        "argmin",
-        "fmax",
-        "fmin",
-        "masked_fill",
-        "masked_fill_",
-        "nansum",
-        "nanmean",
-        "nanmedian",
-        "bucketize",
-        "searchsorted",
-        "round_to_int",
-    ]
+    }
+    | {"gt", "lt", "ge", "le", "eq", "ne", "argmax", "argmin", "fmax", "fmin", "bucketize"}
+    | {"nansum", "nanmean", "nanmedian", "searchsorted"}
 )
 
 
