@@ -92,6 +92,25 @@ def test_a_damaged_strip_is_named(tmp_path):
     one_line(error, str(path), "strip or tile 1", "copy it again")
 
 
+@pytest.mark.parametrize(("tag", "harmless"), [(305, True), (270, False), (273, False)])
+def test_a_wrong_tag_matters_if_pixels_depend_on_it(tmp_path, tag, harmless):
+    """305: the program's name; 270: the description, which has the shape; 273: the strips."""
+    path = KINDS["deflate"].write(tmp_path, values())
+    with tifffile.TiffFile(path, mode="r+") as tif:
+        at = tif.pages[0].tags[tag].offset
+    with path.open("r+b") as file:
+        file.seek(at + 2)
+        file.write((24324).to_bytes(2, "little"))  # no such type
+    if harmless:
+        stack = load_tiff_stack(path)
+        np.testing.assert_array_equal(np.asarray(stack), values())
+        assert f"tag {tag}: invalid data type" in stack.source.why[0]
+        return
+    with pytest.raises(InputError, match=r"cannot be (trusted|read)") as error:
+        load_tiff_stack(path)
+    one_line(error, str(path), "copy or convert it again")
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
