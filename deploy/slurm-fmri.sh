@@ -18,7 +18,7 @@
 set -euo pipefail
 
 if [ "$#" -lt 1 ]; then
-  echo "usage: sbatch $0 roi|mvpa|searchlight OPTIONS (see raypipe fmri mvpa --help)" >&2
+  echo "usage: sbatch $0 roi|mvpa|searchlight|betas OPTIONS (see raypipe fmri mvpa --help)" >&2
   exit 2
 fi
 if [ -n "${RAYPIPE_VENV:-}" ]; then

@@ -70,6 +70,10 @@ COMMANDS = {
         "raypipe.fmri.searchlight.run:run_searchlight", True,
         "map what is decoded around every voxel",
     ),
+    "fmri betas": Command(
+        "raypipe.fmri.glm.job:BetasConfig", "raypipe.fmri.glm.run:betas", True,
+        "a pattern a trial, or maps of conditions",
+    ),
     "store info": Command(
         "raypipe.store.commands:InfoConfig", "raypipe.store.commands:info", False,
         "what a store holds, or how far it is",

@@ -105,7 +105,7 @@ def _delay_volumes(cfg: MvpaJobConfig, t_r_s: float | None) -> int:
     delay_s = cfg.delay_s or 0.0
     if delay_s == 0:
         return 0
-    return round(delay_s / _known(t_r_s))
+    return round(delay_s / known_t_r(t_r_s))
 
 
 def _of_events(
@@ -117,15 +117,16 @@ def _of_events(
 ) -> Design:
     tables = [read_events(label_files(cfg, run), column or "trial_type") for run in runs]
     return design_of_events(
-        [_without(table, cfg.rest) for table in tables],
+        [without_rest(table, cfg.rest) for table in tables],
         list(n_volumes),
-        t_r_s=_known(t_r_s),
+        t_r_s=known_t_r(t_r_s),
         delay_s=cfg.delay_s or 0.0,
         each=cfg.each,
     )
 
 
-def _without(events: Events, rest: Sequence[str]) -> Events:
+def without_rest(events: Events, rest: Sequence[str]) -> Events:
+    """The events but those of the types in ``rest``, or of no type."""
     kept = ~np.isin(events.trial_type, [*rest, *_NO_NUMBER])
     return Events(
         onset_s=events.onset_s[kept],
@@ -134,7 +135,8 @@ def _without(events: Events, rest: Sequence[str]) -> Events:
     )
 
 
-def _known(t_r_s: float | None) -> float:
+def known_t_r(t_r_s: float | None) -> float:
+    """Seconds a volume; raises InputError where nothing tells."""
     if t_r_s is None:
         raise InputError("the scan's header tells no TR; give --t-r-s, seconds a volume")
     return t_r_s

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from raypipe.fmri.report.betas import betas_section
 from raypipe.fmri.report.decoding import cards, decoding_section
 from raypipe.fmri.report.lights import searchlight_cards, searchlight_section
 from raypipe.fmri.report.results import Record, Results, read_results
@@ -17,8 +18,13 @@ from raypipe.units import format_bytes, format_seconds
 if TYPE_CHECKING:
     from raypipe.fmri.report.brain import BrainMap
 
-LIGHT = "fmri searchlight"
-TITLES = {"fmri mvpa": "fMRI decoding", "fmri roi": "fMRI time series", LIGHT: "fMRI searchlight"}
+LIGHT, BETAS = "fmri searchlight", "fmri betas"
+TITLES = {
+    "fmri mvpa": "fMRI decoding",
+    "fmri roi": "fMRI time series",
+    LIGHT: "fMRI searchlight",
+    BETAS: "fMRI models",
+}
 MOST_MAPS = 8  # drawn, about a second each
 
 
@@ -26,19 +32,33 @@ def fmri_page(run_dir: Path) -> Page:
     """The whole page. Raises MissingInput, StoreCorrupt."""
     results = read_results(run_dir)
     sections = [_result(results)]
-    light = results.run.get("kind") == LIGHT
-    about = searchlight_section if light else decoding_section
-    sections += [about(results, target) for target in results.targets]
+    sections += _about(results)
+    decoded = results.run.get("kind") not in (LIGHT, BETAS)
     sections += _present(
         _maps(results), _time(results), memory_section(run_dir, results.run),
-        None if light else _units(results), _series(results),
+        _units(results) if decoded else None, _series(results),
     )  # fmt: skip
     sections.append(_setup(results))
     started = str(results.run.get("started", ""))[:16].replace("T", " ")
     subjects = len({unit["subject"] for unit in results.units})
-    subtitle = " · ".join(filter(None, [f"{subjects} subjects", *results.targets[:4], started]))
+    named = () if results.run.get("kind") == BETAS else results.targets[:4]
+    subtitle = " · ".join(filter(None, [f"{subjects} subjects", *named, started]))
     footer = f"raypipe {results.run.get('raypipe', '')} · {run_dir.resolve()}"
     return Page(TITLES.get(str(results.run.get("kind")), "fMRI"), subtitle, sections, footer)
+
+
+def _about(results: Results) -> list[Section]:
+    """What the run was for: a section a target, or its models."""
+    if results.run.get("kind") == BETAS:
+        return [betas_section(results)] if results.units else []
+    about = searchlight_section if results.run.get("kind") == LIGHT else decoding_section
+    return [about(results, target) for target in results.targets]
+
+
+def _cards(results: Results) -> list[Card]:
+    if results.run.get("kind") == BETAS:
+        return []
+    return searchlight_cards(results) if results.run.get("kind") == LIGHT else cards(results)
 
 
 def _present(*sections: Section | None) -> Iterator[Section]:
@@ -46,8 +66,7 @@ def _present(*sections: Section | None) -> Iterator[Section]:
 
 
 def _result(results: Results) -> Section:
-    light = results.run.get("kind") == LIGHT
-    found = searchlight_cards(results) if light else cards(results)
+    found = _cards(results)
     summary = results.run.get("summary")
     if summary is None:
         found.append(Card("Units", "not finished", "the same command goes on from what is done"))
@@ -213,6 +232,11 @@ def _setup(results: Results) -> Section:
         ]
     if results.run.get("kind") == LIGHT:
         pairs.append(("spheres", f"radius {config.get('radius_mm')} mm"))
+    if results.run.get("kind") == BETAS:
+        words = [str(config.get(name)) for name in ("method", "hrf", "drift", "noise")]
+        pairs[1] = ("model", f"{', '.join(words)}; scaling {config.get('scaling')}")
+        named = (config.get("confounds") or {}).get("strategy")
+        pairs.append(("confounds", ", ".join(named or ()) or "none"))
     plan = results.run.get("plan") or ()
     made = how_it_was_made(results.run, pairs)
     extra = [Code("What was planned before anything was read", "\n".join(plan))] if plan else []

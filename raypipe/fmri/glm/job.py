@@ -1,0 +1,106 @@
+"""What ``raypipe fmri betas`` is asked to do; checked when made.
+
+Inputs, regions and confounds are those of the other commands. Drift, confounds and scrubbed volumes are
+part of the model, so nothing is cleaned before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from raypipe.errors import ConfigError
+from raypipe.fmri.clean import CleanConfig
+from raypipe.fmri.config import FmriConfig
+from raypipe.fmri.glm.blocks import BUDGET_BYTES
+from raypipe.fmri.glm.config import GlmConfig, Hrf
+from raypipe.units import parse_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class BetasConfig(FmriConfig):
+    """Model each run: a pattern a trial, as samples to decode, or maps of conditions.
+
+    Trials: 4-D images of one volume a trial, and a table that fmri mvpa takes. Conditions: effects, t and
+    z of each trial type, or of the contrasts, over all runs of a subject.
+    """
+
+    method: Literal["lss", "lsa", "conditions"] = "lss"
+    """A model for each trial (lss, steadier where trials follow within seconds), one with all trials
+    (lsa), or one regressor a trial type (conditions)."""
+    contrast: tuple[str, ...] = ()
+    """Of conditions: 'face - house' or NAME='face - house'; each trial type when left out."""
+    keep: tuple[str, ...] = ()
+    """Trial types that get a beta a trial, all when left out; the others are conditions."""
+    others: Literal["condition", "all"] = "condition"
+    """lss: what stands for the other trials, a regressor of each type or one of all."""
+    label_column: str = "trial_type"
+    """Column of events.tsv."""
+    rest: tuple[str, ...] = ("rest",)
+    """Types that are not modelled."""
+    hrf: Hrf = "glover"
+    """The response to a brief event; derivatives allow for its delay and width."""
+    drift: Literal["cosine", "polynomial", "none"] = "cosine"
+    """Slow drift that is modelled; the constant always is."""
+    drift_hz: float = 0.01
+    """drift cosine: frequencies below this count as drift."""
+    drift_order: int = 1
+    """drift polynomial: its degree."""
+    slice_time_ref: float = 0.0
+    """When in its TR a volume is taken to be measured, 0 to 1: what slice-time correction chose."""
+    noise: Literal["ar1", "ols"] = "ar1"
+    """Noise with a memory of one volume, per voxel; or white noise."""
+    scaling: Literal["percent", "none"] = "percent"
+    """Series in percent of the voxel's mean, or as they are."""
+    block_memory: str = f"{BUDGET_BYTES >> 20}MiB"
+    """For a block of voxels being fitted; fewer are taken at once where it is small."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if replace(self.clean, t_r_s=None) != CleanConfig():
+            raise ConfigError(
+                "cleaning options are given, but a model removes drift and confounds itself; leave them "
+                "out (--drift, --drift-hz and --strategy are the model's)"
+            )
+        if not self.cache:
+            raise ConfigError(
+                "a model reads each scan block by block, so it needs the cache; leave --no-cache out, or "
+                "give --cache-dir on a disk with room"
+            )
+        if self.contrast and self.method != "conditions":
+            raise ConfigError(f"contrast {self.contrast[0]!r} needs --method conditions")
+        if self.keep and self.method == "conditions":
+            raise ConfigError(
+                f"keep {self.keep[0]!r} is of trials; leave it out, or choose lss or lsa"
+            )
+        if self.hrf == "fir":
+            raise ConfigError(
+                "hrf fir has no single value a trial or condition; choose glover or spm"
+            )
+        names = [name for name, _ in self.contrasts()]
+        if len(set(names)) < len(names):
+            raise ConfigError(f"a contrast is given twice in {', '.join(names)}; leave one out")
+        self.model(1.0)
+        self.budget_bytes()
+
+    def contrasts(self) -> list[tuple[str, str]]:
+        """(name, expression) of each."""
+        parts = [text.partition("=") for text in self.contrast]
+        return [(name.strip(), (words or name).strip()) for name, _, words in parts]
+
+    def model(self, t_r_s: float) -> GlmConfig:
+        """The model of runs of this TR."""
+        return GlmConfig(
+            t_r_s=t_r_s,
+            hrf=self.hrf,
+            drift=None if self.drift == "none" else self.drift,
+            high_pass_hz=self.drift_hz,
+            drift_order=self.drift_order,
+            slice_time_ref=self.slice_time_ref,
+            noise=self.noise,
+            scaling=self.scaling,
+        )
+
+    def budget_bytes(self) -> int:
+        """Of a block."""
+        return parse_bytes(self.block_memory)
