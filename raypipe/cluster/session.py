@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -19,6 +20,7 @@ from raypipe.runner import Machines
 # Only locators and descriptors pass through the object store; Ray's default (30 % of the memory)
 # would be taken from the page cache that the feature stores are read through.
 LOCAL_OBJECT_STORE_BYTES = 256 * 1024**2
+REACH_S = 20.0  # a head node that is up answers in milliseconds, also across a campus
 
 
 @contextmanager
@@ -38,6 +40,7 @@ def open_session(address: str | None = None, *, verbose: bool = False) -> Iterat
     os.environ.setdefault("RAY_worker_niceness", "0")
     try:
         if named:
+            _check_reachable(named)
             # Inside a job RAY_ADDRESS is set by Ray, and any sizing argument would raise.
             ray.init(address=named, logging_level=level, log_to_driver=verbose)
         else:
@@ -62,6 +65,17 @@ def open_session(address: str | None = None, *, verbose: bool = False) -> Iterat
         for close in _before_end:
             close()
         ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Raises ConnectionError where nothing listens: Ray itself goes on trying for minutes."""
+    host, mark, port = address.removeprefix("ray://").rpartition(":")
+    if not mark or not port.isdigit():  # auto: Ray knows where
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_S).close()
+    except (OSError, OverflowError) as error:
+        raise ConnectionError(str(error)) from error
 
 
 def is_open() -> bool:

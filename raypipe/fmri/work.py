@@ -142,7 +142,7 @@ class FmriWorker:
             if pressed := current().pressure():
                 relieve()
             n = throttle.next(pressed)
-            note(step=item.number, batch=n, phase="fmri")
+            note(step=item.number, batch=n, phase=f"reading sub-{item.subject}")
             rois = list(dict.fromkeys(unit.roi for unit in left))[:n]
             settled: list[Unit] = []
             try:
@@ -243,6 +243,7 @@ class FmriWorker:
         reading = _cost((time.monotonic() - started) / len(series), 0.0, peak.bytes, notes)
         for number, unit in enumerate(units):
             own = Notes(warnings=list(notes.warnings), reading=list(notes.reading))
+            note(phase=unit.unit_id)  # a worker that is stopped for its memory is told by it
             try:
                 if current().pressure():
                     relieve()

@@ -181,7 +181,7 @@ MVPA: dict[str, list[tuple[list[str], str]]] = {
     ],
 }  # fmt: skip
 
-# A cluster that does not answer is waited for: ADDRESS
+# Needs a process without a session of Ray: tests/cluster/test_session_address.py.
 ELSEWHERE = {"address"}
 
 
