@@ -29,7 +29,7 @@ from raypipe.tile.config import TileConfig
 from raypipe.tile.field import Field, measure, stated
 from raypipe.tile.grid import TileGrid, round_up
 from raypipe.tile.ledger import TileRun
-from raypipe.tile.output import OutputSpec
+from raypipe.tile.output import OutputSpec, kind_of
 from raypipe.tile.probe import Probe
 from raypipe.tile.source import Source, digest
 from raypipe.tile.worker import After, Prepare, TileItem, TileSetup
@@ -74,12 +74,12 @@ def infer(
     Raises InputError when tiles cannot equal the whole image and no ``blend`` is asked for, and what
     ``TileRun.open`` raises; MemoryBudgetExceeded, WorkerFailed.
     """
-    started = time.monotonic()
+    started, kind = time.monotonic(), kind_of(out)
     dims = len(source.space)
     channels_in = len(_prepared(source, prepare))
     channels, dtype = _result_of(model, channels_in, dims, after)
     field = field_of(model, channels_in, dims, cfg)
-    grid = _grid(source, field, cfg, tiff=out.suffix in (".tif", ".tiff"))
+    grid = _grid(source, field, cfg, tiff=kind == "tiff")
     spec = OutputSpec(
         path=out,
         grid=grid,
@@ -94,12 +94,21 @@ def infer(
     needs = runner.needs(cfg.workers, device)
     identity = _identity(source, model, spec, cfg, prepare, after)
     run = TileRun(spec, identity, run_id=f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
+    setup = TileSetup(
+        model=_on(model, device),
+        source=source,
+        grid=grid,
+        device=device,
+        # In this process torch's threads are the caller's to set.
+        torch_threads=_threads(needs) if runner.name != "local" else None,
+        blend=cfg.blend,
+        prepare=prepare,
+        after=after,
+    )
     with run:
         run.open(overwrite=cfg.overwrite)
         if len(run.missing()):
-            _compute(
-                run, _setup(source, model, grid, cfg, needs, prepare, after), cfg, runner, needs
-            )
+            _compute(run, setup, cfg, runner, needs)
         run.finish()
     return Inferred(
         path=out,
@@ -178,27 +187,14 @@ def _grid(source: Source, field: Field, cfg: TileConfig, *, tiff: bool) -> TileG
     return grid
 
 
-def _setup(
-    source: Source,
-    model: nn.Module,
-    grid: TileGrid,
-    cfg: TileConfig,
-    needs: Needs,
-    prepare: Prepare | None,
-    after: After | None,
-) -> TileSetup:
+def _on(model: nn.Module, device: str) -> nn.Module:
+    """The model itself, or a copy of it to be moved to ``device``."""
     first = next(model.parameters(), torch.empty(0))
-    stays = first.device.type == torch.device(needs.device).type
-    return TileSetup(
-        model=model if stays else copy.deepcopy(model),
-        source=source,
-        grid=grid,
-        device=needs.device,
-        torch_threads=max(1, int(needs.cpus)) if needs.device == "cpu" else None,
-        blend=cfg.blend,
-        prepare=prepare,
-        after=after,
-    )
+    return model if first.device.type == torch.device(device).type else copy.deepcopy(model)
+
+
+def _threads(needs: Needs) -> int | None:
+    return max(1, int(needs.cpus)) if needs.device == "cpu" else None
 
 
 def _compute(run: TileRun, setup: TileSetup, cfg: TileConfig, runner: Runner, needs: Needs) -> None:

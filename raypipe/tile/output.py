@@ -28,6 +28,15 @@ KINDS = {".npy": "npy", ".tif": "tiff", ".tiff": "tiff", ".zarr": "zarr"}
 _MOST_TIFF_TILE = 512  # viewers read whole tiles
 
 
+def kind_of(path: Path) -> str:
+    """npy, tiff or zarr. Raises ConfigError."""
+    if path.suffix not in KINDS:
+        raise ConfigError(
+            f"output {path}: name it .npy, .tif, .ome.tif or .zarr; the name says the kind"
+        )
+    return KINDS[path.suffix]
+
+
 @dataclass(frozen=True, kw_only=True)
 class OutputSpec:
     """What is written: ``grid`` of each frame's (channels, *space), ``dtype``.
@@ -44,17 +53,13 @@ class OutputSpec:
     keep_channels: bool
 
     def __post_init__(self) -> None:
-        if self.path.suffix not in KINDS:
-            raise ConfigError(
-                f"output {self.path}: name it .npy, .tif, .ome.tif or .zarr; the name says the kind"
-            )
-        if self.kind == "tiff":
+        if kind_of(self.path) == "tiff":
             _ = self.tiff
 
     @property
     def kind(self) -> str:
         """npy, tiff or zarr."""
-        return KINDS[self.path.suffix]
+        return kind_of(self.path)
 
     @property
     def shape(self) -> tuple[int, ...]:

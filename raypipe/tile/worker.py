@@ -150,9 +150,9 @@ class TileWorker:
 
     def _close_writer(self) -> None:
         if self._writer is not None:
-            wait(
-                [job for _, job in self._committing] + [self._writing] * (self._writing is not None)
-            )
+            wait([job for _, job in self._committing])
+            if self._writing is not None:
+                wait([self._writing])
             self._committing.clear()
             self._writer.close()
         self._writer = None
