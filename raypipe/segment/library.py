@@ -8,14 +8,16 @@ not waited for (`raypipe.backbone.weights`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import nn
 
-from raypipe.backbone.weights import Hub, local_file, locate
+from raypipe.backbone.weights import Hub, locate
 from raypipe.errors import ConfigError, UnknownName, WeightsUnavailable
 
 _INSTALL = "pip install 'raypipe[smp]'"
@@ -76,25 +78,22 @@ def build_library(spec: LibraryConfig) -> nn.Module:
 def load_encoder(model: nn.Module, spec: LibraryConfig) -> nn.Module:
     """``model`` with its encoder's weights replaced by those that ``spec`` names; returns it.
 
-    Raises WeightsUnavailable: not published, not to be fetched, or of another encoder.
+    They are of colour images: for another number of channels the library folds the first
+    convolution. Raises WeightsUnavailable: not published, not to be fetched, of another encoder.
     """
     if spec.encoder_weights is None:
         return model
-    settings = _published(spec)
-    if spec.encoder_weights in settings:
-        source = settings[spec.encoder_weights]
-        hub = Hub(repo=f"{source['repo_id']}@{source['revision']}", files=("model.safetensors",))
-        path = locate(hub, spec.encoder)
-    else:
-        path = local_file(spec.encoder_weights)
-    encoder = model.get_submodule("encoder")
+    path = _weights_file(spec, spec.encoder_weights)
+    donor: Any = build_library(replace(spec, in_channels=3)).get_submodule("encoder")
     try:
-        encoder.load_state_dict(_read(path))
-    except (RuntimeError, KeyError, ValueError, OSError) as error:
+        donor.load_state_dict(_read(path))
+    except (RuntimeError, KeyError, ValueError, OSError, UnpicklingError) as error:
         reason = " ".join(str(error).split())[:200]
         raise WeightsUnavailable(
             f"weights {path} do not load into encoder {spec.encoder}: {reason}; give a file of it"
         ) from error
+    donor.set_in_channels(spec.in_channels, pretrained=True)
+    model.get_submodule("encoder").load_state_dict(donor.state_dict())
     return model
 
 
@@ -114,14 +113,24 @@ def _package(spec: LibraryConfig) -> Any:
         ) from error
 
 
-def _published(spec: LibraryConfig) -> dict[str, Any]:
-    """Weights of ``spec``'s encoder that the library knows, by name."""
-    known = _package(spec).encoders.encoders.get(spec.encoder, {})
-    return dict(known.get("pretrained_settings", {}))
+def _weights_file(spec: LibraryConfig, weights: str) -> Path:
+    known = _package(spec).encoders.encoders.get(spec.encoder, {}).get("pretrained_settings", {})
+    if weights in known:
+        source = known[weights]
+        hub = Hub(repo=f"{source['repo_id']}@{source['revision']}", files=("model.safetensors",))
+        return locate(hub, f"encoder {spec.encoder}", "it as --encoder-weights FILE")
+    path = Path(weights).expanduser()
+    if not path.is_file():
+        names = ", ".join(sorted(known)) or "none"
+        raise WeightsUnavailable(
+            f"encoder weights {weights!r} of {spec.encoder}: neither a file nor published"
+            f" (published: {names}); give one of these, a file, or none for random weights"
+        )
+    return path
 
 
-def _read(path: Any) -> dict[str, torch.Tensor]:
-    if str(path).endswith(".safetensors"):
+def _read(path: Path) -> dict[str, torch.Tensor]:
+    if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
         return load_file(path)

@@ -111,7 +111,7 @@ def _binary_terms(
     p = torch.sigmoid(score)
     if cfg.loss == "focal":
         # 1 - p of the true side, by the sigmoid of the other sign: no cancellation.
-        pixel = pixel * torch.sigmoid(score * (1 - 2 * truth)) ** cfg.focal_gamma
+        pixel = pixel * _power(torch.sigmoid(score * (1 - 2 * truth)), cfg.focal_gamma)
     return pixel * valid, _dice((p * valid)[:, None], truth[:, None], cfg.dice_smooth)
 
 
@@ -128,12 +128,17 @@ def _class_terms(
     true_log_p = log_p.gather(1, labels[:, None])[:, 0]
     pixel = -true_log_p
     if cfg.loss == "focal":
-        pixel = pixel * (-torch.expm1(true_log_p)) ** cfg.focal_gamma
+        pixel = pixel * _power(-torch.expm1(true_log_p), cfg.focal_gamma)
     if cfg.class_weights:
         pixel = pixel * logits.new_tensor(cfg.class_weights)[labels]
     first = 0 if cfg.dice_background else 1
     truth = F.one_hot(labels, n_classes).movedim(-1, 1)[:, first:] * valid[:, None]
     return pixel * valid, _dice(log_p.exp()[:, first:] * valid[:, None], truth, cfg.dice_smooth)
+
+
+def _power(doubt: Tensor, gamma: float) -> Tensor:
+    """``doubt`` ** ``gamma``, with a finite gradient at 0 for a gamma below 1 too."""
+    return doubt.clamp(min=torch.finfo(doubt.dtype).tiny) ** gamma
 
 
 def _dice(p: Tensor, truth: Tensor, smooth: float) -> Tensor:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from torch import nn
 
 from raypipe.backbone.seeded import fill_random
@@ -72,9 +73,11 @@ def build_model(spec: ModelSpec, seed: int = 0) -> nn.Module:
     Weights come from (seed, name) alone: neither the process's generators nor the machine matter,
     and the former are left as they are. An encoder's published weights replace its own.
     """
-    if isinstance(spec, UNetConfig):
-        return fill_random(UNet(spec), seed)
-    return load_encoder(fill_random(build_library(spec), seed), spec)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # for a parameter of one number, which looks like a constant
+        if isinstance(spec, UNetConfig):
+            return fill_random(UNet(spec), seed)
+        return load_encoder(fill_random(build_library(spec), seed), spec)
 
 
 def checkpoint_blocks(model: nn.Module) -> Sequence[nn.Module]:
