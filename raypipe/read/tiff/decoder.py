@@ -22,22 +22,52 @@ from raypipe.read.tiff.part import Part
 from raypipe.read.tiff.segments import Grid
 
 _JPEG = (6, 7, 34892, 33007)
+# LZW, deflate by its three numbers, Zstandard by its two: bytes in, bytes out.
+_INTO_ARRAYS = (5, 8, 32946, 50013, 50000, 34926)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Decoder:
     """The decoder of all pages like one.
 
-    function : (bytes or None, segment) -> (values, where, shape), tifffile's; no state, no file
-    empty    : the value of segments that were not written
+    function  : (bytes or None, segment) -> (values, where, shape), tifffile's; no state, no file
+    codec     : (bytes, out=array): decompresses into an array; None where it takes more than that
+    unpredict : undoes the predictor in place; None where there is none
+    empty     : the value of segments that were not written
+    stored    : dtype in the file's byte order
     """
 
     function: Callable[..., Any]
+    codec: Callable[..., Any] | None
+    unpredict: Callable[..., Any] | None
     jpeg: bool
     empty: float
     grid: Grid
-    samples: int
-    dtype: np.dtype[Any]
+    stored: np.dtype[Any]
+
+    def fits(self, out: np.ndarray) -> bool:
+        """Whether ``out`` (rows, cols, samples), all of a segment on the page, is all of it."""
+        grid = self.grid
+        rows = out.shape[0] == grid.seg_height or not grid.tiled
+        return bool(self.codec and rows and out.shape[1] == grid.seg_width and grid.seg_depth == 1)
+
+    def decode_into(self, data: bytes, out: np.ndarray) -> bool:
+        """Decode a segment into ``out``, if it fills it exactly; False: `decode` has to see to it."""
+        assert self.codec is not None
+        try:
+            filled = self.codec(data, out=out)
+        except MemoryError:
+            raise
+        # Damaged, or with rows that the page does not have: tifffile's decoder tells, not this one.
+        except Exception:
+            return False
+        if filled.nbytes != out.nbytes:
+            return False
+        if not self.stored.isnative:
+            out.byteswap(inplace=True)
+        if self.unpredict is not None:
+            self.unpredict(out, axis=-2, out=out)
+        return True
 
     def decode(
         self, file: TiffBytes, directory: Directory, segment: int, data: bytes | None
@@ -59,7 +89,7 @@ class Decoder:
                 f"be decoded ({why}); the file is damaged: copy it again"
             ) from error
         if values is None:
-            return np.full(shape, self.empty, self.dtype)
+            return np.full(shape, self.empty, self.stored.newbyteorder("="))
         return values
 
 
@@ -71,11 +101,12 @@ def build_decoder(part: Part) -> Decoder:
             require_codec(page, part.path)
             return Decoder(
                 function=page.decode,
+                codec=_codec(page),
+                unpredict=None if page.predictor == 1 else tifffile.TIFF.UNPREDICTORS[2],
                 jpeg=page.compression in _JPEG,
                 empty=page.nodata,
                 grid=_grid(page),
-                samples=part.page.samples,
-                dtype=part.stored.newbyteorder("="),
+                stored=part.stored,
             )
     except (tifffile.TiffFileError, ValueError, OSError) as error:
         why = " ".join(str(error).split())
@@ -105,6 +136,17 @@ def require_codec(page: tifffile.TiffPage, path: Path) -> None:
             raise InputError(f"{path} is {kind} {_name(number)}, {_remedy(str(error))}") from error
 
 
+def _codec(page: tifffile.TiffPage) -> Callable[..., Any] | None:
+    """imagecodecs' function for ``page``, if its values need nothing else but a plain predictor."""
+    simple = page.compression in _INTO_ARRAYS and page.predictor in (1, 2) and page.fillorder == 1
+    if not simple or page.bitspersample not in (8, 16, 32, 64) or page.dtype.kind not in "iuf":
+        return None
+    if page.dtype.itemsize * 8 != page.bitspersample or page.is_subsampled:
+        return None
+    codec = tifffile.TIFF.DECOMPRESSORS[page.compression]
+    return codec if codec.__module__.startswith("imagecodecs") else None
+
+
 def _remedy(why: str) -> str:
     if "imagecodecs" not in why:
         return "which tifffile does not read; save it with deflate, LZW or no compression"
@@ -126,4 +168,5 @@ def _grid(page: tifffile.TiffPage) -> Grid:
         seg_depth=page.tiledepth if page.is_tiled else 1,
         seg_height=page.tilelength if page.is_tiled else page.rowsperstrip,
         seg_width=page.tilewidth if page.is_tiled else width,
+        tiled=bool(page.is_tiled),
     )

@@ -27,8 +27,6 @@ _KINDS = (
 )
 # Their values or tables are mended by tifffile as it reads them page by page.
 _REFUSED = ("ndpi", "eer", "mdgel")
-# What tifffile meets in damaged files, besides its own error, which is a ValueError.
-_DAMAGE = (ValueError, RuntimeError, IndexError, KeyError, TypeError, AssertionError, OverflowError)
 
 
 def index_file(path: Path, *, alone: bool = True) -> Indexed:
@@ -47,7 +45,11 @@ def index_file(path: Path, *, alone: bool = True) -> Indexed:
         raise MissingInput(f"{path} is not there; give the path of a TIFF file") from error
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror or error}); mend it") from error
-    except _DAMAGE as error:
+    except (InputError, MemoryError):
+        raise
+    # What tifffile meets in damaged files raises nearly anything: struct.error, IndexError, its own
+    # error. All of it says one thing about this file.
+    except Exception as error:
         why = " ".join(str(error).split())[:200] or type(error).__name__
         raise InputError(
             f"{path} cannot be read as TIFF ({why}); it is damaged or another format: copy or "

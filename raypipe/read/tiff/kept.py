@@ -38,14 +38,16 @@ class Kept:
                 self._arrays.move_to_end(key)
             return found
 
+    def make_room(self, n_bytes: int, limit_bytes: int) -> None:
+        """Drop what has to go for ``n_bytes`` more: before they are allocated, not after."""
+        with self._lock:
+            self._shrink(n_bytes, limit_bytes)
+
     def put(self, key: Hashable, array: np.ndarray, limit_bytes: int) -> None:
         """Keep ``array`` if it fits into ``limit_bytes`` (`KEEP_BYTES` at most), instead of others."""
-        limit = min(limit_bytes, KEEP_BYTES)
         with self._lock:
             self._drop(key)
-            while self._arrays and self._bytes + array.nbytes > limit:
-                self._drop(next(iter(self._arrays)))
-            if array.nbytes <= limit:
+            if self._shrink(array.nbytes, limit_bytes):
                 self._arrays[key] = array
                 self._bytes += array.nbytes
 
@@ -64,6 +66,12 @@ class Kept:
         """Another thread may have held the lock when this process was forked off."""
         self._lock = threading.Lock()
         self.give_back()
+
+    def _shrink(self, n_bytes: int, limit_bytes: int) -> bool:
+        limit = min(limit_bytes, KEEP_BYTES)
+        while self._arrays and self._bytes + n_bytes > limit:
+            self._drop(next(iter(self._arrays)))
+        return self._bytes + n_bytes <= limit
 
     def _drop(self, key: Hashable) -> None:
         gone = self._arrays.pop(key, None)

@@ -27,7 +27,10 @@ class Segment:
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """A page (depth, height, width) cut into segments of (seg_depth, seg_height, seg_width)."""
+    """A page (depth, height, width) cut into segments of (seg_depth, seg_height, seg_width).
+
+    tiled : segments are whole beyond the page's edge; strips end with it
+    """
 
     depth: int
     height: int
@@ -35,6 +38,12 @@ class Grid:
     seg_depth: int
     seg_height: int
     seg_width: int
+    tiled: bool
+
+    @property
+    def seg_items(self) -> int:
+        """Pixels of a segment."""
+        return self.seg_depth * self.seg_height * self.seg_width
 
     @property
     def across(self) -> int:

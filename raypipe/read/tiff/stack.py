@@ -58,29 +58,30 @@ class TiffStack:
         Raises ConfigError for what the stack does not have, InputError for a file that is damaged
         or was changed, MissingInput.
         """
-        down, across = span(rows, self.shape[1]), span(cols, self.shape[2])
-        shape = (down[1] - down[0], across[1] - across[0], *self.shape[3:])
-        part, page, plane = self._find(frame)
-        if part.way == "pages" and all(shape):
-            crop = opened(part).decode_plane(page, plane, down, across)
-            return np.ascontiguousarray(crop.reshape(shape))
-        out = np.empty(shape, self.dtype)
-        if out.size:
-            opened(part).copy_plane(page, plane, down, across, out)
+        height, width = span(rows, self.shape[1]), span(cols, self.shape[2])
+        out = np.empty((height[1] - height[0], width[1] - width[0], *self.shape[3:]), self.dtype)
+        self.read_into(frame, out, rows, cols)
         return out
 
     def read_into(
         self, frame: int, out: np.ndarray, rows: slice = slice(None), cols: slice = slice(None)
     ) -> None:
-        """`read` into ``out``, C-contiguous and of this dtype."""
-        down, across = span(rows, self.shape[1]), span(cols, self.shape[2])
+        """`read` into ``out``, of the crop's shape and this dtype, C-contiguous."""
+        height, width = span(rows, self.shape[1]), span(cols, self.shape[2])
         part, page, plane = self._find(frame)
-        if not out.size:
+        shape = (height[1] - height[0], width[1] - width[0], *self.shape[3:])
+        if out.shape != shape or out.dtype != self.dtype or not out.flags.c_contiguous:
+            raise ConfigError(
+                f"pixels {shape} {self.dtype.name} asked into {out.shape} {out.dtype.name}; give a "
+                "C-contiguous array of the same shape and dtype"
+            )
+        if out.size == 0:
             return
-        if part.way == "map" and out.flags.c_contiguous and out.dtype == self.dtype:
-            opened(part).copy_plane(page, plane, down, across, out)
+        out = out.reshape(*out.shape[:2], part.page.samples)
+        if part.way == "map":
+            opened(part).copy_plane(page, plane, height, width, out)
         else:
-            out[...] = self.read(frame, rows, cols)
+            opened(part).decode_plane(page, plane, height, width, out)
 
     def frames(self, lo: int, hi: int) -> np.ndarray:
         """Frames [lo, hi): (hi - lo, height, width[, channels])."""
