@@ -144,7 +144,8 @@ def _evaluate(
     readers = Readers()
     threshold = 0.5 if saved.threshold is None else saved.threshold
     pixels = PixelScores(saved.spec.classes, ignore_label=IGNORE, threshold=threshold)
-    scored, examples = [], {}
+    scored: list[Scored] = []
+    examples: dict[str, np.ndarray] = {}
     for number, picture in enumerate(pictures):
         one = _score(cfg, module, saved, picture, readers, pixels, threshold)
         if number < MOST_EXAMPLES:
