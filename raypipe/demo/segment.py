@@ -30,8 +30,9 @@ from raypipe.units import format_seconds
 if TYPE_CHECKING:
     from raypipe.demo import DemoConfig
 
-# A threshold on brightness alone, the best one, gives less on these pictures: tests/segment.
-LEAST_DICE = 0.92
+# The best threshold on brightness alone, chosen with the truth in hand, gives 0.83 on these pictures
+# (tests/segment): the light is too uneven for it.
+LEAST_DICE = 0.90
 
 
 def demo_segment(cfg: DemoConfig, runner: Runner) -> None:
@@ -75,7 +76,7 @@ def fit_config(out: Path, cfg: DemoConfig) -> SegmentFitConfig:
         network=NetworkConfig(width=16, depth=4),
         device="cpu",
         train=TrainConfig(
-            epochs=20,
+            epochs=12,
             batch_size=8,
             lr=3e-3,
             schedule="cosine",

@@ -33,9 +33,9 @@ class PlantedNucleiConfig:
     """Nuclei for each 100 x 100 pixels, before overlap."""
     radius_px: tuple[float, float] = (6.0, 13.0)
     """Smallest and largest half axis."""
-    background: float = 200.0
+    background: float = 800.0
     """Counts without a nucleus, before uneven light."""
-    signal: float = 500.0
+    signal: float = 250.0
     """Counts that a nucleus of middle brightness adds."""
     blur_px: float = 1.0
     """Standard deviation of the point spread."""

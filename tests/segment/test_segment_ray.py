@@ -43,13 +43,18 @@ def test_two_workers_take_the_steps_of_one(tmp_path: Path) -> None:
     planted = PlantedNucleiConfig(n_train=2, n_val=1, n_test=1, size=64)
     cfg = SegmentFitConfig(
         run_dir=tmp_path,
-        inputs=InputConfig(data=make_planted_nuclei(tmp_path / "data", planted), crop=32, readers=1),
+        inputs=InputConfig(
+            data=make_planted_nuclei(tmp_path / "data", planted), crop=32, readers=1
+        ),
         network=NetworkConfig(width=4, depth=2),
         train=TRAIN,
     )
     ready = prepare(cfg).task
     plain = PlainTask(
-        **{name: getattr(ready, name) for name in ("crops", "n_train", "spec", "loss_config", "seed")}
+        **{
+            name: getattr(ready, name)
+            for name in ("crops", "n_train", "spec", "loss_config", "seed")
+        }
     )
     LocalRunner().fit(plain, TRAIN, tmp_path / "local", device="cpu")
     alone = losses(tmp_path / "local")
