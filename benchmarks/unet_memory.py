@@ -13,7 +13,7 @@ peak_gib_...  : the step's highest point;  all_to_fp32 : of these the last over 
 act_all_to_fp32 : the same of what is kept
 hooks_gib_fp32, hooks_gib_amp : by torch's hooks
 ckpt_slowdown_percent : measured steps with checkpointing over steps without, taken in turn, on this
-    machine's device (CPU: a smaller network, WIDTH, DEPTH, SIDE, BATCH below)
+    machine's device (CPU: one thread and a smaller network, WIDTH, DEPTH, SIDE, BATCH below)
 Where CUDA is at hand: cuda_predicted_gib_..., cuda_measured_gib_... (the planner's prediction from
 2 and 3 rows, and the allocator's peak at the real batch), cuda_off_percent (the worst of them),
 cuda_step_s_...; where not, a key says so.
@@ -54,7 +54,7 @@ SETS: dict[str, dict[str, Any]] = {
 }
 GIB = 2**30
 # Of the measured run on a CPU: small enough for a step of a second.
-WIDTH, DEPTH, SIDE, BATCH = 32, 5, 192, 2
+WIDTH, DEPTH, SIDE, BATCH = 32, 5, 128, 2
 ROUNDS = 7
 
 
@@ -67,10 +67,12 @@ class Counted:
     peak: int
 
 
-def count(shape: tuple[int, int, int], options: Mapping[str, Any]) -> Counted:
+def count(
+    shape: tuple[int, int, int], options: Mapping[str, Any], spec: UNetConfig | None = None
+) -> Counted:
     """One step on fake images ``shape`` (batch, height, width) with ``options`` of TrainConfig."""
     cfg = TrainConfig(**options)
-    model = UNet(UNetConfig())
+    model = UNet(spec or UNetConfig())
     blocks = checkpoint_blocks(model) if cfg.checkpointing else ()
     prepared = prepare(model, blocks, cfg, WorkerContext(run_dir=Path()))
     mode = FakeTensorMode()
@@ -170,14 +172,15 @@ def make_task(folder: Path, spec: UNetConfig, shape: tuple[int, int, int]) -> UN
 
 
 def step(engine: Engine, batch: dict[str, Tensor]) -> float:
-    """Seconds of one whole step."""
+    """Seconds of one whole step; on a CPU those of its own thread, which a neighbour takes little of."""
     rows, device = np.arange(len(batch["mask"])), engine.ctx.torch_device
+    clock = time.perf_counter if device.type == "cuda" else time.process_time
     _wait(device)
-    started = time.perf_counter()
+    started = clock()
     engine.backward(Micro(Cursor(), len(rows), rows, len(rows), True), batch)
     engine.update(1e-4)
     _wait(device)
-    return time.perf_counter() - started
+    return clock() - started
 
 
 def engine_and_batch(
@@ -193,6 +196,7 @@ def engine_and_batch(
 def slowdown(folder: Path, device: str) -> float:
     """Median over rounds of (step with checkpointing) / (step without) - 1, in percent."""
     on_cuda = device.startswith("cuda")
+    torch.set_num_threads(1)
     spec = UNetConfig() if on_cuda else UNetConfig(width=WIDTH, depth=DEPTH)
     shape = SHAPES[""] if on_cuda else (BATCH, SIDE, SIDE)
     task = make_task(folder, spec, shape)
