@@ -78,13 +78,15 @@ class TrainConfig:
 
     Ten minutes are little to lose; writing the default encoder's 0.4 GB takes about a second.
     """
+    patience: int = 0
+    """Stop after so many epochs without a better one (early stopping); 0: do all epochs."""
     keep: int = 2
     """Generations of the last checkpoint on disk; the older ones stand in for a damaged one."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulate", "step_size", "keep"):
             self._require(name, getattr(self, name) >= 1, "give at least 1")
-        for name in ("warmup_steps", "seed", "checkpoint_every_steps"):
+        for name in ("warmup_steps", "seed", "checkpoint_every_steps", "patience"):
             self._require(name, getattr(self, name) >= 0, "give 0 or more")
         for name in ("lr", "init_scale"):
             self._require(name, _finite(getattr(self, name), above=0), "give a number above 0")

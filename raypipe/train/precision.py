@@ -94,7 +94,7 @@ def settings_table(
         ("workers", f"{world} on {device}" + (", DDP" if world > 1 else "")),
         ("rows", f"{n_train} to train, {n_val} to validate"),
         ("step", f"{rows_per_step} rows, in micro batches of {cfg.batch_size} a worker"),
-        ("length", f"{cfg.epochs} epochs of {steps} steps"),
+        ("length", f"{cfg.epochs} epochs of {steps} steps{_patience_words(cfg)}"),
         ("optimiser", f"AdamW, lr {cfg.lr:g}, weight decay {cfg.weight_decay:g}"),
         ("schedule", schedules[cfg.schedule] + f", {cfg.warmup_steps} steps of warm-up"),
         ("gradient clip", clip),
@@ -212,6 +212,10 @@ def _checkpoints_words(cfg: TrainConfig) -> str:
     if cfg.checkpoint_every_s:
         words.append(f"{format_seconds(cfg.checkpoint_every_s)} after the last")
     return f"{', '.join(words)}; {cfg.keep} kept"
+
+
+def _patience_words(cfg: TrainConfig) -> str:
+    return f", fewer after {cfg.patience} without a better one" if cfg.patience else ""
 
 
 def _channels_last_words(cfg: TrainConfig, prepared: Prepared | None) -> str:
