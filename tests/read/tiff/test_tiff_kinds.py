@@ -40,7 +40,7 @@ def test_the_whole(whole, name):
 
 
 @pytest.mark.parametrize("name", KINDS)
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(data=st.data())
 def test_any_slice(whole, name, data):
     path, expected = whole[name]
@@ -52,7 +52,7 @@ def test_any_slice(whole, name, data):
 
 
 @pytest.mark.parametrize("name", KINDS)
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(data=st.data())
 def test_any_crop_of_any_frame(whole, name, data):
     path, expected = whole[name]
@@ -74,7 +74,7 @@ def spans(draw, size):
     return slice(lo, draw(st.integers(lo, size)))
 
 
-@settings(max_examples=10)
+@settings(max_examples=6)
 @given(st.integers(0, 5), st.integers(0, 5))
 def test_frames(whole, a, b):
     path, expected = whole["deflate"]
