@@ -89,6 +89,9 @@ def _unboxed(text: str) -> str:
 
     A part's own rows stand at the box's edge, what it lists 4 columns in, help 8 columns in.
     """
+    if "│" not in text:  # where the locale is not UTF-8 it draws none
+        rows = [row[1:].rstrip() for row in text.splitlines() if row.startswith("  ")]
+        text = "\n".join("│ ─ │" if set(row) == {" ", "-"} else f"│{row}" for row in rows)
     parts: list[str] = []
     for part in re.split(r"^│ ─+ │$", text, flags=re.MULTILINE):
         rows = [row.strip("│")[1:].rstrip() for row in part.splitlines() if row.startswith("│")]
@@ -96,7 +99,7 @@ def _unboxed(text: str) -> str:
         listed = ", ".join(row.strip() for row in rows if re.match(r" {4}\S", row))
         if head and not head.startswith("For full helptext"):
             parts.append(f"{head} {listed}".rstrip(" ."))
-    return "; ".join(parts) or " ".join(text.split())
+    return "; ".join(parts) or " ".join(text.replace("│", " ").split())
 
 
 def _take_config_flag(args: Sequence[str]) -> tuple[Path | None, list[str]]:

@@ -63,12 +63,13 @@ def open_prospect(
     if cfg.runner == "local":
         yield LocalRunner(memory)
         return
-    from raypipe.cluster.runner import RayRunner
     from raypipe.cluster.session import is_open, open_session, own_machine
 
     if not _joins(cfg) and not is_open():
         yield Prospect(memory=memory, machines=own_machine())
         return
+    from raypipe.cluster.runner import RayRunner
+
     with open_session(cfg.address, verbose=cfg.verbose):
         yield RayRunner(joined=_joins(cfg), on_event=_say, memory=memory)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -99,3 +102,20 @@ def test_help_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
         parse("--help")
     assert stop.value.code == 0
     assert "--clip-norm" in capsys.readouterr().out
+
+
+def test_a_wrong_flag_is_one_line_in_any_locale() -> None:
+    """tyro draws a box, and where the locale is not UTF-8 rules of hyphens instead."""
+    code = (
+        "import sys; from raypipe.config import parse; from raypipe.memory.config import MemoryFlags\n"
+        "try: parse(MemoryFlags, ['--bogus', '3'], prog='x')\n"
+        "except Exception as error: sys.stdout.buffer.write(str(error).encode())"
+    )
+    for words in ({"LC_ALL": "C", "PYTHONUTF8": "0"}, {"LC_ALL": "C.UTF-8"}):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, **words},
+            capture_output=True,
+            check=True,
+        )
+        assert done.stdout.decode() == "Unrecognized options: --bogus, 3; see x --help"

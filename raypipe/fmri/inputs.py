@@ -74,9 +74,13 @@ def runs_of(cfg: FmriConfig, subject: str) -> tuple[RunFiles, ...]:
     query = replace(cfg.query, subjects=(subject,))
     if cfg.table is None:
         return find_runs(_given(cfg.bids_dir), query, raw_root=cfg.raw_dir)
-    runs = [run for run in read_run_table(cfg.table, (subject,)) if _asked_for(run, cfg)]
+    every = read_run_table(cfg.table, (subject,))
+    runs = [run for run in every if _asked_for(run, cfg)]
     if not runs:
-        raise MissingInput(f"subject {subject} has no run of that selection in {cfg.table}")
+        told = ", ".join(run.name for run in every[:8])
+        raise MissingInput(
+            f"subject {subject} has no run of that selection in {cfg.table}; it has: {told}"
+        )
     return tuple(runs)
 
 

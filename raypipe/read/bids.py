@@ -16,6 +16,7 @@ from raypipe.errors import InputError, MissingInput
 from raypipe.read.runfiles import RunFiles, bare, check_subjects, number_key, without_zeros
 
 _SUFFIXES = (".nii.gz", ".nii")
+NATIVE = "native"  # the space of a scan whose name tells none
 _CONFOUNDS = ("desc-confounds_timeseries.tsv", "desc-confounds_regressors.tsv")  # from, before 20.2
 
 
@@ -32,7 +33,8 @@ class BidsQuery:
     runs: tuple[str, ...] = ()
     """Runs, e.g. 1 2; 01 is the same as 1."""
     space: str | None = None
-    """Output space, e.g. MNI152NLin2009cAsym; needed where there are several."""
+    """Output space, e.g. MNI152NLin2009cAsym; native for scans whose name tells none; needed where there
+    are several."""
     desc: str = "preproc"
     """Which derivative of the scan."""
 
@@ -96,7 +98,7 @@ def _matches(found: dict[str, str], query: BidsQuery) -> bool:
         (not sessions or found.get("ses") in sessions)
         and (not runs or without_zeros(found.get("run", "")) in runs)
         and (query.task is None or found.get("task") == bare(query.task, "task"))
-        and (query.space is None or found.get("space") == bare(query.space, "space"))
+        and (query.space is None or found.get("space", NATIVE) == bare(query.space, "space"))
     )
 
 
@@ -110,7 +112,11 @@ def _check_found(
             "give the fMRIPrep output folder, or another desc"
         )
     if not chosen:
-        has = {key: sorted({entities(p.name).get(key, "") for p in scans}) for key in _KEYS}
+        other = {"space": NATIVE}
+        has = {
+            key: sorted({entities(p.name).get(key, other.get(key, "")) for p in scans})
+            for key in _KEYS
+        }
         told = "; ".join(f"{key} {', '.join(filter(None, values))}" for key, values in has.items())
         raise MissingInput(f"no run in {root} matches; there is: {told}")
     left = {entities(path.name)["sub"] for path in chosen}
@@ -128,7 +134,7 @@ _KEYS = ("ses", "task", "run", "space")
 def _check_one_each(chosen: Sequence[Path], query: BidsQuery) -> None:
     """One task and one space, or the choice is not ours."""
     for key in ("task", "space"):
-        values = sorted({entities(path.name).get(key, "native") for path in chosen})
+        values = sorted({entities(path.name).get(key, NATIVE) for path in chosen})
         if len(values) > 1:
             raise InputError(f"there are several {key}s, {', '.join(values)}; choose one by {key}")
 
@@ -139,9 +145,6 @@ def _run_files(bold: Path, root: Path, raw_root: Path | None) -> RunFiles:
     plain = "_".join(part for part in stem.split("_") if part.split("-")[0] not in ("space", "res"))
     masks = [bold.with_name(f"{stem}_desc-brain_mask{suffix}") for suffix in _SUFFIXES]
     confounds = [bold.with_name(f"{plain}_{name}") for name in _CONFOUNDS]
-    folders = [bold.parent]
-    if raw_root is not None:
-        folders.append(Path(raw_root) / bold.parent.relative_to(root))
     return RunFiles(
         subject=found["sub"],
         session=found.get("ses"),
@@ -151,8 +154,25 @@ def _run_files(bold: Path, root: Path, raw_root: Path | None) -> RunFiles:
         bold=bold,
         mask=_first(masks),
         confounds=_first(confounds),
-        events=_first([folder / f"{plain}_events.tsv" for folder in folders]),
+        events=_events(bold, [root] if raw_root is None else [root, Path(raw_root)]),
     )
+
+
+def _events(bold: Path, roots: Sequence[Path]) -> Path | None:
+    """The run's events.tsv, by the inheritance principle: in its own folder, else in the nearest above
+    it, a file that names no other entity; of several the one that names most.
+
+    roots : fMRIPrep's output, which holds ``bold``, then the raw data set
+    """
+    found = entities(bold.name).items()
+    func = bold.parent.relative_to(roots[0])
+    for root in roots:
+        for folder in (root / func, *(root / above for above in func.parents)):
+            tables = {path: entities(path.name).items() for path in folder.glob("*_events.tsv")}
+            fitting = [path for path, named in sorted(tables.items()) if named <= found]
+            if fitting:
+                return max(fitting, key=lambda path: len(tables[path]))
+    return None
 
 
 def _first(paths: Sequence[Path]) -> Path | None:

@@ -17,8 +17,6 @@ from raypipe.cli import main
 from raypipe.fmri.config import MvpaJobConfig, RoiConfig
 from raypipe.launch import LaunchConfig
 
-SWITCH = ["maybe"], "maybe"
-
 # Flag -> (its words on the command line, other flags beside it, what must be said); {data} is the folder.
 SHARED: dict[str, list[tuple[list[str], str]]] = {
     "run_dir": [(["{data}/runs.csv/run"], "runs.csv")],
@@ -62,8 +60,6 @@ SHARED: dict[str, list[tuple[list[str], str]]] = {
         (["A=900,0,0"], "no voxel centre lies within 8 mm"),
     ],
     "radius_mm": [(["0"], "radius_mm 0.0"), (["inf"], "radius_mm inf"), (["nan"], "nan"), (["x"], "x")],
-    "resample": [SWITCH],
-    "detrend": [SWITCH],
     "filter": [(["fir"], "fir"), (["butterworth"], "no cutoff"), (["cosine"], "high_pass_hz")],
     "low_pass_hz": [
         (["0.1"], "no filter"),
@@ -77,9 +73,6 @@ SHARED: dict[str, list[tuple[list[str], str]]] = {
     ],
     "t_r_s": [(["0"], "t_r_s 0.0"), (["inf"], "t_r_s inf"), (["2s"], "2s")],
     "standardize": [(["z"], "z")],
-    "standardize_confounds": [SWITCH],
-    "ensure_finite": [SWITCH],
-    "extrapolate": [SWITCH],
     "scrub_interpolation": [(["linear"], "linear")],
     "strategy": [
         (["movement"], "unknown confounds strategy 'movement'; nearest: "),
@@ -97,7 +90,6 @@ SHARED: dict[str, list[tuple[list[str], str]]] = {
     "scrub": [(["-1"], "scrub -1 is below 0"), (["x"], "x")],
     "fd_threshold_mm": [(["0"], "fd_threshold_mm 0.0"), (["nan"], "fd_threshold_mm nan")],
     "std_dvars_threshold": [(["-2"], "std_dvars_threshold -2.0"), (["inf"], "inf")],
-    "cache": [SWITCH],
     "cache_dir": [(["{data}/runs.csv"], "runs.csv")],
     "cache_quota": [(["much"], "size 'much' is not a number with a unit of bytes"), (["-1"], "-1")],
     "workers": [
@@ -105,9 +97,7 @@ SHARED: dict[str, list[tuple[list[str], str]]] = {
         (["two"], "two"),
         (["2"], "--workers 2 needs --runner ray"),
     ],
-    "dry_run": [SWITCH],
     "runner": [(["dask"], "dask")],
-    "verbose": [SWITCH],
     "max_memory_per_process": [
         (["lots"], "max_memory_per_process 'lots'"),
         (["5"], "below 1 MiB; write a unit: 5GiB"),
@@ -116,10 +106,6 @@ SHARED: dict[str, list[tuple[list[str], str]]] = {
     ],
     "memmap_threshold": [(["x"], "memmap_threshold 'x'"), (["7"], "write a unit: 7GiB")],
     "available_memory_buffer": [(["1.5"], "available_memory_buffer 1.5"), (["x"], "x")],
-    "use_memmap": [SWITCH],
-    "shared_memory_parallel": [SWITCH],
-    "cleanup_temp_files": [SWITCH],
-    "monitor_memory_usage": [SWITCH],
 }  # fmt: skip
 
 ROI: dict[str, list[tuple[list[str], str]]] = {"reduce": [(["median"], "median")]}
@@ -185,20 +171,34 @@ MVPA: dict[str, list[tuple[list[str], str]]] = {
 ELSEWHERE = {"address"}
 
 
-def fields(cls: type) -> set[str]:
-    """The flags of a command, nested groups flattened."""
-    hints, found = typing.get_type_hints(cls), set()
+def flags_of(cls: type) -> dict[str, Any]:
+    """Flag of a command -> its type, nested groups flattened."""
+    hints, found = typing.get_type_hints(cls), {}
     for field in dataclasses.fields(cls):
         kind: Any = hints[field.name]
-        found |= fields(kind) if dataclasses.is_dataclass(kind) else {field.name}
+        found |= flags_of(kind) if dataclasses.is_dataclass(kind) else {field.name: kind}
     return found
+
+
+TABLES = {
+    "roi": (SHARED | ROI, flags_of(RoiConfig) | flags_of(LaunchConfig)),
+    "mvpa": (SHARED | MVPA, flags_of(MvpaJobConfig) | flags_of(LaunchConfig)),
+}
+
+
+def switches(flags: dict[str, Any]) -> dict[str, list[tuple[list[str], str]]]:
+    """Flags that take no word, or yes and no: what breaks their rule is the same for all."""
+    return {
+        name: [(["maybe"], "maybe")] for name, kind in flags.items() if kind in (bool, bool | None)
+    }
 
 
 def cases() -> list[Any]:
     found = []
-    for kind, table in (("roi", SHARED | ROI), ("mvpa", SHARED | MVPA)):
-        for flag, tries in table.items():
-            for words, said in tries:
+    for kind, (table, flags) in TABLES.items():
+        for flag, tries in (table | switches(flags)).items():
+            shared = kind == "mvpa" and flag not in MVPA  # one class reads them for both commands
+            for words, said in tries[:1] if shared else tries:
                 name = f"{kind} {flag} {' '.join(words)}".replace("/", ":")
                 found.append(pytest.param(kind, flag, words, said, id=name))
     return found
@@ -209,10 +209,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_data(tmp_path_factory.mktemp("flags") / "data").parent
 
 
-def test_every_flag_is_tried() -> None:
-    launch = fields(LaunchConfig)
-    assert set(SHARED) | set(ROI) | ELSEWHERE == fields(RoiConfig) | launch
-    assert set(SHARED) | set(MVPA) | ELSEWHERE == fields(MvpaJobConfig) | launch
+@pytest.mark.parametrize("kind", TABLES)
+def test_every_flag_is_tried(kind: str) -> None:
+    table, flags = TABLES[kind]
+    assert set(table) | set(switches(flags)) | ELSEWHERE == set(flags)
 
 
 @pytest.mark.usefixtures("no_page")
@@ -242,5 +242,7 @@ def test_a_bad_value_is_told_in_one_line(
     assert code == (3 if said == "largest unit needs" else 2), err
     assert len(last) == 1, err
     assert "fault of raypipe" not in err
+    assert "---" not in last[0]
+    assert "│" not in last[0]
     assert said.format(**places) in err
     assert not (tmp_path / "run" / "units").exists() or "units failed" in last[0]

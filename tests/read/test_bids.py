@@ -74,6 +74,30 @@ def test_runs_are_chosen_by_entity(tmp_path: Path) -> None:
         find_runs(root, BidsQuery())
 
 
+def test_events_are_inherited_from_the_nearest_folder_above(tmp_path: Path) -> None:
+    root, raw = _tree(tmp_path / "prep"), tmp_path / "raw"
+    query = BidsQuery(subjects=("01",), space=MNI, runs=("1", "2"))
+    for_all = _touch(raw / "task-look_events.tsv")
+    _touch(raw / "task-rest_events.tsv")
+    runs = find_runs(root, query, raw_root=raw)
+    assert [run.events for run in runs] == [for_all] * 2
+    of_subject = _touch(raw / "sub-01/sub-01_task-look_events.tsv")
+    _touch(raw / "sub-01/sub-01_ses-b_task-look_events.tsv")
+    own = _touch(raw / "sub-01/ses-a/func/sub-01_ses-a_task-look_run-2_events.tsv")
+    _touch(raw / "sub-01/ses-a/func/sub-01_ses-a_task-look_run-3_events.tsv")
+    runs = find_runs(root, query, raw_root=raw)
+    assert [run.events for run in runs] == [of_subject, own]
+
+
+def test_scans_in_native_space_are_chosen_by_that_word(tmp_path: Path) -> None:
+    root = _tree(tmp_path)
+    name = "sub-01_ses-a_task-look_run-1"
+    native = _touch(root / "sub-01/ses-a/func" / f"{name}_desc-preproc_bold.nii.gz")
+    with pytest.raises(InputError, match=f"several spaces, {MNI}, T1w, native; choose one by"):
+        find_runs(root, BidsQuery(subjects=("01",)))
+    assert [run.bold for run in find_runs(root, BidsQuery(space="native"))] == [native]
+
+
 def test_what_is_missing_is_told_with_what_is_there(tmp_path: Path) -> None:
     root = _tree(tmp_path)
     with pytest.raises(MissingInput, match=r"subject 07, 08 is not in .*; found: 01, 02, 03$"):
@@ -188,8 +212,10 @@ def test_confounds_that_are_not_there_are_told(tmp_path: Path, real_data: Path) 
     assert read_confounds(run, ConfoundsConfig()) is None
     with pytest.raises(UnknownName, match="unknown confound 'csv'; nearest: csf"):
         read_confounds(run, ConfoundsConfig(columns=("csv",)))
-    with pytest.raises(InputError, match=r"cannot be read: .*high_pass"):
-        read_confounds(run, ConfoundsConfig(strategy=("compcor",)))
+    with pytest.raises(InputError, match=r"confounds of sub-\S+ .*cannot be read: .*AROMA"):
+        read_confounds(run, ConfoundsConfig(strategy=("ica_aroma",)))
+    with pytest.raises(ConfigError, match="compcor needs high_pass"):
+        ConfoundsConfig(strategy=("compcor",))
     bare = RunFiles(subject="01", bold=run.bold)
     with pytest.raises(MissingInput, match="sub-01 has no confounds table"):
         read_confounds(bare, ConfoundsConfig(strategy=("motion",)))
