@@ -189,15 +189,14 @@ def prepared_losses(**options: bool | str) -> tuple[list[float], dict[str, bytes
 def test_compiled_blocks_are_recomputed_alike() -> None:
     """By graph capture alone: which code a backend then makes is not ours."""
     plain = prepared_losses()
-    for checkpointing in (False, True):
-        found = prepared_losses(
-            compile=True, compile_backend="aot_eager", checkpointing=checkpointing
-        )
-        torch._dynamo.reset()
-        assert found[0] == pytest.approx(plain[0], rel=1e-5)
-        assert found[1].keys() == plain[1].keys()
-        counts = {k: v for k, v in plain[1].items() if k.endswith("num_batches_tracked")}
-        assert counts.items() <= found[1].items()
+    whole = prepared_losses(compile=True, compile_backend="eager")
+    assert whole[0] == pytest.approx(plain[0], rel=1e-5)
+    found = prepared_losses(compile=True, compile_backend="aot_eager", checkpointing=True)
+    torch._dynamo.reset()
+    assert found[0] == pytest.approx(plain[0], rel=1e-5)
+    assert found[1].keys() == plain[1].keys()
+    counts = {k: v for k, v in plain[1].items() if k.endswith("num_batches_tracked")}
+    assert counts and counts.items() <= found[1].items()
 
 
 def test_channels_last_gives_the_same_losses() -> None:
