@@ -46,15 +46,17 @@ def class_scores(logits: Tensor) -> Tensor:
 def score_histogram(scores: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
     """(b, K, 2, BINS) float64: how many valid pixels of an image, outside and inside the class.
 
-    scores : (b, K, h, w). truth : (b, K, h, w) bool. valid : (b, h, w) bool.
+    scores : (b, K, h, w). truth : (b, K, h, w) bool. valid : (b, h, w) bool. NaN counts as the
+    lowest score, as `raypipe.segment.metrics.predict_labels` takes it: the loss is what reports it.
     """
     b, n_classes = scores.shape[:2]
-    bins = ((scores + LIMIT) / _WIDTH).floor().clamp(0, BINS - 1).long()
+    places = ((scores.nan_to_num(nan=-LIMIT) + LIMIT) / _WIDTH).floor()
+    bins = places.clamp(0, BINS - 1).long()
     groups = torch.arange(b * n_classes, device=scores.device).view(b, n_classes, 1, 1)
-    places = (groups * 2 + truth) * BINS + bins
+    cells = (groups * 2 + truth) * BINS + bins
     beyond = b * n_classes * 2 * BINS  # where pixels go that do not count
-    places = torch.where(valid[:, None], places, beyond)
-    counts = torch.bincount(places.flatten(), minlength=beyond + 1)[:beyond]
+    cells = torch.where(valid[:, None], cells, beyond)
+    counts = torch.bincount(cells.flatten(), minlength=beyond + 1)[:beyond]
     return counts.view(b, n_classes, 2, BINS).double()
 
 

@@ -188,3 +188,12 @@ def test_thresholds_at_the_ends_take_nothing_and_everything() -> None:
     logits = torch.tensor([-50.0, 50.0]).view(1, 1, 1, 2)
     assert predict_labels(logits, 0.0).sum() == 2
     assert predict_labels(logits, 1.0).sum() == 0
+
+
+def test_scores_that_are_not_numbers_are_no_foreground_and_no_crash() -> None:
+    logits = torch.tensor([math.nan, math.inf, -math.inf, 3.0]).view(1, 1, 2, 2)
+    target = torch.tensor([[[1, 1], [0, 0]]])
+    sums = pixel_sums(logits, target)
+    assert sums["counts"].tolist() == [[1, 1, 1]]
+    assert sums["scores"][0, 1].nonzero().flatten().tolist() == [0, BINS - 1]
+    assert float(sums["scores"].sum()) == 4

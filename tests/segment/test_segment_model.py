@@ -152,13 +152,11 @@ def test_a_library_network_is_seeded_and_takes_an_encoders_file(tmp_path: Path) 
     spec = LibraryConfig(architecture="Unet", encoder="mobilenet_v2", in_channels=1, classes=2)
     torch.manual_seed(0)
     model = build_model(spec, 3)
-    torch.manual_seed(1)
-    again = build_model(spec, 3)
-    for name, value in model.state_dict().items():
-        assert torch.equal(value, again.state_dict()[name]), name
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     assert model(torch.zeros(2, 1, 32, 32)).shape == (2, 2, 32, 32)
     assert len(checkpoint_blocks(model)) == 5
 
+    torch.manual_seed(1)
     colour = library.build_library(replace(spec, in_channels=3)).get_submodule("encoder")
     file = tmp_path / "encoder.pth"
     torch.save(colour.state_dict(), file)
@@ -169,8 +167,8 @@ def test_a_library_network_is_seeded_and_takes_an_encoders_file(tmp_path: Path) 
     assert torch.allclose(loaded[f"encoder.{first}"], folded, atol=1e-6)
     for name in others:
         assert torch.equal(loaded[f"encoder.{name}"], colour.state_dict()[name]), name
-    decoder = "decoder.blocks.0.conv1.0.weight"
-    assert torch.equal(loaded[decoder], again.state_dict()[decoder])
+    for name in (name for name in before if not name.startswith("encoder.")):
+        assert torch.equal(loaded[name], before[name]), name
 
 
 @pytest.mark.usefixtures("smp")
