@@ -209,6 +209,20 @@ def test_one_bad_subject_fails_its_maps_and_no_others(
     assert (mended.computed, mended.found, mended.blocks) == (1, 1, 4)
 
 
+def test_numbers_are_mapped_and_folds_that_mix_runs_are_told_once_a_map(
+    shared_table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    decode = MvpaConfig(cv="shuffled", n_folds=3)
+    cfg = config(shared_table, tmp_path / "run", target=("number:rating",), mvpa=decode)
+    run(cfg)
+    assert capsys.readouterr().err.count("folds mix runs") == 2
+    scores = volume(cfg, name=MAP.replace("target-all_accuracy", "target-rating_r"))
+    assert scores[0].mean() > 0.6 > 0.3 > scores[2:].mean()
+    told = json.loads((cfg.run_dir / "units" / "sub-01_roi-brain_target-rating.json").read_text())
+    assert told["chance"] == {"r": 0.0}
+    assert "folds mix runs" in told["warnings"][0]
+
+
 class Pressed(NoGuard):
     """Memory is short at every boundary."""
 

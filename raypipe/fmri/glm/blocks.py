@@ -29,7 +29,7 @@ def voxels_a_block(n_volumes: int, rank: int, n_values: int, budget_bytes: int) 
     some ``rank`` coordinates, and ``n_values`` float64 of results and what leads to them.
     Raises MemoryBudgetExceeded when not even one fits.
     """
-    each = n_volumes * (4 + 3 * 8) + 8 * (6 * rank + n_values)
+    each = _voxel_bytes(n_volumes, rank, n_values)
     n = budget_bytes // each
     if n < 1:
         raise MemoryBudgetExceeded(
@@ -37,6 +37,15 @@ def voxels_a_block(n_volumes: int, rank: int, n_values: int, budget_bytes: int) 
             f"{format_bytes(budget_bytes)}; give more"
         )
     return int(min(n, _MOST_VOXELS))
+
+
+def block_bytes_at_most(n_volumes: int, n_values: int, budget_bytes: int) -> int:
+    """What a block takes, whatever the model's rank: the budget, or less where voxels are small."""
+    return min(budget_bytes, _MOST_VOXELS * _voxel_bytes(n_volumes, n_volumes, n_values))
+
+
+def _voxel_bytes(n_volumes: int, rank: int, n_values: int) -> int:
+    return n_volumes * (4 + 3 * 8) + 8 * (6 * rank + n_values)
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,6 +16,7 @@ import xxhash
 from raypipe import config as configs
 from raypipe.errors import InputError
 from raypipe.fmri.config import FmriConfig
+from raypipe.fmri.glm.blocks import block_bytes_at_most
 from raypipe.fmri.glm.estimate import events_of
 from raypipe.fmri.glm.items import BetaItem
 from raypipe.fmri.glm.job import BetasConfig
@@ -173,11 +174,14 @@ def _fit(
     voxels = subject.roi_voxels[spec.name]
     held = voxels * n_maps * (4 if cfg.method != "conditions" else 16)
     images = 4 * 4 * scans[0].grid_voxels  # one volume, packed
+    columns = 3 if "dispersion" in cfg.hrf else 2 if "derivative" in cfg.hrf else 1
+    longest = max(scan.n_volumes for scan in scans)
+    block = block_bytes_at_most(longest, (10 * columns + 4) * n_maps, cfg.budget_bytes())
     item = BetaItem(unit=unit, runs=runs, first=first, budget_bytes=cfg.budget_bytes())
     return Fit(
         item=item,
         results_bytes=4 * voxels * n_maps,
-        need_bytes=BASE_BYTES + BLOCK_BYTES + cfg.budget_bytes() + held + images,
+        need_bytes=BASE_BYTES + BLOCK_BYTES + block + held + images,
     )
 
 

@@ -115,7 +115,7 @@ class BetaWorker:
 
     def _fit_once(self, item: BetaItem, ledger: Ledger, notes: Notes) -> None:
         job, cfg, unit = self._job, self._job.cfg, item.unit
-        note(step=0, batch=item.budget_bytes >> 20, phase="betas")
+        note(step=0, batch=item.budget_bytes >> 20, phase=unit.unit_id)
         with Peak() as peak, notes.listening(), ExitStack() as opened:
             started = time.monotonic()
             subject = Subject.open(cfg, item.runs, job.rois)

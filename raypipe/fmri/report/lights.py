@@ -14,8 +14,9 @@ def searchlight_section(results: Results, target: str) -> Section:
     """Everything on one target but its maps, which have a section of their own."""
     rows = [row for row in results.group if row["target"] == target]
     blocks: list[Block] = []
+    if tested := [row for row in rows if row["n_centres"]]:
+        blocks.append(_group(tested))
     if rows:
-        blocks.append(_group(rows))
         blocks += [Note(f"{row['roi']}: {row['note']}.") for row in rows if row["note"]]
     blocks.append(_subjects(results.of(target)))
     return Section(f"Searchlight: {target}", blocks)

@@ -18,6 +18,7 @@ from raypipe.fmri.searchlight.lay_out import Light, LightPlan, lay_out, seconds_
 from raypipe.fmri.searchlight.settle import settle
 from raypipe.fmri.searchlight.together import group_maps
 from raypipe.fmri.searchlight.worker import LightShared, LightWorker
+from raypipe.fmri.units import Unit
 from raypipe.fmri.work import Outcome
 from raypipe.progress import Progress
 from raypipe.runner import Needs, Prospect, Runner
@@ -58,13 +59,18 @@ def compute_blocks(
     found = sum(len(light.done) for light in plan.lights)
     total = found + len(plan.batches)
     said: set[str] = set()
+    warned: set[Unit] = set()
     with (
         runner.pool(LightWorker, replace(needs, run_dir=cfg.run_dir)) as pool,
         Progress(kind, total, "blocks", done=found) as progress,
     ):
         for done in pool.run(plan.batches, shared):
-            _take(done.payload, summary, progress, said)
-            unit = done.payload.unit
+            unit, outcome = done.payload.unit, done.payload
+            if unit in warned:  # its other blocks warn of the same with other numbers
+                outcome = replace(outcome, warnings=())
+            elif outcome.warnings:
+                warned.add(unit)
+            _take(outcome, summary, progress, said)
             left[unit] -= 1
             if not left[unit] and unit.unit_id not in summary.failed:
                 _settle(cfg, plan, by_unit[unit], summary)

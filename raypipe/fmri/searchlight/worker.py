@@ -132,7 +132,7 @@ class LightWorker:
             if pressed := current().pressure():
                 relieve()
             n = throttle.next(pressed)
-            note(step=item.number, batch=n, phase="searchlight")
+            note(step=item.number, batch=n, phase=item.unit.unit_id)
             try:
                 parts.append(of.score(left[:n]))
             except MemoryError:
