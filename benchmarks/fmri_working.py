@@ -51,7 +51,7 @@ def permutations(bench: Bench) -> Metrics:
             suffix = "" if n == bench.samples[0] else f"_{n}"
             few = max(3, bench.permutations * 5 * bench.samples[0] ** 2 // (100 * n**2))
             spec = {"estimator": estimator, "samples": n, "voxels": bench.size.rois["1k"]}
-            many = bench.permutations * bench.samples[0] ** 2 // n**2
+            many = bench.permutations * bench.samples[0] ** 3 // n**3
             name = f"{key} {n} samples"
             ours, null = _decoding(bench, "our_permutations", name, spec, max(few, many))
             theirs, refit = _decoding(bench, "refit_permutations", f"{name} refitted", spec, few)
