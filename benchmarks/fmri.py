@@ -45,7 +45,7 @@ def main() -> None:
     """Make the scans, run the parts, print one line."""
     args = parser(__doc__)
     args.add_argument("--only", type=_names, default=list(PARTS), help=", ".join(PARTS))
-    args.add_argument("--rounds", type=int, default=3, help="of first and scaling")
+    args.add_argument("--rounds", type=int, default=2, help="of first and scaling")
     args.add_argument("--quick", action="store_true", help="a small scan: is the script whole?")
     args.add_argument("--scratch", type=Path, help="where the folder for scans is made (5 GB)")
     args.add_argument(
