@@ -2,7 +2,7 @@
 
 A training worker's `Decoders` hands each batch's rows out in parts (`pieces`); every actor decodes its
 part and puts it into the object store, from where the worker's gatherer takes it. What is under way is
-bounded by the gatherer's ring, and by a quarter of the object store. An actor is a `PixelSource` with
+bounded by the gatherer's ring, and by a quarter of the object store. An actor is a `Decoded` source with
 a process and a lease around it (`decode_actor`), how many there are is `decode_plan`'s: here is who
 does what, and what happens when one dies. One that was ended for its memory is made once more with
 twice as much, up to what any process of the run may have.
@@ -31,8 +31,8 @@ from raypipe.cluster.lost import ACTOR_LOST
 from raypipe.cluster.pieces import Pieces, Request
 from raypipe.errors import MemoryBudgetExceeded, RaypipeError, WorkerFailed
 from raypipe.memory.verdict import Verdict
+from raypipe.stream.decoding import Decoded
 from raypipe.stream.mapped import MappedRows
-from raypipe.stream.pixels import PixelSource
 from raypipe.stream.reading import OpenRows, RowReader, Source
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ class Decoders:
 
     def __init__(
         self,
-        source: PixelSource,
+        source: Decoded,
         crew: Crew,
         *,
         memory: WorkerMemory | None = None,
@@ -88,7 +88,7 @@ class Decoders:
         self._made = itertools.count()
         self._seats = [self._new_seat(crew.budget_bytes) for _ in range(crew.count)]
         self._turn = 0
-        self._pieces = Pieces(crew.under_way, source.row_shape, self._ask, self._take)
+        self._pieces = Pieces(crew.under_way, (source.row_bytes,), self._ask, self._take)
         weakref.finalize(self, _end, self._seats)
 
     @property
@@ -102,7 +102,7 @@ class Decoders:
 
     def start(self, rows: np.ndarray) -> Request:
         """Hand ``rows`` out as far as the share allows; the call waits, and gives
-        (n, height, width, 3) uint8.
+        (n, row_bytes) uint8.
 
         It raises what an actor raised, MemoryBudgetExceeded for an image that the largest budget
         does not hold, and WorkerFailed when actors die or stall again and again.
@@ -191,7 +191,7 @@ class Decoders:
         return _Seat(make.remote(self._where, lease), label, budget_bytes)
 
     def _names(self, rows: np.ndarray) -> str:
-        return f"{self.source.names[int(rows[0])]} to {self.source.names[int(rows[-1])]}"
+        return f"{self.source.name_of(int(rows[0]))} to {self.source.name_of(int(rows[-1]))}"
 
 
 def _end(seats: list[_Seat]) -> None:
@@ -222,7 +222,7 @@ class RowOpener:
 
     def __call__(self, source: Source) -> MappedRows | RowReader:
         """Raises WorkerFailed for images that the driver did not know of; and as `Source.open`."""
-        if not isinstance(source, PixelSource):
+        if not isinstance(source, Decoded):
             return self._otherwise(source) if self._otherwise else source.open()
         if source.fingerprint not in self._crews:
             raise WorkerFailed(
