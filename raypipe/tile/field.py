@@ -17,6 +17,7 @@ An operation that swallows NaN (``probe``) makes the measurement fail: the user 
 from __future__ import annotations
 
 import copy
+import resource
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,7 +31,8 @@ from raypipe.tile.probe import Probe, culprit
 
 MOST_ALIGN = 64  # strides of 2**6; ViT patches are below too
 LONGEST = 2048  # pixels of the longest image that is tried
-PATIENCE_S = 5.0  # for one pass: no longer image is tried after a slower one
+# No longer image is tried after a pass that took more: attention takes the square of the pixels.
+PATIENCE_S, PATIENCE_BYTES = 60.0, 1 << 30
 CLEAR = 32  # pixels beyond the radius that are compared, at least
 _STATE = "state halo and align yourself, or take blend='gaussian' or 'linear' with an overlap"
 
@@ -109,12 +111,12 @@ def _axis(probe: Probe, double: Probe, model: nn.Module, axis: int) -> tuple[int
 
 def _first_radius(probe: Probe, model: nn.Module, axis: int) -> int:
     """Reach of the middle pixel, on an image so long that its ends are not reached."""
-    length, took_s, why = probe.base, 0.0, ""
-    while length < LONGEST and took_s < PATIENCE_S:
+    length, too_much = probe.base, False
+    while length < LONGEST and not too_much:
         length *= 2
-        at, began = length // 2, time.monotonic()
+        at, began, held = length // 2, time.monotonic(), _most_bytes()
         support = probe.support(axis, length, at)
-        took_s = time.monotonic() - began
+        too_much = time.monotonic() - began > PATIENCE_S or _most_bytes() - held > PATIENCE_BYTES
         if not support.any():
             raise InputError(
                 "the model's output does not show a NaN of its input anywhere, so how far it looks "
@@ -127,9 +129,14 @@ def _first_radius(probe: Probe, model: nn.Module, axis: int) -> int:
         if why:
             raise _NotLocal(f"{why} spreads one pixel over the whole image")
     raise _NotLocal(
-        f"one pixel reaches both ends of an image of {length} pixels along axis {axis}: attention or a "
-        "mean over the image, or a field too large to be measured"
+        f"one pixel reaches both ends of an image of {length} pixels along axis {axis}, and no longer one "
+        "was tried: attention or a mean over the image, or a field too large to be measured"
     )
+
+
+def _most_bytes() -> int:
+    """The most memory that this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _reach(support: np.ndarray, at: int) -> int:

@@ -169,3 +169,16 @@ def test_what_the_user_states_is_checked() -> None:
         stated(3, 0, 2)
     with pytest.raises(ConfigError, match="halo"):
         stated((1, 2, 3), 1, 2)
+
+
+def test_attention_without_a_module_stops_at_the_image_that_takes_too_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Plain(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            tokens = x.flatten(2).mT
+            return (torch.softmax(tokens @ tokens.mT, -1) @ tokens).mT.reshape(x.shape)
+
+    monkeypatch.setattr("raypipe.tile.field.PATIENCE_S", -1.0)
+    field = measure(Plain(), 1)
+    assert "an image of 64 pixels along axis 0, and no longer one was tried" in field.why_not
