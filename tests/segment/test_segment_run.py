@@ -18,6 +18,7 @@ from raypipe.errors import ConfigError, Interrupted, MemoryBudgetExceeded
 from raypipe.pages import report
 from raypipe.report.commands import ReportConfig
 from raypipe.runner import LocalRunner
+from raypipe.segment import apply
 from raypipe.segment.assess import evaluate
 from raypipe.segment.config import (
     InputConfig,
@@ -124,6 +125,18 @@ def test_scores_are_those_of_a_plain_forward(fitted: Path, nuclei: Path) -> None
     assert 0 < summary["objects"]["ap_50"] <= 1
     page = report(ReportConfig(run=fitted)).read_text()
     assert "Held-out pictures" in page and "nuclei_001" in page
+
+
+def test_a_large_picture_scores_as_a_whole_one(
+    fitted: Path, nuclei: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = tifffile.imread(nuclei / "test/images/nuclei_000.tif")[None, :66]
+    module, saved = load_model(fitted)
+    whole = apply.logits_of(module, saved, image)
+    assert whole.shape == (1, 1, 66, 70)
+    monkeypatch.setattr(apply, "MOST_WHOLE_PIXELS", 1000)
+    monkeypatch.setattr(apply, "TILE", 16)
+    torch.testing.assert_close(apply.logits_of(module, saved, image), whole, rtol=0, atol=1e-5)
 
 
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(
