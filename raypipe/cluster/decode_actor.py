@@ -40,7 +40,7 @@ class DecodeActor:
         self._held: ExitStack | None = None  # until the actor ends
 
     def decode(self, rows: np.ndarray) -> np.ndarray:
-        """(n, row_bytes) uint8; raises as the source's ``decode_row``, and MemoryBudgetExceeded
+        """(n, *row_shape); raises as the source's ``decode_row``, and MemoryBudgetExceeded
         (LeaseTimeout) when this process did not get its lease.
         """
         if self._held is None:  # here, not when it is made: this error reaches who asks
@@ -48,7 +48,7 @@ class DecodeActor:
         made = self._source.decode_rows(rows)
         if current().pressure():
             relieve()
-        return made.reshape(len(rows), -1).view(np.uint8)
+        return made
 
     def pid(self) -> int:
         """This process."""
