@@ -55,7 +55,7 @@ SETS: dict[str, dict[str, Any]] = {
 GIB = 2**30
 # Of the measured run on a CPU: small enough for a step of a second.
 WIDTH, DEPTH, SIDE, BATCH = 32, 5, 128, 2
-ROUNDS = 7
+ROUNDS = 11
 
 
 @dataclass(frozen=True)
@@ -211,18 +211,22 @@ def slowdown(folder: Path, device: str) -> float:
     return 100 * (median(ratios) - 1)
 
 
-def on_cuda(folder: Path) -> dict[str, float]:
+def on_cuda(
+    folder: Path,
+    shape: tuple[int, int, int],
+    spec: UNetConfig | None = None,
+    device: str = "cuda",
+) -> dict[str, float]:
     """Predicted and measured peaks, and step times, at the real size."""
     found: dict[str, float] = {}
-    device, off = torch.device("cuda"), 0.0
-    task = make_task(folder, UNetConfig(), SHAPES[""])
+    off, task = 0.0, make_task(folder, spec or UNetConfig(), shape)
     for name, options in SETS.items():
         cfg = TrainConfig(batch_size=task.rows, **options)
-        predicted = measure(task, cfg, device)
+        predicted = measure(task, cfg, torch.device(device))
         # The batches of a gatherer and the validation are the loop's; here is one step alone.
         training = {k: v for k, v in predicted.phases.items() if k != "validate"}
         alone = replace(predicted, phases=training, batch_row_bytes=0)
-        engine, batch = engine_and_batch(task, cfg, "cuda")
+        engine, batch = engine_and_batch(task, cfg, device)
         step(engine, batch)
         torch.cuda.reset_peak_memory_stats()
         seconds = median([step(engine, batch) for _ in range(ROUNDS)])
@@ -277,7 +281,10 @@ def main() -> None:
             metrics["slowdown_on"] = (
                 "cuda" if cuda else f"cpu, width {WIDTH}, {SIDE} px, batch {BATCH}"
             )
-            metrics |= on_cuda(Path(tmp)) if cuda else {"cuda": "no CUDA device here: not measured"}
+            if cuda:
+                metrics |= on_cuda(Path(tmp), SHAPES[""])
+            else:
+                metrics["cuda"] = "no CUDA device here: not measured"
     emit("unet_memory", metrics, options.json)
 
 

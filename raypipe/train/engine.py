@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from raypipe.errors import ConfigError, WorkerFailed
 from raypipe.stream import Gatherer, deal, split_micro
@@ -55,11 +55,13 @@ class Engine:
         self.trainable = trainable
         self.optimizer = torch.optim.AdamW(trainable, lr=cfg.lr, weight_decay=cfg.weight_decay)
         averaged = cfg.ema_decay is not None
+        self.buffers = _StepBuffers(self.module)
         self.average = WeightAverage(self.module, cfg.ema_decay or 0.0) if averaged else None
         rng.seed_all(cfg.seed, 1 + ctx.rank)  # dropout: another draw on every rank
 
     def backward(self, micro: Micro, batch: dict[str, Tensor]) -> Tensor:
         """Add the micro batch's gradient; the sum of its rows' losses, float32 on device."""
+        self.buffers.begin()
         with self.prepared.sync(micro.last):
             with self.prepared.autocast():
                 loss = self.task.loss(self.prepared.model, self.prepared.place(batch))
@@ -83,14 +85,16 @@ class Engine:
         scaler.step(self.optimizer)
         scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        self.buffers.done()
         skipped = before is not None and scaler.get_scale() < before
         if self.average is not None and not skipped:
             self.average.update()
         return StepNotes(grad_norm, before, skipped)
 
     def clear(self) -> None:
-        """Drop the gradients of a step that starts over."""
+        """Drop what a step that starts over has done: gradients, and moved batch-norm statistics."""
         self.optimizer.zero_grad(set_to_none=True)
+        self.buffers.undo()
 
     def validate(self, gatherer: Gatherer, limit: BatchLimit) -> dict[str, float]:
         """The task's metrics over all validation rows of all workers, on every rank.
@@ -173,6 +177,31 @@ class Engine:
             self.prepared.scaler.load_state_dict(state["scaler"])
         if self.ctx.rank < len(state["rng"]):  # a rank that is new keeps its own seed
             rng.restore(state["rng"][self.ctx.rank], self.ctx.torch_device)
+
+
+class _StepBuffers:
+    """``module``'s buffers as they were before the step that is under way."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._live = list(module.buffers())
+        self._before = [buffer.detach().clone() for buffer in self._live]
+        self._in_step = False
+
+    def begin(self) -> None:
+        """Before each micro batch: the first one of a step notes what is there."""
+        if not self._in_step and self._live:
+            torch._foreach_copy_(self._before, self._live)
+        self._in_step = True
+
+    def done(self) -> None:
+        """The step's end: what it moved stays."""
+        self._in_step = False
+
+    def undo(self) -> None:
+        """Put back what was there, if a step is under way."""
+        if self._in_step and self._live:
+            torch._foreach_copy_(self._live, self._before)
+        self._in_step = False
 
 
 def check_finite(loss: float, where: str, cfg: TrainConfig) -> None:

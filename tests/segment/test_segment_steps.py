@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from raypipe.stream import ArraySource, Cursor
 from raypipe.train import TrainConfig, WorkerContext
 from raypipe.train.engine import Engine
 from raypipe.train.feed import Micro
+from raypipe.train.footprint import measure
 
 B, SIDE = 6, 16
 SPEC = UNetConfig(width=4, depth=3)
@@ -180,14 +182,33 @@ def test_what_is_kept_is_what_the_drawing_says() -> None:
     assert sum(t.untyped_storage().nbytes() for t in saved.values()) == expected
 
 
-def test_the_benchmark_counts_fake_tensors_as_torch_counts_real_ones() -> None:
+def unet_memory() -> Any:
+    """The benchmark of that name."""
     sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
     try:
-        import unet_memory
+        return importlib.import_module("unet_memory")
     finally:
         sys.path.pop(0)
-    sets = unet_memory.SETS.items()
-    found = {name: unet_memory.count((4, 64, 64), options, SPEC) for name, options in sets}
+
+
+def test_the_benchmark_counts_fake_tensors_as_torch_counts_real_ones() -> None:
+    bench = unet_memory()
+    sets = bench.SETS.items()
+    found = {name: bench.count((4, 64, 64), options, SPEC) for name, options in sets}
     assert found["fp32"].kept == pytest.approx(found["fp32"].hooks, rel=1e-3)
     assert found["ckpt"].kept < 0.5 * found["fp32"].kept
     assert found["all"].peak < found["fp32"].peak
+
+
+@pytest.mark.parametrize("name", ["fp32", "all"])
+def test_the_planner_foretells_the_count_of_a_larger_batch(name: str, tmp_path: Path) -> None:
+    """From 2 and 3 real rows, against a step of 24 fake ones."""
+    for key, tensor in batch().items():
+        np.save(tmp_path / f"{key}.npy", tensor.numpy())
+    bench, options = unet_memory(), unet_memory().SETS[name]
+    planned = measure(ImageTask(tmp_path), TrainConfig(**options), torch.device("cpu"))
+    training = {k: v for k, v in planned.phases.items() if k != "validate"}
+    alone = replace(planned, phases=training, batch_row_bytes=0)
+    given = 24 * (4 + 1) * SIDE**2  # the images and masks, which the plan counts elsewhere
+    counted = bench.count((24, SIDE, SIDE), options, SPEC).peak - given
+    assert alone.peak_bytes(24, accumulates=False) == pytest.approx(counted, rel=0.03)

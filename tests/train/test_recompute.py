@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
+from train_helpers import SmallDeviceModel, SmallDeviceTask, ToyTask, config, records, run
 
 from raypipe.errors import ConfigError
 from raypipe.segment.model import UNetConfig, build_model, checkpoint_blocks
-from raypipe.train import TrainConfig, WorkerContext
+from raypipe.train import TrainConfig, WorkerContext, load_model_state
 from raypipe.train.precision import prepare
 from raypipe.train.recompute import recompute
 
@@ -210,3 +212,32 @@ def test_synchronised_batch_norm_needs_cuda_and_several_workers() -> None:
     assert alone.synced_norms == 0
     with pytest.raises(ConfigError, match="sync_batch_norm"):
         prepare(model, (), cfg, WorkerContext(run_dir=path, world=2))
+
+
+class NormModel(SmallDeviceModel):
+    """ToyModel on a device of few rows, with statistics that a failed forward has already moved."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__(0.0, rows)
+        self.norm = nn.BatchNorm1d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.norm(x))
+
+
+@dataclass(frozen=True)
+class NormTask(SmallDeviceTask):
+    def build_model(self) -> nn.Module:
+        return NormModel(self.rows)
+
+
+def test_a_step_that_starts_over_moves_the_statistics_once(toy: ToyTask, tmp_path: Path) -> None:
+    """Out of memory after the forward: as if the rows had been few from the start."""
+    cfg = config(epochs=1)
+    halved = NormTask(toy.data, rows=4)
+    run(halved, cfg, tmp_path / "halved")
+    assert records(tmp_path / "halved")[0]["micro_batch"] == 4
+    run(replace(halved, rows=10**9), cfg, tmp_path / "few", batch_limit=4)
+    ends = [load_model_state(tmp_path / name) for name in ("halved", "few")]
+    for name, value in ends[0].items():
+        assert torch.equal(value, ends[1][name]), name
