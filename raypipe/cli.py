@@ -65,6 +65,10 @@ COMMANDS = {
         "raypipe.segment.config:SegmentEvaluateConfig", "raypipe.segment.assess:evaluate", False,
         "score a network on whole pictures",
     ),
+    "segment predict": Command(
+        "raypipe.segment.predict:SegmentPredictConfig", "raypipe.segment.predict:predict", True,
+        "apply a network to images of any size",
+    ),
     "fmri roi": Command(
         "raypipe.fmri.config:RoiConfig", "raypipe.fmri.commands:roi", True,
         "fMRI -> cleaned time series of regions",

@@ -67,9 +67,9 @@ def smallest_object_store() -> int:
 
 
 class Pieces:
-    """Batches of rows of ``row_shape`` and ``dtype`` (None: uint8), under way as far as ``share`` allows, the oldest first.
+    """Batches of rows of ``row_shape``, under way as far as ``share`` allows, the oldest first.
 
-    ask(rows) : begin a piece, without waiting; under the lock. wait(piece, request) : its rows; looks
+    dtype : of the rows; None: uint8. ask(rows) : begin a piece, without waiting; under the lock. wait(piece, request) : its rows; looks
     at ``request.raise_cancelled()`` once a second. Both may raise.
     """
 

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -260,9 +261,9 @@ def _named(function: Any) -> str:
     """A function by its code and what it encloses, another callable by what it is pickled to."""
     if function is None:
         return ""
-    code = getattr(function, "__code__", None)
-    if code is None:
+    if not isinstance(function, FunctionType):
         return xxhash.xxh3_128_hexdigest(pickle.dumps(function))
+    code = function.__code__
     constants = [value for value in code.co_consts if not hasattr(value, "co_code")]
     enclosed = [cell.cell_contents for cell in function.__closure__ or ()]
     said = repr((constants, code.co_names, function.__defaults__, enclosed))

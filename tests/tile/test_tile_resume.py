@@ -210,7 +210,12 @@ def test_workers_share_the_tiles(ray_session: None, tmp_path: Path) -> None:
     model = nn.Conv2d(1, 1, 3, padding=1)
     cfg = TileConfig(chunk_size=70, workers=2, device="cpu", halo=1, align=1)
     found = infer(
-        open_source(path, 2), model, tmp_path / "out.tif", cfg, RayRunner(), keep_frames=False
+        open_source(path, 2),
+        model,
+        tmp_path / "out.tif",
+        cfg,
+        RayRunner(joined=False, on_event=print),
+        keep_frames=False,
     )
     with torch.inference_mode():
         whole = model(torch.from_numpy(image())[None, None])[0, 0].numpy()
