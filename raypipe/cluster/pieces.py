@@ -69,8 +69,8 @@ def smallest_object_store() -> int:
 class Pieces:
     """Batches of rows of ``row_shape``, under way as far as ``share`` allows, the oldest first.
 
-    dtype : of the rows; None: uint8. ask(rows) : begin a piece, without waiting; under the lock. wait(piece, request) : its rows; looks
-    at ``request.raise_cancelled()`` once a second. Both may raise.
+    dtype : of the rows; None: uint8. ask(rows) : begin a piece, without waiting; under the lock.
+    wait(piece, request) : its rows; looks at ``request.raise_cancelled()`` once a second. Both may raise.
     """
 
     def __init__(
