@@ -40,14 +40,14 @@ class DecodeActor:
         self._held: ExitStack | None = None  # until the actor ends
 
     def decode(self, rows: np.ndarray) -> np.ndarray:
-        """(n, row_bytes) uint8; raises as the source's ``decode_row``, and MemoryBudgetExceeded
+        """(n, *row_shape); raises as the source's ``decode_row``, and MemoryBudgetExceeded
         (LeaseTimeout) when this process did not get its lease.
         """
         self.ready()
         made = self._source.decode_rows(rows)
         if current().pressure():
             relieve()
-        return made.reshape(len(rows), -1).view(np.uint8)
+        return made
 
     def ready(self) -> int:
         """Take the lease, once; this process's number. Raises MemoryBudgetExceeded (LeaseTimeout)."""

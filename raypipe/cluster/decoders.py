@@ -103,7 +103,9 @@ class Decoders:
         self._made = itertools.count()
         self._seats = [self._new_seat(crew.budget_bytes) for _ in range(crew.count)]
         self._turn = 0
-        self._pieces = Pieces(crew.under_way, (source.row_bytes,), self._ask, self._take)
+        self._pieces = Pieces(
+            crew.under_way, source.row_shape, self._ask, self._take, source.stored_dtype
+        )
         weakref.finalize(self, _end, self._seats)
 
     @property
@@ -117,7 +119,7 @@ class Decoders:
 
     def start(self, rows: np.ndarray) -> Request:
         """Hand ``rows`` out as far as the share allows; the call waits, and gives
-        (n, row_bytes) uint8.
+        (n, *row_shape).
 
         It raises what an actor raised, MemoryBudgetExceeded for an image that the largest budget
         does not hold, and WorkerFailed when actors die or stall again and again.

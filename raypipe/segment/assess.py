@@ -98,9 +98,8 @@ def _pictures(
     """The split to score and its pictures, where they lie now."""
     remedy = "give a folder made by raypipe segment fit"
     saved = read_json(run_dir / PICTURES_FILE, remedy)["pictures"]
-    old = Path(record["inputs"]["data"])
-    base = old if old.is_dir() or old.suffix == "" else old.parent
-    new = cfg.data.resolve() if cfg.data else old
+    base = Path(record["inputs"]["folder"])
+    new = cfg.data.resolve() if cfg.data else base
     new = new.parent if new.is_file() else new
     pictures = [_picture(one, base, new) for one in saved]
     splits = {p.split for p in pictures}

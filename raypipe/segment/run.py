@@ -125,7 +125,7 @@ def _claim(cfg: SegmentFitConfig, ready: Prepared, memory: ResolvedMemory) -> di
     record = run_record(cfg) | {
         "kind": KIND,
         "identity": ready.identity(),
-        "inputs": {"data": str(cfg.inputs.data.resolve())},
+        "inputs": {"data": str(cfg.inputs.data.resolve()), "folder": str(_folder(cfg.inputs.data))},
         "counts": ready.counts(),
         "n_train": ready.task.n_train,
         "n_val": len(ready.task.val_rows),
@@ -138,6 +138,11 @@ def _claim(cfg: SegmentFitConfig, ready: Prepared, memory: ResolvedMemory) -> di
     save_model(folder, ready.saved)
     write_json(run_file, record)
     return record
+
+
+def _folder(data: Path) -> Path:
+    """Where the files lie: the folder, or that of the table."""
+    return data.resolve() if data.is_dir() else data.resolve().parent
 
 
 def _as_dict(picture: Picture) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,17 @@ import torch
 from sklearn.metrics import f1_score
 
 from raypipe.cli import main
-from raypipe.errors import ConfigError, Interrupted, MemoryBudgetExceeded
+from raypipe.errors import (
+    ConfigError,
+    InputError,
+    Interrupted,
+    MemoryBudgetExceeded,
+    MissingInput,
+)
 from raypipe.pages import report
 from raypipe.report.commands import ReportConfig
 from raypipe.runner import LocalRunner
+from raypipe.segment import apply, assess, run
 from raypipe.segment.assess import evaluate
 from raypipe.segment.config import (
     InputConfig,
@@ -67,6 +75,13 @@ def fitted(nuclei: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("run")
     fit(config(nuclei, run_dir), LocalRunner())
     return run_dir
+
+
+@pytest.fixture
+def no_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second of matplotlib a run, for tests that do not look at the page."""
+    for module in (run, assess):
+        monkeypatch.setattr(module, "write_report", lambda run_dir: run_dir / "report.html")
 
 
 def records(run_dir: Path, kind: str) -> list[dict[str, Any]]:
@@ -126,6 +141,36 @@ def test_scores_are_those_of_a_plain_forward(fitted: Path, nuclei: Path) -> None
     assert "Held-out pictures" in page and "nuclei_001" in page
 
 
+@pytest.mark.usefixtures("no_page")
+def test_data_that_moved_or_changed_are_found_or_refused(
+    fitted: Path, nuclei: Path, tmp_path: Path
+) -> None:
+    moved = Path(shutil.copytree(nuclei, tmp_path / "moved"))
+    here = evaluate(SegmentEvaluateConfig(run_dir=fitted, split="val", device="cpu"))
+    there = evaluate(SegmentEvaluateConfig(run_dir=fitted, split="val", data=moved, device="cpu"))
+    assert there["pixels"] == here["pixels"] and here["n_pictures"] == 1
+    image = moved / "val/images/nuclei_000.tif"
+    tifffile.imwrite(image, tifffile.imread(image) + 1)
+    with pytest.raises(InputError, match="changed since the fit"):
+        evaluate(SegmentEvaluateConfig(run_dir=fitted, split="val", data=moved, device="cpu"))
+    image.unlink()
+    with pytest.raises(MissingInput, match="say where the data lie now"):
+        evaluate(SegmentEvaluateConfig(run_dir=fitted, split="val", data=moved, device="cpu"))
+
+
+def test_a_large_picture_scores_as_a_whole_one(
+    fitted: Path, nuclei: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = tifffile.imread(nuclei / "test/images/nuclei_000.tif")[None, :66]
+    module, saved = load_model(fitted)
+    whole = apply.logits_of(module, saved, image)
+    assert whole.shape == (1, 1, 66, 70)
+    monkeypatch.setattr(apply, "MOST_WHOLE_PIXELS", 1000)
+    monkeypatch.setattr(apply, "TILE", 16)
+    torch.testing.assert_close(apply.logits_of(module, saved, image), whole, rtol=0, atol=1e-5)
+
+
+@pytest.mark.usefixtures("no_page")
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(
     fitted: Path, nuclei: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,6 +194,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
 
 
+@pytest.mark.usefixtures("no_page")
 def test_a_run_out_of_budget_ends_with_3_and_goes_on(
     fitted: Path, nuclei: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -183,6 +229,7 @@ def test_a_run_out_of_budget_ends_with_3_and_goes_on(
     assert losses(tmp_path / "run") == losses(fitted)
 
 
+@pytest.mark.usefixtures("no_page")
 def test_other_data_in_the_folder_are_refused(fitted: Path, nuclei: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds a run of other normalisation"):
         fit(config(nuclei, fitted, inputs={"normalise": "minmax"}), LocalRunner())
@@ -192,6 +239,7 @@ def test_other_data_in_the_folder_are_refused(fitted: Path, nuclei: Path, tmp_pa
     assert again.result is not None and again.result.epochs == 3, "complete already"
 
 
+@pytest.mark.usefixtures("no_page")
 def test_averaging_and_accumulation_change_no_step(nuclei: Path, tmp_path: Path) -> None:
     """2 x 2 rows see the same crops as 4; batch norm alone tells them apart, so only a little."""
     whole = replace(TRAIN, epochs=1)
@@ -203,6 +251,7 @@ def test_averaging_and_accumulation_change_no_step(nuclei: Path, tmp_path: Path)
     np.testing.assert_allclose(one[0], other[0], rtol=0.05)
 
 
+@pytest.mark.usefixtures("no_page")
 @pytest.mark.parametrize("target", ["boundary", "classes"])
 def test_several_classes(nuclei: Path, tmp_path: Path, target: Any) -> None:
     data = nuclei
