@@ -144,7 +144,7 @@ def _evaluate(
     threshold = 0.5 if saved.threshold is None else saved.threshold
     pixels = PixelScores(saved.spec.classes, ignore_label=IGNORE, threshold=threshold)
     scored: list[Scored] = []
-    examples: dict[str, np.ndarray] = {}
+    examples: dict[str, Any] = {}
     for number, picture in enumerate(pictures):
         one = _score(cfg, module, saved, picture, readers, pixels, threshold)
         if number < MOST_EXAMPLES:

@@ -65,26 +65,16 @@ def actors(source: PixelSource) -> Iterator[Decoders]:
         ray.kill(actor)
 
 
-def decoded(source: PixelSource, asked: np.ndarray) -> np.ndarray:
-    """(n, height, width, 3), by threads of this process."""
-    return source.open().start(asked)()
-
-
-def in_bytes(pixels: np.ndarray) -> np.ndarray:
-    """As actors send them."""
-    return pixels.reshape(len(pixels), -1)
-
-
 def rows(*values: int) -> np.ndarray:
     return np.array(values, np.int64)
 
 
 def test_actors_give_the_pixels_that_threads_give(source: PixelSource, actors: Decoders) -> None:
     asked = [rows(3, 0, 11, 7, 2), rows(5), rows(1, 1)]
-    want = [decoded(source, some) for some in asked]
+    want = [source.open().start(some)() for some in asked]
     waits = [actors.start(some) for some in asked]  # all of them under way at once
     for wait, pixels in zip(waits, want, strict=True):
-        np.testing.assert_array_equal(wait(), in_bytes(pixels))
+        np.testing.assert_array_equal(wait(), pixels)
     with Gatherer({"pixels": source}, 5, depth=2, open_rows=lambda _: actors) as gatherer:
         for batch, pixels in zip(gatherer.batches(asked), want, strict=True):
             np.testing.assert_array_equal(batch["pixels"].numpy(), pixels)
@@ -108,9 +98,9 @@ def test_a_dead_actor_is_replaced_and_no_row_is_lost(source: PixelSource, actors
     before = actors.actors
     os.kill(ray.get(before[0].ready.remote()), signal.SIGKILL)
     waits = [actors.start(asked) for _ in range(3)]
-    want = decoded(source, asked)
+    want = source.open().start(asked)()
     for wait in waits:
-        np.testing.assert_array_equal(wait(), in_bytes(want))
+        np.testing.assert_array_equal(wait(), want)
     after = actors.actors
     assert after[0] is not before[0] and after[1] is before[1]
 
@@ -121,7 +111,7 @@ def test_an_image_that_was_spoilt_meanwhile_is_named(
     (tmp_path / "04.png").write_bytes(b"no image")
     with pytest.raises(BadImage, match=r"04\.png cannot be read"):
         actors.start(rows(1, 4))()
-    assert actors.start(rows(1, 2))().shape == (2, 24 * 24 * 3)  # and the actors live on
+    assert actors.start(rows(1, 2))().shape == (2, 24, 24, 3)  # and the actors live on
     shutil.copyfile(tmp_path / "05.png", tmp_path / "04.png")
     with pytest.raises(InputError, match="holds other bytes"):
         actors.start(rows(4))()
@@ -172,9 +162,9 @@ def test_a_decoder_above_its_lease_is_ended_and_comes_back_with_a_larger_one(
     crew = Crew(1, 0.1, Share(4, 4), budget_bytes=700 << 20)
     memory = order(tmp_path, "2GiB")
     reader = Decoders(greedy, crew, memory=memory, name="small", say=said.append)
-    np.testing.assert_array_equal(reader.start(rows(1, 2))(), in_bytes(decoded(source, rows(1, 2))))
+    np.testing.assert_array_equal(reader.start(rows(1, 2))(), source.open().start(rows(1, 2))())
     assert not said
-    np.testing.assert_array_equal(reader.start(rows(3))(), in_bytes(decoded(source, rows(3))))
+    np.testing.assert_array_equal(reader.start(rows(3))(), source.open().start(rows(3))())
     assert len(said) == 1 and "a new one takes its place" in said[0]
     (verdict,) = verdicts(memory, "small-0")
     assert verdict.budget_bytes == 700 << 20 and verdict.phase == "decode"
@@ -249,9 +239,9 @@ def test_an_actor_that_never_comes_is_done_without(
     absent = reader._new_seat(1 << 30)
     reader._seats.insert(0, absent)
     asked = rows(*range(N))
-    want = decoded(source, asked)
+    want = source.open().start(asked)()
     for _ in range(2):
-        np.testing.assert_array_equal(reader.start(asked)(), in_bytes(want))
+        np.testing.assert_array_equal(reader.start(asked)(), want)
     with reader._lock:
         assert {reader._next() for _ in range(4)} == {1}
     ray.kill(absent.actor)
