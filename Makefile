@@ -18,8 +18,13 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/raypipe demo --out demo-run
 
+# Tests without Ray share the cores, a file a worker; those with it come alone, one session for all.
+WORKERS ?= 2
 test: $(READY)
-	$(BIN)/python -m pytest
+	status=0; \
+	$(BIN)/python -m pytest -m "not ray" -n $(WORKERS) --dist loadfile || status=$$?; \
+	$(BIN)/python -m pytest -m ray || status=$$?; \
+	exit $$status
 
 lint: $(READY)
 	$(BIN)/ruff check .

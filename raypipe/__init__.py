@@ -17,6 +17,8 @@ _HOMES = {
     "MemoryMappedArray": "raypipe.fmri.loader",
     "create_memory_efficient_loader": "raypipe.fmri.loader",
     "MemoryConfig": "raypipe.memory",
+    "process_large_image": "raypipe.tile",
+    "load_tiff_stack": "raypipe.read.tiff",
 }
 
 __all__ = ["__version__", *_HOMES]  # what is not here, __getattr__ gives

@@ -57,6 +57,18 @@ COMMANDS = {
         "raypipe.encoding.config:PredictConfig", "raypipe.encoding.assess:predict", False,
         "write predicted responses of a split",
     ),
+    "segment fit": Command(
+        "raypipe.segment.config:SegmentFitConfig", "raypipe.segment.run:fit", True,
+        "images and masks -> segmentation network",
+    ),
+    "segment evaluate": Command(
+        "raypipe.segment.config:SegmentEvaluateConfig", "raypipe.segment.assess:evaluate", False,
+        "score a network on whole pictures",
+    ),
+    "segment predict": Command(
+        "raypipe.segment.predict:SegmentPredictConfig", "raypipe.segment.predict:predict", True,
+        "apply a network to images of any size",
+    ),
     "fmri roi": Command(
         "raypipe.fmri.config:RoiConfig", "raypipe.fmri.commands:roi", True,
         "fMRI -> cleaned time series of regions",

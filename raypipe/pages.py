@@ -20,8 +20,13 @@ def report(cfg: ReportConfig) -> Path:
 
 
 def _write(folder: Path) -> Path:
-    if str(read_run(folder).get("kind", "")).startswith("fmri "):
+    room = str(read_run(folder).get("kind", "")).partition(" ")[0]
+    if room == "fmri":
         from raypipe.fmri.report import write_report
 
         return write_report(folder)
+    if room == "segment":
+        from raypipe.segment import page
+
+        return page.write_report(folder)
     return build_report(folder)

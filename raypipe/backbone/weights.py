@@ -49,9 +49,13 @@ class Url:
 Source = Hub | Url
 
 
-def locate(source: Source, name: str) -> Path:
+_INSTEAD = "--weights FILE (random:SEED, for tests, needs none)"
+
+
+def locate(source: Source, name: str, instead: str = _INSTEAD) -> Path:
     """A local file with those weights, downloaded unless it is in the library's cache.
 
+    ``instead``: what a person without network gives, a file fetched elsewhere.
     Raises WeightsUnavailable, with the file to fetch elsewhere, when there is no way to it.
     """
     try:
@@ -60,8 +64,7 @@ def locate(source: Source, name: str) -> Path:
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise WeightsUnavailable(
             f"weights of {name} cannot be fetched ({reason}); without network: "
-            f"fetch {source.remedy} elsewhere and give --weights FILE (random:SEED, for tests, "
-            "needs none)"
+            f"fetch {source.remedy} elsewhere and give {instead}"
         ) from error
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from raypipe.cluster.budget import Lease, helping
 from raypipe.memory.guard import current, note, relieve
-from raypipe.stream.pixels import PixelSource
+from raypipe.stream.decoding import Decoded
 
 # Such a process held 0.1 GiB before its first picture; a lease's last 256 MiB cannot be used.
 BASE_BYTES = 768 << 20
@@ -25,7 +25,7 @@ PICTURE_BYTES = 512 << 20
 PARTS = 2
 
 
-def budget_bytes(source: PixelSource, part_rows: int, most_bytes: int) -> int:
+def budget_bytes(source: Decoded, part_rows: int, most_bytes: int) -> int:
     """Bytes of an actor that decodes parts of ``part_rows`` rows; never above ``most_bytes``, the
     run's budget per process.
     """
@@ -35,23 +35,24 @@ def budget_bytes(source: PixelSource, part_rows: int, most_bytes: int) -> int:
 class DecodeActor:
     """Decodes rows of one source, under ``lease``; an ordinary class. None: nobody watches it."""
 
-    def __init__(self, source: PixelSource, lease: Lease | None) -> None:
+    def __init__(self, source: Decoded, lease: Lease | None) -> None:
         self._source, self._lease = source, lease
         self._held: ExitStack | None = None  # until the actor ends
 
     def decode(self, rows: np.ndarray) -> np.ndarray:
-        """(n, height, width, 3) uint8; raises as `PixelSource.decode_row`, and MemoryBudgetExceeded
+        """(n, *row_shape); raises as the source's ``decode_row``, and MemoryBudgetExceeded
         (LeaseTimeout) when this process did not get its lease.
         """
-        if self._held is None:  # here, not when it is made: this error reaches who asks
-            self._held = self._watched()
-        pixels = self._source.decode_rows(rows)
+        self.ready()
+        made = self._source.decode_rows(rows)
         if current().pressure():
             relieve()
-        return pixels
+        return made
 
-    def pid(self) -> int:
-        """This process."""
+    def ready(self) -> int:
+        """Take the lease, once; this process's number. Raises MemoryBudgetExceeded (LeaseTimeout)."""
+        if self._held is None:  # here, not when it is made: this error reaches who asks
+            self._held = self._watched()
         return os.getpid()
 
     def _watched(self) -> ExitStack:

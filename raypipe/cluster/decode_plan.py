@@ -18,7 +18,7 @@ from raypipe.cluster.decode_actor import budget_bytes
 from raypipe.cluster.pieces import Share, divide, smallest_object_store
 from raypipe.memory.config import MemoryConfig
 from raypipe.memory.limits import NodeLimits
-from raypipe.stream.pixels import MOST_THREADS, PixelSource
+from raypipe.stream.decoding import MOST_THREADS, Decoded
 from raypipe.stream.reading import Source
 
 # Of the CPUs that the Train workers leave: Ray Data's descriptors need a little too.
@@ -80,7 +80,7 @@ def plan_decoders(
     whose memory is the workers' but for a quarter. Raises MemoryBudgetExceeded when an image does
     not fit the object store.
     """
-    images = {source.fingerprint: source for source in sources if isinstance(source, PixelSource)}
+    images = {source.fingerprint: source for source in sources if isinstance(source, Decoded)}
     return {
         fingerprint: _crew(source, len(images), world, cpus, batch_rows, config, limits)
         for fingerprint, source in images.items()
@@ -88,7 +88,7 @@ def plan_decoders(
 
 
 def _crew(
-    source: PixelSource,
+    source: Decoded,
     sources: int,
     world: int,
     cpus: float,

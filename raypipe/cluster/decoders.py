@@ -2,10 +2,11 @@
 
 A training worker's `Decoders` hands each batch's rows out in parts (`pieces`); every actor decodes its
 part and puts it into the object store, from where the worker's gatherer takes it. What is under way is
-bounded by the gatherer's ring, and by a quarter of the object store. An actor is a `PixelSource` with
+bounded by the gatherer's ring, and by a quarter of the object store. An actor is a `Decoded` source with
 a process and a lease around it (`decode_actor`), how many there are is `decode_plan`'s: here is who
 does what, and what happens when one dies. One that was ended for its memory is made once more with
-twice as much, up to what any process of the run may have.
+twice as much, up to what any process of the run may have. One that has no CPU or no lease yet gets
+nothing to do while there are others.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import ObjectLostError, RayTaskError
+from ray.exceptions import ObjectLostError, RayError, RayTaskError
 
 from raypipe.cluster.budget import WorkerMemory, await_verdict
 from raypipe.cluster.decode_actor import DecodeActor, Lease
@@ -31,8 +32,8 @@ from raypipe.cluster.lost import ACTOR_LOST
 from raypipe.cluster.pieces import Pieces, Request
 from raypipe.errors import MemoryBudgetExceeded, RaypipeError, WorkerFailed
 from raypipe.memory.verdict import Verdict
+from raypipe.stream.decoding import Decoded
 from raypipe.stream.mapped import MappedRows
-from raypipe.stream.pixels import PixelSource
 from raypipe.stream.reading import OpenRows, RowReader, Source
 
 logger = logging.getLogger(__name__)
@@ -56,13 +57,27 @@ class _Part:
     ref: Any
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Seat:
-    """An actor; ``label``: in verdicts; ``budget_bytes``: of its lease."""
+    """An actor; ``label``: in verdicts; ``budget_bytes``: of its lease; ``ready``: its answer when it
+    has it.
+    """
 
     actor: Any
     label: str
     budget_bytes: int
+    ready: Any
+    _up: bool = False
+
+    def up(self) -> bool:
+        """Whether it has its CPU and its lease."""
+        if not self._up and ray.wait([self.ready], timeout=0)[0]:
+            try:
+                ray.get(self.ready)
+                self._up = True
+            except RayError:  # without a lease: it asks again; a dead one is found by its part
+                self.ready = self.actor.ready.remote()
+        return self._up
 
 
 class Decoders:
@@ -73,7 +88,7 @@ class Decoders:
 
     def __init__(
         self,
-        source: PixelSource,
+        source: Decoded,
         crew: Crew,
         *,
         memory: WorkerMemory | None = None,
@@ -88,7 +103,9 @@ class Decoders:
         self._made = itertools.count()
         self._seats = [self._new_seat(crew.budget_bytes) for _ in range(crew.count)]
         self._turn = 0
-        self._pieces = Pieces(crew.under_way, source.row_shape, self._ask, self._take)
+        self._pieces = Pieces(
+            crew.under_way, source.row_shape, self._ask, self._take, source.stored_dtype
+        )
         weakref.finalize(self, _end, self._seats)
 
     @property
@@ -102,7 +119,7 @@ class Decoders:
 
     def start(self, rows: np.ndarray) -> Request:
         """Hand ``rows`` out as far as the share allows; the call waits, and gives
-        (n, height, width, 3) uint8.
+        (n, *row_shape).
 
         It raises what an actor raised, MemoryBudgetExceeded for an image that the largest budget
         does not hold, and WorkerFailed when actors die or stall again and again.
@@ -111,9 +128,14 @@ class Decoders:
 
     def _ask(self, rows: np.ndarray) -> _Part:
         with self._lock:
-            place = self._turn = (self._turn + 1) % len(self._seats)
+            place = self._turn = self._next()
             seat = self._seats[place]
         return _Part(rows, place, seat, seat.actor.decode.remote(rows))
+
+    def _next(self) -> int:
+        """The place after the last one whose actor is up; of any, while none is."""
+        after = [(self._turn + k) % len(self._seats) for k in range(1, len(self._seats) + 1)]
+        return next((place for place in after if self._seats[place].up()), after[0])
 
     def _take(self, part: _Part, request: Request) -> np.ndarray:
         """The part's pixels, by another actor when its own died."""
@@ -149,6 +171,7 @@ class Decoders:
             ready, _ = ray.wait([part.ref], timeout=min(LOOK_S, SAY_STALLED_S))
             if ready:
                 return ray.get(part.ref)
+            self._hand_on(part)
             waited = time.monotonic() - began
             text = (
                 f"a decode actor has given nothing for {waited:.0f} s, of images "
@@ -161,6 +184,16 @@ class Decoders:
             if waited >= next_word:
                 self._say(text)
                 next_word += SAY_STALLED_S
+
+    def _hand_on(self, part: _Part) -> None:
+        """To an actor that is up, from one that is not: its rows are not begun."""
+        with self._lock:
+            if part.seat.up():
+                return
+            place = self._next()
+            if self._seats[place].up():
+                self._turn, part.place, part.seat = place, place, self._seats[place]
+                part.ref = part.seat.actor.decode.remote(part.rows)
 
     def _replaced(self, part: _Part, why: str, verdict: Verdict | None) -> _Seat:
         """The actor at the part's place, a new one if it is still the dead one: with twice the budget
@@ -188,10 +221,11 @@ class Decoders:
         make = ray.remote(DecodeActor).options(
             num_cpus=self._crew.cpus, scheduling_strategy="SPREAD", max_restarts=0
         )
-        return _Seat(make.remote(self._where, lease), label, budget_bytes)
+        actor = make.remote(self._where, lease)
+        return _Seat(actor, label, budget_bytes, actor.ready.remote())
 
     def _names(self, rows: np.ndarray) -> str:
-        return f"{self.source.names[int(rows[0])]} to {self.source.names[int(rows[-1])]}"
+        return f"{self.source.name_of(int(rows[0]))} to {self.source.name_of(int(rows[-1]))}"
 
 
 def _end(seats: list[_Seat]) -> None:
@@ -222,7 +256,7 @@ class RowOpener:
 
     def __call__(self, source: Source) -> MappedRows | RowReader:
         """Raises WorkerFailed for images that the driver did not know of; and as `Source.open`."""
-        if not isinstance(source, PixelSource):
+        if not isinstance(source, Decoded):
             return self._otherwise(source) if self._otherwise else source.open()
         if source.fingerprint not in self._crews:
             raise WorkerFailed(

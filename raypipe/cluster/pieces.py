@@ -67,10 +67,10 @@ def smallest_object_store() -> int:
 
 
 class Pieces:
-    """Batches of rows of ``row_shape`` uint8, under way as far as ``share`` allows, the oldest first.
+    """Batches of rows of ``row_shape``, under way as far as ``share`` allows, the oldest first.
 
-    ask(rows) : begin a piece, without waiting; under the lock. wait(piece, request) : its rows; looks
-    at ``request.raise_cancelled()`` once a second. Both may raise.
+    dtype : of the rows; None: uint8. ask(rows) : begin a piece, without waiting; under the lock.
+    wait(piece, request) : its rows; looks at ``request.raise_cancelled()`` once a second. Both may raise.
     """
 
     def __init__(
@@ -79,8 +79,10 @@ class Pieces:
         row_shape: tuple[int, ...],
         ask: Callable[[np.ndarray], Any],
         wait: Callable[[Any, Request], np.ndarray],
+        dtype: np.dtype | None = None,
     ) -> None:
         self.share, self.row_shape = share, row_shape
+        self.dtype = np.dtype(np.uint8) if dtype is None else dtype
         self._ask, self._wait = ask, wait
         self._requests: list[weakref.ref[Request]] = []  # in order; those dropped are gone
         self._lock = threading.Lock()
@@ -163,12 +165,12 @@ class Request:
             raise CancelledError
 
     def __call__(self) -> np.ndarray:
-        """Wait; (n, *row_shape) uint8, read-only where it came as one piece."""
+        """Wait; (n, *row_shape), read-only where it came as one piece."""
         if self._pieces == 1:
             block = self._from.next(self)
             self._from.finish(self)
             return block
-        whole = np.empty((self._rows, *self._from.row_shape), np.uint8)
+        whole = np.empty((self._rows, *self._from.row_shape), self._from.dtype)
         at = 0
         while at < self._rows:
             block = self._from.next(self)

@@ -1,7 +1,8 @@
 """``raypipe demo``: made data through a whole room, held against the truth that was planted in them.
 
 ``--job encoding`` (photographs in, brain encoder out) is ``encoding``, ``--job fmri`` (scans in, decoded
-regions out) is ``fmri``. Both say what they found of what was planted, and fail when it is too little.
+regions out) is ``fmri``, ``--job segment`` (pictures of nuclei in, their outlines out) is ``segment``. All
+say what they found of what was planted, and fail when it is too little.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ __all__ = ["DemoConfig", "NotRecovered", "demo"]
 class DemoConfig:
     """Make data, run a room on them from input to report, and check the result; about 2 minutes."""
 
-    job: Literal["encoding", "fmri"] = "encoding"
-    """Images to brain responses (encoding), or classes decoded from scans (fmri)."""
+    job: Literal["encoding", "fmri", "segment"] = "encoding"
+    """Images to brain responses (encoding), classes decoded from scans (fmri), nuclei (segment)."""
     out: Path | None = None
-    """Folder for data, run and report, by default demo-run or demo-fmri; a second call resumes in it."""
+    """Folder for data, run and report, by default demo-run, demo-fmri or demo-segment; a second call
+    resumes in it."""
     n_train: int = 240
     """encoding: training images a subject."""
     n_test: int = 48
@@ -40,7 +42,8 @@ class DemoConfig:
     @property
     def folder(self) -> Path:
         """``out``, absolute."""
-        return (self.out or Path("demo-fmri" if self.job == "fmri" else "demo-run")).resolve()
+        own = "demo-run" if self.job == "encoding" else f"demo-{self.job}"
+        return (self.out or Path(own)).resolve()
 
 
 def demo(cfg: DemoConfig, runner: Runner) -> None:
@@ -49,6 +52,10 @@ def demo(cfg: DemoConfig, runner: Runner) -> None:
         from raypipe.demo.fmri import demo_fmri
 
         demo_fmri(cfg, runner)
+    elif cfg.job == "segment":
+        from raypipe.demo.segment import demo_segment
+
+        demo_segment(cfg, runner)
     else:
         from raypipe.demo.encoding import demo_encoding
 

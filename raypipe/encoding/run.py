@@ -136,7 +136,7 @@ def _already_fitted(cfg: FitConfig, ready: Prepared) -> FitResult | None:
     names = ready.split_data.features.names
     data.save_split(ready.split, names, ready.run_dir / "split.json")  # refuses another one
     check_resumable(ready.task, cfg.train, cfg.workers, ready.run_dir)
-    done = finished(ready.run_dir, cfg.train.epochs, ready.n_parameters())
+    done = finished(ready.run_dir, cfg.train, ready.n_parameters())
     noted = (earlier.get("result") or {}).get("epochs")
     if done is not None and noted != done.epochs:  # killed before it was written
         write_json(run_file, {**earlier, "result": _result(done)})

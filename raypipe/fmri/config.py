@@ -7,12 +7,12 @@ line all are flat (``--detrend``, ``--strategy motion``, ``--n-permutations 1000
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Literal, TypeVar
 
 from raypipe.errors import ConfigError
+from raypipe.fmri.cache import default_cache
 from raypipe.fmri.clean import CleanConfig
 from raypipe.fmri.mvpa import MvpaConfig
 from raypipe.fmri.mvpa.estimators import EstimatorConfig, check_fits
@@ -23,13 +23,6 @@ from raypipe.read.confounds import ConfoundsConfig
 from raypipe.units import parse_bytes
 
 J = TypeVar("J", bound="FmriConfig")
-
-
-def default_cache() -> Path:
-    """Shared by all runs of a user: an ROI that one run has unpacked is there for the next."""
-    named = os.environ.get("RAYPIPE_CACHE_DIR")
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(named) if named else Path(home) / "raypipe" / "voxels"
 
 
 def _per_run() -> CleanConfig:

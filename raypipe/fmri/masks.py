@@ -63,7 +63,7 @@ def mask_voxels(mask: Path | str | Any, grid: Grid, *, resample: bool = False) -
     else:
         values = _resampled(_one_volume(mask, "mask", "image"), "image", grid, resample, "mask")
         mask = "image"
-    return _some(np.flatnonzero(np.nan_to_num(values).ravel()), f"mask {mask} holds no voxel")
+    return _some(np.flatnonzero(_inside(values)), f"mask {mask} holds no voxel")
 
 
 def atlas_voxels(
@@ -165,14 +165,18 @@ def _number(
     raise UnknownName.of("atlas label", str(label), known, f"atlas {path} has {len(voxels)} labels")
 
 
-def _on_grid(path: Path, grid: Grid, resample: bool, what: str) -> NDArray[np.float64]:
+def _inside(values: NDArray[Any]) -> NDArray[np.bool_]:
+    """Where a mask is neither 0 nor NaN."""
+    whole = values.dtype.kind in "biu"
+    return values != 0 if whole else (values != 0) & ~np.isnan(values)
+
+
+def _on_grid(path: Path, grid: Grid, resample: bool, what: str) -> NDArray[Any]:
     """The image's values (x, y, z) on ``grid``."""
     return _resampled(_load(path, what), path, grid, resample, what)
 
 
-def _resampled(
-    image: Any, path: Path | str, grid: Grid, resample: bool, what: str
-) -> NDArray[np.float64]:
+def _resampled(image: Any, path: Path | str, grid: Grid, resample: bool, what: str) -> NDArray[Any]:
     """The values of a 3-D image on ``grid``; path : what messages call it."""
     if Grid.of(image).same_as(grid):
         return _values(image, path, what).reshape(grid.shape)
@@ -192,10 +196,10 @@ def _resampled(
     return np.asarray(moved.dataobj, np.float64)
 
 
-def _values(image: Any, path: Path | str, what: str) -> NDArray[np.float64]:
-    """All values of ``image``; raises InputError for a file that breaks off."""
+def _values(image: Any, path: Path | str, what: str) -> NDArray[Any]:
+    """All values of ``image``, whole numbers as stored; raises InputError for a file that breaks off."""
     try:
-        return np.asarray(image.dataobj, np.float64)
+        return np.asarray(image.dataobj)
     except (OSError, EOFError, zlib.error, ValueError) as error:
         why = " ".join(str(error).split())
         raise InputError(f"{what} {path} cannot be read: {why}; copy it again") from error

@@ -14,19 +14,17 @@ that outlives this process: a watch that dies in between leaves it to its succes
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from raypipe.memory.clerk import Clerk, verdict_on
+from raypipe.memory.ending import kill_by_number, kill_by_pidfd, raise_priority
 from raypipe.memory.policy import decide
 from raypipe.memory.probe import (
     ENFORCES,
@@ -53,18 +51,6 @@ EXTRA_EVERY_S = 0.1
 COMPILE_AFTER_S = 2.0
 EMPTY_TICKS = 200  # with nobody there: who comes rings
 INTERPRETED, COMPILED = "interpreted", "compiled"
-
-
-def kill_by_number(pid: int, start_ticks: int) -> None:
-    """End a process by its number, looked at once more just before; no error when it is gone."""
-    with suppress(ProcessLookupError), closing(ProcessProbe(pid)) as probe:
-        if probe.start_ticks == start_ticks:
-            os.kill(pid, signal.SIGKILL)
-
-
-def kill_by_pidfd(pidfd: int) -> None:
-    """End the process that ``pidfd`` is of, whatever has become of its number."""
-    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
 
 
 class Watch:
@@ -338,22 +324,3 @@ class Watch:
             unseen_s=now - one.looked_at,
         )
         self._clerk.write(verdict, one.registration.verdict_dir)
-
-
-def raise_priority() -> str:
-    """Let this thread run before all ordinary ones; returns in words what came of it."""
-    try:
-        # Ray starts its workers at nice 15: behind busy neighbours a look can come 50 ms late.
-        os.sched_setscheduler(0, os.SCHED_RR | os.SCHED_RESET_ON_FORK, os.sched_param(1))
-        return "real-time priority"
-    except (AttributeError, OSError):
-        pass
-    try:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), -10)
-        return "nice -10"
-    except OSError as error:
-        nice = os.getpriority(os.PRIO_PROCESS, 0)
-        return (
-            f"ordinary priority, nice {nice} ({error.strerror}): on a node with busy cores a "
-            "process may pass its limit for longer; CAP_SYS_NICE would allow more"
-        )

@@ -2,7 +2,8 @@
 
 Covers finding, ordering and reading the files of a data set, and saying in one line why one cannot
 be read. Turning pixels into a model's input is ``raypipe.backbone``; what is kept of a run is
-``raypipe.store``. Start at ``algonauts.py``; one picture's way is ``images.py``. No torch, no ray.
+``raypipe.store``. Start at ``algonauts.py``; one picture's way is ``images.py``. Scans are ``nifti``;
+images of any size and depth, read by crops, ``source2d`` and ``tiff``. No torch, no ray.
 """
 
 from __future__ import annotations

@@ -9,14 +9,16 @@ import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from raypipe.errors import ConfigError, InputError, MissingInput, RaypipeWarning, UnknownName
 from raypipe.read.runfiles import RunFiles
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 STRATEGIES = ("motion", "high_pass", "wm_csf", "global_signal", "compcor", "ica_aroma", "scrub")
 
@@ -165,6 +167,8 @@ def _by_strategy(run: RunFiles, path: Path, config: ConfoundsConfig) -> Confound
 
 
 def _table(path: Path) -> pd.DataFrame:
+    import pandas as pd  # slow to import: a scan without confounds does not wait for it
+
     try:
         table = pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",", na_values="n/a")
     except (OSError, ValueError) as error:

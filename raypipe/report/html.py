@@ -38,10 +38,10 @@ def run_page(run_dir: Path) -> Page:
     parent = read_run(run_dir)
     if is_extraction(parent):
         return extraction_page(run_dir, parent)
-    if str(parent.get("kind", "")).startswith("fmri "):
+    if str(parent.get("kind", "")).startswith(("fmri ", "segment ")):
         raise InputError(
             f"{run_dir} is a run of {parent['kind']}, whose room makes its page; give raypipe report, or "
-            "call raypipe.fmri.report.write_report"
+            "call raypipe.fmri.report.write_report or raypipe.segment.page.write_report"
         )
     folders = subject_folders(run_dir)
     runs = {subj: read_run(folder) for subj, folder in folders.items() if _is_run(folder)}

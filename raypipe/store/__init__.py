@@ -26,8 +26,9 @@ from raypipe.store.journal import CommitRecord, RowSource
 from raypipe.store.narrow import from_bfloat16, to_bfloat16
 from raypipe.store.placement import Placement, Way
 from raypipe.store.reader import FeatureStore, StoreLocator, open_locator
+from raypipe.store.recover import space_needed
 from raypipe.store.replicate import Replica, plan_replicas, replicate_store, require_room
-from raypipe.store.run import Progress, ShardRun, open_for_writing, space_needed
+from raypipe.store.run import Progress, ShardRun, open_for_writing
 from raypipe.store.schema import ShardSpec
 from raypipe.store.space import require_space
 from raypipe.store.verify import VerifyReport, verify

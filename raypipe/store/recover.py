@@ -7,6 +7,7 @@ writer of a past run that still appends does so to a file that nobody reads.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -89,6 +90,20 @@ def _decide(found: Found, spec: ShardSpec) -> Action:
         f"{spec.path} was put there while {spec.paths.partial.name} is being written; move it "
         "away, or --overwrite to replace it"
     )
+
+
+def space_needed(spec: ShardSpec) -> int:
+    """Bytes that writing ``spec`` still takes from the disk; 0 when it is sealed already.
+
+    What is at its place counts as available: a partial file is reused, another store replaced.
+    """
+    paths = spec.paths
+    with contextlib.suppress(StoreError):
+        if decide(Found.at(paths), spec, overwrite=False) == "sealed":
+            return 0
+    held = sum(p.stat().st_blocks * 512 for p in (paths.partial, paths.final) if p.exists())
+    beside = 65536 + 300 * spec.rows + 400 * len(spec.cells)  # journals, index, manifest
+    return max(0, spec.nbytes - held) + beside
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,6 @@ disk, in this order:
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -38,7 +37,15 @@ from raypipe.store.manifest import (
     sealed_fields,
     writing_manifest,
 )
-from raypipe.store.recover import Action, Found, Recovery, check_cells, decide, recover
+from raypipe.store.recover import (
+    Action,
+    Found,
+    Recovery,
+    check_cells,
+    decide,
+    recover,
+    space_needed,
+)
 from raypipe.store.schema import ShardSpec
 from raypipe.store.space import explain_os_errors, preallocate, require_space
 from raypipe.store.writer import WriterTarget
@@ -51,20 +58,6 @@ class Progress:
     rows: int
     rows_done: int
     rows_kept: int
-
-
-def space_needed(spec: ShardSpec) -> int:
-    """Bytes that writing ``spec`` still takes from the disk; 0 when it is sealed already.
-
-    What is at its place counts as available: a partial file is reused, another store replaced.
-    """
-    paths = spec.paths
-    with contextlib.suppress(StoreError):
-        if decide(Found.at(paths), spec, overwrite=False) == "sealed":
-            return 0
-    held = sum(p.stat().st_blocks * 512 for p in (paths.partial, paths.final) if p.exists())
-    beside = 65536 + 300 * spec.rows + 400 * len(spec.cells)  # journals, index, manifest
-    return max(0, spec.nbytes - held) + beside
 
 
 def open_for_writing(

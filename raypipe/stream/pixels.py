@@ -2,16 +2,14 @@
 
 `PixelSource` is the picklable handle (`raypipe.stream.reading.Source`): a folder's listing, what
 each file held when it was scanned, and how a backbone wants its pictures. Opened, it decodes with a
-few threads of this process; on Ray the same handle is decoded by actors (``raypipe.cluster``).
+few threads of this process (`raypipe.stream.decoding`); on Ray the same handle is decoded by actors
+(``raypipe.cluster``).
 Which images can be read at all is found by `raypipe.stream.scan`; tokens are the backbone's.
 """
 
 from __future__ import annotations
 
-import os
 import platform
-import weakref
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,13 +18,9 @@ import numpy as np
 from raypipe.backbone.preprocess import Preprocess
 from raypipe.errors import BadImage, ConfigError, InputError
 from raypipe.read import Decoded, Undecodable, try_read_image
+from raypipe.stream.decoding import RowDecoder, decode_rows
 
 DIGEST_BYTES = 16
-# Beyond this one process's threads meet in Python more often than they help (PIL decodes and resizes
-# without the GIL); with Ray further actors take over.
-MOST_THREADS = 8
-# How soon a wait for an image on a disk that hangs hears that nobody wants it any more.
-_LOOK_EVERY_S = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,9 +77,13 @@ class PixelSource:
         """As ``dtype``."""
         return np.dtype(np.uint8)
 
-    def open(self) -> PixelReader:
+    def open(self) -> RowDecoder:
         """Decode in this process."""
-        return PixelReader(self)
+        return RowDecoder(self)
+
+    def name_of(self, row: int) -> str:
+        """The file of ``row``."""
+        return self.names[row]
 
     def check(self, rows: np.ndarray) -> None:
         """Raise ConfigError for a row that is not there."""
@@ -117,63 +115,7 @@ class PixelSource:
 
     def decode_rows(self, rows: np.ndarray) -> np.ndarray:
         """``rows`` (n,) one after the other, as (n, height, width, 3) uint8; raises as above."""
-        pixels = np.empty((len(rows), *self.row_shape), np.uint8)
-        for place, row in enumerate(rows.tolist()):
-            self.decode_row(row, pixels[place])
-        return pixels
-
-
-class PixelReader:
-    """`raypipe.stream.reading.RowReader` of a `PixelSource`, by threads of this process.
-
-    A batch under way holds its own block of pixels: of ``depth`` batches in a gatherer's ring, as
-    many bytes again are held here until they are copied there.
-    """
-
-    def __init__(self, source: PixelSource) -> None:
-        self.source = source
-        threads = source.readers or min(MOST_THREADS, _cores())
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="raypipe-decode")
-        # What nobody waits for any more is not worth decoding.
-        weakref.finalize(self, self._pool.shutdown, wait=False, cancel_futures=True)
-
-    def check(self, rows: np.ndarray) -> None:
-        """Raise ConfigError for rows that are not there."""
-        self.source.check(rows)
-
-    def start(self, rows: np.ndarray) -> Decoding:
-        """Begin to decode ``rows``; the call waits, and gives (n, height, width, 3) uint8."""
-        pixels = np.empty((len(rows), *self.source.row_shape), np.uint8)
-        jobs = [
-            self._pool.submit(self.source.decode_row, row, pixels[place])
-            for place, row in enumerate(rows.tolist())
-        ]
-        return Decoding(self, jobs, pixels)
-
-
-class Decoding:
-    """A batch being decoded: `raypipe.stream.reading.Cancellable`."""
-
-    def __init__(self, reader: PixelReader, jobs: list[Future[None]], pixels: np.ndarray) -> None:
-        self._reader = reader  # who waits keeps its threads, whatever becomes of its owner
-        self._jobs, self._pixels = jobs, pixels
-        self._cancelled = False
-
-    def __call__(self) -> np.ndarray:
-        """Wait; the pixels, or the first error."""
-        for job in self._jobs:
-            while not (job.done() or self._cancelled):
-                wait([job], timeout=_LOOK_EVERY_S)
-            if self._cancelled:
-                raise CancelledError
-            job.result()
-        return self._pixels
-
-    def cancel(self) -> None:
-        """Images that no thread has begun are left; the block of pixels is nobody else's."""
-        self._cancelled = True
-        for job in self._jobs:
-            job.cancel()
+        return decode_rows(self, rows)
 
 
 def decode(
@@ -204,9 +146,3 @@ def decode(
     except BadImage as error:  # too narrow to be resized
         return Undecodable(reason=str(error), digest=image.digest, size_bytes=image.size_bytes)
     return image
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

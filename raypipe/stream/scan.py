@@ -23,7 +23,8 @@ from raypipe.backbone.preprocess import Preprocess
 from raypipe.errors import BadImage, InputError, MissingInput
 from raypipe.progress import Progress
 from raypipe.read import Undecodable, first_size
-from raypipe.stream.pixels import MOST_THREADS, PixelSource, decode
+from raypipe.stream.decoding import MOST_THREADS
+from raypipe.stream.pixels import PixelSource, decode
 
 
 class Seen(NamedTuple):

@@ -53,6 +53,15 @@ class TrainConfig:
     """Checkpointing by torch's reentrant variant; the other one is what torch recommends."""
     channels_last: bool = False
     """NHWC memory format where the model has 2-D convolutions."""
+    compile: bool = False
+    """Compile the model by torch.compile; with checkpointing, block by block."""
+    compile_backend: str = "inductor"
+    """torch.compile's backend."""
+    sync_batch_norm: bool = False
+    """Batch norm over the rows of all workers (CUDA, several workers)."""
+    ema_decay: float | None = None
+    """Average the weights over steps with this decay, e.g. 0.999, and validate the average; None:
+    no average."""
     fit_gpu: str | None = None
     """Device memory to stay within, e.g. 12GiB: the mildest techniques and the largest micro batch
     that fit are chosen; the rows of a step stay. Without a GPU it is the memory of torch's tensors.
@@ -69,13 +78,15 @@ class TrainConfig:
 
     Ten minutes are little to lose; writing the default encoder's 0.4 GB takes about a second.
     """
+    patience: int = 0
+    """Stop after so many epochs without a better one (early stopping); 0: do all epochs."""
     keep: int = 2
     """Generations of the last checkpoint on disk; the older ones stand in for a damaged one."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulate", "step_size", "keep"):
             self._require(name, getattr(self, name) >= 1, "give at least 1")
-        for name in ("warmup_steps", "seed", "checkpoint_every_steps"):
+        for name in ("warmup_steps", "seed", "checkpoint_every_steps", "patience"):
             self._require(name, getattr(self, name) >= 0, "give 0 or more")
         for name in ("lr", "init_scale"):
             self._require(name, _finite(getattr(self, name), above=0), "give a number above 0")
@@ -87,6 +98,8 @@ class TrainConfig:
         self._require("gamma", 0 < self.gamma <= 1, "give a factor in (0, 1]")
         clip = self.clip_norm
         self._require("clip_norm", clip is None or _finite(clip, above=0), "give above 0, or None")
+        decay = 0.0 if self.ema_decay is None else self.ema_decay
+        self._require("ema_decay", 0 <= decay < 1, "give a factor in [0, 1), or None")
         schedules = ("step", "cosine", "constant")
         self._require("schedule", self.schedule in schedules, f"one of {', '.join(schedules)}")
         budget = self.fit_gpu_bytes
@@ -115,6 +128,8 @@ class TrainConfig:
         """
         names = ["lr", "weight_decay", "schedule", "warmup_steps", "clip_norm", "amp", "seed"]
         names += {"step": ["step_size", "gamma"], "cosine": ["epochs"]}.get(self.schedule, [])
+        # Named where they are used only, so that runs from before they existed go on.
+        names += [name for name in ("sync_batch_norm", "ema_decay") if getattr(self, name)]
         return {name: getattr(self, name) for name in names}
 
 

@@ -2,7 +2,7 @@
 
 One optimiser step over W workers and M micro batches each, R rows in all:
     each micro batch:  backward of sum(per-row losses) * W / R   (DDP then averages over W)
-    then:              unscale, clip, AdamW, rescale
+    then:              unscale, clip, AdamW, rescale, average the weights (``ema``)
 so that the gradient is that of the mean over all R rows, however they are dealt.
 
 Which rows, when to save and when to stop is ``loop``'s.
@@ -10,12 +10,12 @@ Which rows, when to save and when to stop is ``loop``'s.
 
 from __future__ import annotations
 
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from raypipe.errors import ConfigError, WorkerFailed
 from raypipe.stream import Gatherer, deal, split_micro
@@ -23,6 +23,7 @@ from raypipe.train import rng
 from raypipe.train.checkpoint import Found
 from raypipe.train.config import TrainConfig
 from raypipe.train.context import WorkerContext
+from raypipe.train.ema import WeightAverage
 from raypipe.train.feed import Micro
 from raypipe.train.limit import BatchLimit
 from raypipe.train.precision import prepare
@@ -53,10 +54,14 @@ class Engine:
             raise ConfigError("the task's model has no parameter to train")
         self.trainable = trainable
         self.optimizer = torch.optim.AdamW(trainable, lr=cfg.lr, weight_decay=cfg.weight_decay)
+        averaged = cfg.ema_decay is not None
+        self.buffers = _StepBuffers(self.module)
+        self.average = WeightAverage(self.module, cfg.ema_decay or 0.0) if averaged else None
         rng.seed_all(cfg.seed, 1 + ctx.rank)  # dropout: another draw on every rank
 
     def backward(self, micro: Micro, batch: dict[str, Tensor]) -> Tensor:
         """Add the micro batch's gradient; the sum of its rows' losses, float32 on device."""
+        self.buffers.begin()
         with self.prepared.sync(micro.last):
             with self.prepared.autocast():
                 loss = self.task.loss(self.prepared.model, self.prepared.place(batch))
@@ -80,19 +85,26 @@ class Engine:
         scaler.step(self.optimizer)
         scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        self.buffers.done()
         skipped = before is not None and scaler.get_scale() < before
+        if self.average is not None and not skipped:
+            self.average.update()
         return StepNotes(grad_norm, before, skipped)
 
     def clear(self) -> None:
-        """Drop the gradients of a step that starts over."""
+        """Drop what a step that starts over has done: gradients, and moved batch-norm statistics."""
         self.optimizer.zero_grad(set_to_none=True)
+        self.buffers.undo()
 
     def validate(self, gatherer: Gatherer, limit: BatchLimit) -> dict[str, float]:
-        """The task's metrics over all validation rows of all workers, on every rank."""
-        self._share_buffers()
+        """The task's metrics over all validation rows of all workers, on every rank.
+
+        Of the averaged weights, where there are any.
+        """
         self.module.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self._judged():
+                self._share_buffers()
                 sums = limit.retry(lambda: self._val_sums(gatherer, limit.rows))
         finally:
             self.module.train()
@@ -122,6 +134,10 @@ class Engine:
                     sums[key] = sums[key] + value if key in sums else value.clone()
         return sums if len(mine) else {key: torch.zeros_like(v) for key, v in sums.items()}
 
+    def _judged(self) -> AbstractContextManager[None]:
+        """The module with the weights that are validated, and kept where they are the best."""
+        return nullcontext() if self.average is None else self.average.applied()
+
     def _share_buffers(self) -> None:
         """Rank 0's buffers everywhere: batch-norm statistics drift apart between forwards."""
         if self.ctx.world > 1:
@@ -132,11 +148,17 @@ class Engine:
         """The bare module's state_dict, on the CPU; it shares memory with a model that is there."""
         return {key: value.detach().cpu() for key, value in self.module.state_dict().items()}
 
+    def judged_state(self) -> dict[str, Tensor]:
+        """`model_state` of the weights that were validated; it shares memory with them."""
+        with self._judged():
+            return self.model_state()
+
     def training_state(self) -> dict[str, Any]:
         """All else that resuming needs; collective, because each rank has its own generators."""
         states = self.ctx.collect(rng.capture(self.ctx.torch_device))
         scaler = self.prepared.scaler.state_dict()
-        return {"optimizer": self.optimizer.state_dict(), "scaler": scaler, "rng": states}
+        state = {"optimizer": self.optimizer.state_dict(), "scaler": scaler, "rng": states}
+        return state if self.average is None else state | {"average": self.average.state_dict()}
 
     def load(self, found: Found) -> None:
         """Go on from a checkpoint. Raises ConfigError when it is of another model."""
@@ -144,6 +166,8 @@ class Engine:
             self.module.load_state_dict(found.load("model"))
             state = found.load("state")
             self.optimizer.load_state_dict(state["optimizer"])
+            if self.average is not None:
+                self.average.load_state_dict(state["average"])
         except (RuntimeError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:300]
             raise ConfigError(
@@ -153,6 +177,31 @@ class Engine:
             self.prepared.scaler.load_state_dict(state["scaler"])
         if self.ctx.rank < len(state["rng"]):  # a rank that is new keeps its own seed
             rng.restore(state["rng"][self.ctx.rank], self.ctx.torch_device)
+
+
+class _StepBuffers:
+    """``module``'s buffers as they were before the step that is under way."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._live = list(module.buffers())
+        self._before = [buffer.detach().clone() for buffer in self._live]
+        self._in_step = False
+
+    def begin(self) -> None:
+        """Before each micro batch: the first one of a step notes what is there."""
+        if not self._in_step and self._live:
+            torch._foreach_copy_(self._before, self._live)
+        self._in_step = True
+
+    def done(self) -> None:
+        """The step's end: what it moved stays."""
+        self._in_step = False
+
+    def undo(self) -> None:
+        """Put back what was there, if a step is under way."""
+        if self._in_step and self._live:
+            torch._foreach_copy_(self._live, self._before)
+        self._in_step = False
 
 
 def check_finite(loss: float, where: str, cfg: TrainConfig) -> None:

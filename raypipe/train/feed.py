@@ -177,15 +177,18 @@ def micro_batches(slices: Iterable[StepSlice], batch_size: int, idle_row: int) -
 
 
 def gathered(
-    gatherer: Gatherer, micros: Iterable[Micro]
+    gatherer: Gatherer, micros: Iterable[Micro], stride: int = 0
 ) -> Generator[tuple[Micro, dict[str, Tensor]], None, None]:
-    """Each micro batch with its tensors, which are valid until the next one is asked for."""
+    """Each micro batch with its tensors, which are valid until the next one is asked for.
+
+    stride : see `raypipe.train.task.epoch_stride`.
+    """
     waiting: deque[Micro] = deque()
 
     def rows() -> Iterator[np.ndarray]:
         for micro in micros:
             waiting.append(micro)
-            yield micro.rows
+            yield micro.rows + stride * micro.cursor.epoch
 
     with closing(gatherer.batches(rows())) as batches:
         for batch in batches:

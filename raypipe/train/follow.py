@@ -98,6 +98,6 @@ def log_to(run_dir: Path) -> Callable[[str], None]:
 
 def _epoch_line(record: dict[str, Any]) -> str:
     """``epoch 3: train_loss 1.51, val_loss 1.62 (best)``."""
-    named = ("train_loss", "val_loss", "val_r")
+    named = ("train_loss", "val_loss", "val_r", "val_dice")
     values = [f"{key} {record[key]:.4f}" for key in named if record.get(key) is not None]
     return f"epoch {record['epoch'] + 1}: {', '.join(values)}{' (best)' if record['best'] else ''}"

@@ -6,7 +6,8 @@ over all ranks the right number of rows. Arithmetic is ``engine``'s, what a step
 files are ``saving``'s and ``checkpoint``'s, how many rows are computed at once is ``limit``'s, and
 what that takes is foretold by ``planner``.
 
-The test split has no way in here: the best epoch is the one of lowest ``val_loss``.
+The test split has no way in here: the best epoch is the one of lowest ``val_loss``, or of lowest
+``epoch_cost`` where the task has one.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from contextlib import ExitStack, closing
 import torch
 from torch import Tensor
 
-from raypipe.errors import ConfigError, WorkerFailed
+from raypipe.errors import ConfigError, MemoryBudgetExceeded, WorkerFailed
 from raypipe.memory import guard
 from raypipe.stream import Cursor, Gatherer, StepSlice
 from raypipe.stream.gather import ring_bytes
@@ -45,7 +46,7 @@ from raypipe.train.precision import format_table, settings_table, use_device
 from raypipe.train.result import FitResult, Progress
 from raypipe.train.saving import Saver
 from raypipe.train.schedule import learning_rate
-from raypipe.train.task import Task
+from raypipe.train.task import Task, epoch_cost, epoch_stride
 
 # One batch in use, one being read. Not more: feeders may block at the start of an epoch until all
 # ranks ask for it (Ray Data), and a rank that looked two batches ahead could ask, and wait, before
@@ -122,7 +123,7 @@ class _Fit:
     ) -> None:
         cfg = planned.cfg
         self.task, self.cfg, self.ctx, self.planned = task, cfg, ctx, planned
-        self.started = ctx.clock()
+        self.started, self.stride = ctx.clock(), epoch_stride(task)
         self.plan = plan_from(task.train_rows, cfg, ctx.world, found)
         made_of = ctx.together(lambda: source_fingerprints(task.sources()))
         if found:
@@ -147,7 +148,7 @@ class _Fit:
         self.limit = BatchLimit(self.cfg.batch_size, self.batch_limit, self.ctx)
         with MetricsLog(log_path, log_bytes) as self.log, ExitStack() as stack:
             self._keep_books()
-            if self.progress.cursor < self.plan.end:
+            if not self.progress.is_over(self.cfg):
                 train, self.val = self.ctx.together(lambda: self._open(stack))
                 self._steps(slices(self.progress.cursor), train)
         return self._result()
@@ -172,7 +173,7 @@ class _Fit:
         """All steps that are left, or those until someone asks to stop."""
         self.engine.module.train()
         micros = micro_batches(slices, self.cfg.batch_size, int(self.plan.rows[0]))
-        with closing(gathered(train, micros)) as stream:
+        with closing(gathered(train, micros, self.stride)) as stream:
             for micro, batch in stream:
                 self._check_place(micro)
                 self._compute(micro, batch)
@@ -192,7 +193,7 @@ class _Fit:
         """
         if not self.step_micros:
             guard.note(step=self.progress.global_step, phase="train")
-            self.limit.at_boundary()
+            self._at_boundary()
         self.step_micros.append(micro)
         if self.ctx.world == 1:
             self.limit.retry(lambda: self._add(micro, batch), self._step_again)
@@ -201,6 +202,18 @@ class _Fit:
             self._add(micro, batch)
         except torch.OutOfMemoryError as error:
             raise out_of_memory(short(error), "with several workers no step is redone") from error
+
+    def _at_boundary(self) -> None:
+        """Ask whether memory allows another step. Where it does not, what was learnt is saved: the
+        same command with more memory goes on. Several workers save together, and one stops alone.
+        """
+        try:
+            self.limit.at_boundary()
+        except MemoryBudgetExceeded:
+            if self.ctx.world == 1:
+                self.numbers.settle()
+                self._save(best=False)
+            raise
 
     def _add(self, micro: Micro, batch: dict[str, Tensor]) -> None:
         for part, rows in in_pieces(micro, batch, self.limit.rows):
@@ -211,7 +224,7 @@ class _Fit:
         """All of the step's micro batches so far; the validation's buffers are idle meanwhile."""
         self.engine.clear()
         self._zero_sums()
-        with closing(gathered(self.val, iter(self.step_micros))) as stream:
+        with closing(gathered(self.val, iter(self.step_micros), self.stride)) as stream:
             for micro, batch in stream:
                 self._add(micro, batch)
 
@@ -249,7 +262,7 @@ class _Fit:
         elif numbers.stopping or numbers.save_is_due or self.saver.is_due_by_steps():
             numbers.settle()
             self._save(best=False)
-        return numbers.stopping or at == self.plan.end
+        return numbers.stopping or progress.is_over(self.cfg)
 
     def _update(self, micro: Micro) -> None:
         """The optimiser's step; its numbers are on their way, those of the step before are read."""
@@ -278,9 +291,12 @@ class _Fit:
         metrics = self.engine.validate(self.val, self.limit)
         val_loss = metrics["val_loss"]
         check_finite(val_loss, f"the validation of epoch {progress.epoch}", self.cfg)
-        best = progress.best_val_loss is None or val_loss < progress.best_val_loss
+        cost = epoch_cost(self.task, metrics)
+        check_finite(cost, f"the choice of epoch {progress.epoch}", self.cfg)
+        best = progress.best_cost is None or cost < progress.best_cost
         if best:
-            progress.best_val_loss, progress.best_epoch = val_loss, progress.epoch
+            progress.best_cost, progress.best_val_loss = cost, val_loss
+            progress.best_epoch = progress.epoch
         rows = progress.epoch_rows
         record = plain(
             {
@@ -328,7 +344,7 @@ class _Fit:
     def _result(self) -> FitResult:
         return self.progress.result(
             self.ctx.run_dir,
-            epochs=self.plan.epochs,
+            cfg=self.cfg,
             seconds=self._seconds(),
             n_parameters=sum(p.numel() for p in self.engine.trainable),
         )

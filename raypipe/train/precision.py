@@ -1,7 +1,7 @@
 """The techniques of training, applied in one visible sequence, and the table that says which.
 
-`prepare` is the sequence: device, channels_last, activation checkpointing, autocast, loss scaling,
-DDP, a line each. The steps that use them are in ``engine``.
+`prepare` is the sequence: device, SyncBN, channels_last, compilation, activation checkpointing,
+autocast, loss scaling, DDP, a line each. The steps that use them are in ``engine``.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 
 from raypipe.errors import ConfigError, DeviceUnavailable
 from raypipe.train.config import TrainConfig
 from raypipe.train.context import WorkerContext
+from raypipe.train.recompute import recompute
 from raypipe.units import format_seconds
 
 _AUTOCAST = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -34,6 +34,7 @@ class Prepared:
     scaler: torch.amp.GradScaler
     channels_last: bool
     checkpointed_blocks: int
+    synced_norms: int = 0
 
     def sync(self, last: bool) -> AbstractContextManager[Any]:
         """Around one micro batch: gradients are exchanged on the step's last one only."""
@@ -60,12 +61,14 @@ def prepare(
     """
     device = ctx.torch_device
     module = module.to(device)
+    synced = _apply_sync_batch_norm(module, device) if cfg.sync_batch_norm and ctx.world > 1 else 0
     channels_last = _apply_channels_last(module) if cfg.channels_last else False
+    _apply_compile(module, blocks if cfg.checkpointing else (), cfg)
     checkpointed = _apply_checkpointing(blocks, cfg.use_reentrant) if cfg.checkpointing else 0
     autocast = _autocast(device, cfg)
     scaler = torch.amp.GradScaler(device.type, init_scale=cfg.init_scale, enabled=cfg.amp == "fp16")
     model = _wrap_ddp(module, device) if ctx.world > 1 else module
-    return Prepared(model, module, autocast, scaler, channels_last, checkpointed)
+    return Prepared(model, module, autocast, scaler, channels_last, checkpointed, synced)
 
 
 def settings_table(
@@ -91,13 +94,14 @@ def settings_table(
         ("workers", f"{world} on {device}" + (", DDP" if world > 1 else "")),
         ("rows", f"{n_train} to train, {n_val} to validate"),
         ("step", f"{rows_per_step} rows, in micro batches of {cfg.batch_size} a worker"),
-        ("length", f"{cfg.epochs} epochs of {steps} steps"),
+        ("length", f"{cfg.epochs} epochs of {steps} steps{_patience_words(cfg)}"),
         ("optimiser", f"AdamW, lr {cfg.lr:g}, weight decay {cfg.weight_decay:g}"),
         ("schedule", schedules[cfg.schedule] + f", {cfg.warmup_steps} steps of warm-up"),
         ("gradient clip", clip),
         ("AMP", cfg.amp + scale),
         ("checkpointing", _checkpointing_words(cfg, prepared)),
         ("channels_last", _channels_last_words(cfg, prepared)),
+        *_optional_rows(cfg, world, prepared),
         ("seed", str(cfg.seed)),
         ("checkpoints", _checkpoints_words(cfg)),
         *([("parameters", f"{_trainable(prepared.module):,}")] if prepared else []),
@@ -136,35 +140,37 @@ def _apply_channels_last(module: nn.Module) -> bool:
     return True
 
 
-def _apply_checkpointing(blocks: Sequence[nn.Module], use_reentrant: bool) -> int:
-    """Make each block recompute itself in the backward pass; the number of blocks.
+def _apply_sync_batch_norm(module: nn.Module, device: torch.device) -> int:
+    """Batch norms whose statistics are of all workers' rows; how many there are."""
+    if device.type != "cuda":
+        raise ConfigError(
+            f"train sync_batch_norm=True on {device}: torch synchronises batch norm on CUDA only;"
+            " leave it out"
+        )
+    nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    return sum(isinstance(part, nn.SyncBatchNorm) for part in module.modules())
 
-    The block keeps its place and its state_dict keys: only its instance's ``forward`` is replaced.
+
+def _apply_compile(module: nn.Module, blocks: Sequence[nn.Module], cfg: TrainConfig) -> None:
+    """torch.compile of each block that will be recomputed, or of the whole module.
+
+    Blocks one by one, inside their checkpoint: compiled around it, the recomputation would be part
+    of the graph, and the buffers that it must not write to as well.
     """
+    if not cfg.compile:
+        return
+    for block in blocks:
+        block.forward = torch.compile(block.forward, backend=cfg.compile_backend)
+    if not blocks:
+        module.compile(backend=cfg.compile_backend)
+
+
+def _apply_checkpointing(blocks: Sequence[nn.Module], use_reentrant: bool) -> int:
+    """Make each block recompute itself in the backward pass; the number of blocks."""
     if not blocks:
         raise ConfigError("train checkpointing=True: this model names no blocks to recompute")
-    for block in blocks:
-        block.forward = _recomputed(block.forward, use_reentrant)
+    recompute(blocks, use_reentrant)
     return len(blocks)
-
-
-def _recomputed(forward: Callable[..., Any], use_reentrant: bool) -> Callable[..., Any]:
-    def run(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        if not use_reentrant:
-            return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-        # The reentrant variant takes no keywords, and gives no gradient at all to a block whose
-        # inputs need none (the first one, fed with data): hence the flat call and the ticket.
-        names, n = tuple(kwargs), len(args)
-        ticket = torch.ones((), requires_grad=True)
-
-        def flat(_ticket: Tensor, *values: Any) -> Any:
-            return forward(*values[:n], **dict(zip(names, values[n:], strict=True)))
-
-        return checkpoint(flat, ticket, *args, *kwargs.values(), use_reentrant=True)
-
-    return run
 
 
 def _autocast(device: torch.device, cfg: TrainConfig) -> Callable[[], AbstractContextManager[Any]]:
@@ -186,6 +192,19 @@ def _checkpointing_words(cfg: TrainConfig, prepared: Prepared | None) -> str:
     return f"{blocks}, {'reentrant' if cfg.use_reentrant else 'non-reentrant'}"
 
 
+def _optional_rows(
+    cfg: TrainConfig, world: int, prepared: Prepared | None
+) -> list[tuple[str, str]]:
+    """Of techniques that take no less memory: a row where one is asked for."""
+    norms = f"{prepared.synced_norms} norms" if prepared else "on"
+    rows = {
+        "SyncBN": (norms if world > 1 else "off: one worker") if cfg.sync_batch_norm else "",
+        "torch.compile": cfg.compile_backend if cfg.compile else "",
+        "weight average": f"decay {cfg.ema_decay:g}" if cfg.ema_decay is not None else "",
+    }
+    return [(name, value) for name, value in rows.items() if value]
+
+
 def _checkpoints_words(cfg: TrainConfig) -> str:
     words = ["each epoch"]
     if cfg.checkpoint_every_steps:
@@ -193,6 +212,10 @@ def _checkpoints_words(cfg: TrainConfig) -> str:
     if cfg.checkpoint_every_s:
         words.append(f"{format_seconds(cfg.checkpoint_every_s)} after the last")
     return f"{', '.join(words)}; {cfg.keep} kept"
+
+
+def _patience_words(cfg: TrainConfig) -> str:
+    return f", fewer after {cfg.patience} without a better one" if cfg.patience else ""
 
 
 def _channels_last_words(cfg: TrainConfig, prepared: Prepared | None) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from raypipe.stream import Cursor
 from raypipe.train import checkpoint
+from raypipe.train.config import TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,15 +41,30 @@ class Progress:
     skipped_in_a_row: int = 0
     best_epoch: int | None = None
     best_val_loss: float | None = None
+    best_cost: float | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.best_cost is None:  # a checkpoint from before there was another cost
+            self.best_cost = self.best_val_loss
+
+    def is_over(self, cfg: TrainConfig) -> bool:
+        """Whether all epochs are done, or ``cfg.patience`` of them without a better one."""
+        if self.epoch >= cfg.epochs:
+            return True
+        if not cfg.patience or self.step or self.best_epoch is None:
+            return False
+        return self.epoch - 1 - self.best_epoch >= cfg.patience
 
     @property
     def cursor(self) -> Cursor:
         """The next step to do."""
         return Cursor(self.epoch, self.step)
 
-    def result(self, run_dir: Path, *, epochs: int, seconds: float, n_parameters: int) -> FitResult:
-        """The result of a fit of ``epochs`` that ends here."""
+    def result(
+        self, run_dir: Path, *, cfg: TrainConfig, seconds: float, n_parameters: int
+    ) -> FitResult:
+        """The result of a fit by ``cfg`` that ends here."""
         return FitResult(
             run_dir=run_dir,
             best_epoch=self.best_epoch,
@@ -56,21 +72,19 @@ class Progress:
             epochs=self.epoch,
             global_steps=self.global_step,
             history=tuple(self.history),
-            stopped=self.epoch < epochs,
+            stopped=not self.is_over(cfg),
             seconds=seconds,
             n_parameters=n_parameters,
         )
 
 
-def finished(run_dir: Path, epochs: int, n_parameters: int) -> FitResult | None:
-    """The result of the fit in ``run_dir``, if all ``epochs`` are done there; else None.
+def finished(run_dir: Path, cfg: TrainConfig, n_parameters: int) -> FitResult | None:
+    """The result of the fit in ``run_dir``, if it is over by ``cfg``; else None.
 
     Raises StoreCorrupt as `checkpoint.newest`.
     """
     found = checkpoint.newest(run_dir)
     progress = Progress(**found.meta["progress"]) if found else Progress()
-    if progress.epoch < epochs:
+    if not progress.is_over(cfg):
         return None
-    return progress.result(
-        run_dir, epochs=epochs, seconds=progress.seconds, n_parameters=n_parameters
-    )
+    return progress.result(run_dir, cfg=cfg, seconds=progress.seconds, n_parameters=n_parameters)

@@ -66,10 +66,10 @@ class Saver:
         }
 
         def write() -> None:
-            model = self._engine.model_state()
             if best:
-                checkpoint.save(self._ctx.run_dir, "best", {"model": model}, meta)
-            contents = {"model": model, "state": state}
+                judged = {"model": self._engine.judged_state()}
+                checkpoint.save(self._ctx.run_dir, "best", judged, meta)
+            contents = {"model": self._engine.model_state(), "state": state}
             checkpoint.save(self._ctx.run_dir, "last", contents, meta, self._cfg.keep)
 
         self._ctx.on_main(write)

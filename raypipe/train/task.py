@@ -74,6 +74,21 @@ def frozen_tensors(task: Task, device: torch.device) -> list[Tensor]:
     return list(named(device)) if named is not None else []
 
 
+def epoch_stride(task: Task) -> int:
+    """What is added to a row's number for each epoch, so that a source can make the row anew: 0, or
+    the task's ``epoch_stride``, which is then above the number of all of its rows.
+
+    Row ``epoch * stride + row`` is the same sample under other augmentation. Validation rows stay.
+    """
+    return int(getattr(task, "epoch_stride", 0))
+
+
+def epoch_cost(task: Task, metrics: Mapping[str, float]) -> float:
+    """What the best epoch has least of: ``val_loss``, or what the task's ``epoch_cost(metrics)`` is."""
+    named = getattr(task, "epoch_cost", None)
+    return float(named(metrics) if named is not None else metrics["val_loss"])
+
+
 def check_per_row(loss: Tensor, rows: int) -> Tensor:
     """``loss`` as it is; raises ConfigError when it is not (rows,) and floating."""
     if loss.shape != torch.Size((rows,)) or not loss.is_floating_point():

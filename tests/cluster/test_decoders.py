@@ -96,7 +96,7 @@ def test_a_batch_that_is_given_up_is_not_waited_for(source: PixelSource) -> None
 def test_a_dead_actor_is_replaced_and_no_row_is_lost(source: PixelSource, actors: Decoders) -> None:
     asked = rows(*range(N))
     before = actors.actors
-    os.kill(ray.get(before[0].pid.remote()), signal.SIGKILL)
+    os.kill(ray.get(before[0].ready.remote()), signal.SIGKILL)
     waits = [actors.start(asked) for _ in range(3)]
     want = source.open().start(asked)()
     for wait in waits:
@@ -228,6 +228,23 @@ def test_an_actor_that_never_comes_is_said_and_given_up(
     with pytest.raises(WorkerFailed, match=r"given nothing for 0 s, of images 00\.png"):
         reader.start(rows(0))()
     assert "no CPU free" in said[0]
+
+
+def test_an_actor_that_never_comes_is_done_without(
+    source: PixelSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its CPU is another's: what was given to it goes to those that are there, then nothing is."""
+    reader = Decoders(source, Crew(1, 0.1, Share(2, 9)))
+    monkeypatch.setattr(reader, "_crew", Crew(2, 1000.0, Share(2, 9)))
+    absent = reader._new_seat(1 << 30)
+    reader._seats.insert(0, absent)
+    asked = rows(*range(N))
+    want = source.open().start(asked)()
+    for _ in range(2):
+        np.testing.assert_array_equal(reader.start(asked)(), want)
+    with reader._lock:
+        assert {reader._next() for _ in range(4)} == {1}
+    ray.kill(absent.actor)
 
 
 def test_only_images_go_to_actors(source: PixelSource, tmp_path: Path) -> None:

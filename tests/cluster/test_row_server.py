@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -51,8 +52,15 @@ def source(tmp_path: Path) -> ArraySource:
     return ArraySource.of_locator(stand_in(at))
 
 
-def remote(shards: Shards, source: ArraySource, said: list[str]) -> RemoteRows:
-    reader = shards.open_rows(source, turn=0, say=said.append)
+def shards(source: ArraySource, memory: WorkerMemory) -> AbstractContextManager[Shards]:
+    return open_shards({"x": source}, batch_rows=8, workers=1, memory=memory, say=print)
+
+
+def remote(shards: Shards, source: ArraySource) -> RemoteRows:
+    """As a worker on another node opens it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAYPIPE_NODE", "elsewhere")
+        reader = shards.open_rows(source, turn=0, say=print)
     assert isinstance(reader, RemoteRows)
     return reader
 
@@ -65,31 +73,23 @@ class TestKills:
         monkeypatch.setattr(shards_file, "RowServer", Greedy)
 
     def test_one_above_its_lease_comes_back_with_a_larger_one(
-        self, source: ArraySource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, source: ArraySource, tmp_path: Path
     ) -> None:
-        said: list[str] = []
         memory = order(tmp_path, "2GiB")
-        options = {"batch_rows": 8, "workers": 1, "memory": memory, "say": said.append}
-        with open_shards({"x": source}, **options) as shards:  # type: ignore[arg-type]
-            monkeypatch.setenv("RAYPIPE_NODE", "elsewhere")
-            reader = remote(shards, source, said)
+        with shards(source, memory) as opened:
             rows = np.arange(10, 18)
-            got = reader.start(rows)().view(np.float32)
+            got = remote(opened, source).start(rows)().view(np.float32)
             np.testing.assert_array_equal(got, rows[:, None] * 5 + np.arange(5))
-            (lease,) = shards.leases.values()
+            (lease,) = opened.leases.values()
         (verdict,) = verdicts(memory, lease.label)
         assert lease.budget_bytes == verdict.budget_bytes < 2 * BASE_BYTES
         assert verdict.phase == "read rows"
 
     def test_one_that_no_budget_of_the_run_holds_ends_it_with_the_verdict(
-        self, source: ArraySource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, source: ArraySource, tmp_path: Path
     ) -> None:
-        said: list[str] = []
-        memory = order(tmp_path, "800MiB")
-        options = {"batch_rows": 8, "workers": 1, "memory": memory, "say": said.append}
-        with open_shards({"x": source}, **options) as shards:  # type: ignore[arg-type]
-            monkeypatch.setenv("RAYPIPE_NODE", "elsewhere")
-            reader = remote(shards, source, said)
+        with shards(source, order(tmp_path, "800MiB")) as opened:
+            reader = remote(opened, source)
             assert reader.start(np.arange(8))().shape == (8, 20)
             with pytest.raises(
                 MemoryBudgetExceeded,

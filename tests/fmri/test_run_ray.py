@@ -134,13 +134,14 @@ def test_a_unit_that_outgrows_its_budget_ends_the_run_by_its_name_and_the_remedy
     table = make_data(tmp_path / "data", ("01",))
     hog = ["--estimator", "sklearn.neural_network.MLPClassifier"]
     hog += ["--params", "hidden_layer_sizes=[30000,30000]", "--workers", "1"]
+    hog += ["--roi", f"yes={table.parent}/rois/yes.nii.gz"]
     command = flags(table, tmp_path / "run", *hog, "--max-memory-per-process", "1GiB")
     assert main([*command, "--runner", "ray"]) == 3
     last = capsys.readouterr().err.splitlines()[-1]
     for words in (
         "was stopped in sub-01_roi-yes_target-all at batch 1",
         "of its budget of 1.00 GiB",
-        "one ROI of subject 01 (yes",
+        "one ROI of subject 01 (yes)",
         "take a smaller ROI, fewer --workers, or a larger --max-memory-per-process",
     ):
         assert words in last

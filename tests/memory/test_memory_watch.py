@@ -16,13 +16,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from raypipe.memory.ending import kill_by_number, raise_priority
 from raypipe.memory.policy import Limits
 from raypipe.memory.probe import ProcessProbe, Reading
 from raypipe.memory.registration import Registration
 from raypipe.memory.slot import Slot
 from raypipe.memory.statm import PAGE_BYTES
 from raypipe.memory.verdict import Verdict, find
-from raypipe.memory.watch import COMPILED, INTERPRETED, Watch, kill_by_number, raise_priority
+from raypipe.memory.watch import COMPILED, INTERPRETED, Watch
 from raypipe.memory.watched import FASTEST_BYTES_PER_S, LONGEST_TICKS
 
 GIB = 1024**3

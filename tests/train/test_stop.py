@@ -84,12 +84,12 @@ def test_an_interrupted_run_is_saved_and_ends_as_an_unbroken_one(tmp_path: Path)
         LocalRunner().fit(broken, config(), tmp_path / "run", device="cpu")
     assert stopped.value.exit_code == 130
     assert len(losses(tmp_path / "run")) < 10, "it ran on"
-    assert finished(tmp_path / "run", 3, 1) is None
+    assert finished(tmp_path / "run", config(), 1) is None
     whole = ToyTask(toy.data, dropout=0.2)
     result = LocalRunner().fit(whole, config(), tmp_path / "run", device="cpu")
     LocalRunner().fit(whole, config(), tmp_path / "unbroken", device="cpu")
     np.testing.assert_array_equal(losses(tmp_path / "run"), losses(tmp_path / "unbroken"))
-    again = finished(tmp_path / "run", 3, result.n_parameters)
+    again = finished(tmp_path / "run", config(), result.n_parameters)
     assert again is not None
     assert (again.history, again.best_epoch, again.global_steps) == (
         result.history,

@@ -12,8 +12,6 @@ import warnings
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import linalg, signal
-from scipy.interpolate import CubicSpline
 
 from raypipe.errors import InputError, RaypipeWarning
 from raypipe.fmri.clean.scrub import Scrub
@@ -114,6 +112,8 @@ def nuisance_basis(
     if detrend and len(series) > 1:
         series = _detrended(series)
     if sos is not None:
+        from scipy import signal  # slow to import, here and below: only what needs it does
+
         for column in series.T:
             column[:] = signal.sosfiltfilt(sos, column)
     return _orthonormal(_scaled(series[scrub.keep], standardize))
@@ -123,6 +123,8 @@ def _scrubbed(confounds: Floats, scrub: Scrub, t_r_s: float) -> Floats:
     """The run's confounds on the series' volumes, scrubbed ones interpolated; a copy."""
     series = confounds[scrub.enter]
     if scrub.splined.size:
+        from scipy.interpolate import CubicSpline
+
         kept = scrub.volumes
         spline = CubicSpline(kept * t_r_s, confounds[kept], extrapolate=True)
         series[scrub.splined] = spline(scrub.enter[scrub.splined] * t_r_s)
@@ -153,6 +155,8 @@ def _scaled(series: Floats, standardize: bool) -> Floats:
 
 def _orthonormal(confounds: Floats) -> Floats:
     """QR with pivoting; directions that are only rounding error are dropped."""
+    from scipy import linalg
+
     q, r, _ = linalg.qr(confounds, mode="economic", pivoting=True)
     basis: Floats = np.ascontiguousarray(q[:, np.abs(np.diag(r)) > 100.0 * _EPS])
     return basis

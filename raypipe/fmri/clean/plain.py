@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import signal
 
 from raypipe.fmri.clean.plan import RunPlan
 
@@ -32,6 +31,8 @@ def prepare(series: Floats, plan: RunPlan, means: Floats, flags: NDArray[np.uint
         if plan.detrend and tile.shape[1] > 1:
             tile = _detrended(tile, means)
         if len(plan.sos):
+            from scipy import signal  # slow to import, and not needed without a filter
+
             tile = signal.sosfiltfilt(plan.sos, tile, axis=1)
     return np.ascontiguousarray(tile[:, scrub.keep])
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import signal
 
 from raypipe.errors import InputError
 from raypipe.fmri.clean.config import BUTTERWORTH_ORDER, CleanConfig
@@ -32,6 +31,13 @@ class RunPlan:
     zi: Floats
     edge: int
     basis: Floats | None
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether every volume comes out as it went in (standardising is not in the plan)."""
+        scrubs = self.scrub.fill.size or len(self.scrub.keep) < len(self.scrub.enter)
+        removes = self.basis is not None and self.basis.shape[1] > 0
+        return not (scrubs or self.detrend or len(self.sos) or removes)
 
 
 def plan_run(
@@ -69,12 +75,14 @@ def plan_run(
             standardize=config.standardize_confounds,
             t_r_s=config.t_r_s or 1.0,
         )
-    zi = signal.sosfilt_zi(sos) if butterworth else np.empty((0, 2))
+    zi = _start(sos) if butterworth else np.empty((0, 2))
     return RunPlan(scrub=scrub, detrend=config.detrend, sos=sos, zi=zi, edge=edge, basis=basis)
 
 
 def butterworth_sections(config: CleanConfig) -> Floats:
     """Second-order sections (n, 6) of the filter with ``config``'s cutoffs."""
+    from scipy import signal  # slow to import, and not needed without a filter
+
     cutoffs = [hz for hz in (config.high_pass_hz, config.low_pass_hz) if hz is not None]
     kind = "band" if len(cutoffs) == 2 else "high" if config.low_pass_hz is None else "low"
     sos: NDArray[np.float64] = signal.butter(
@@ -85,6 +93,14 @@ def butterworth_sections(config: CleanConfig) -> Floats:
         fs=config.sampling_hz(),
     )
     return sos
+
+
+def _start(sos: Floats) -> Floats:
+    """The filter's state where a series of ones has settled."""
+    from scipy import signal
+
+    zi: Floats = signal.sosfilt_zi(sos)
+    return zi
 
 
 def extension(sos: Floats) -> int:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.interpolate import CubicSpline
 
 from raypipe.errors import ConfigError, InputError, RaypipeWarning
 
@@ -142,6 +141,8 @@ def _columns(
     kept: Rows, filled: Rows, lo: int, hi: int
 ) -> tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.float64]]:
     """(target, source, weight) that matter of the sources [lo, hi)."""
+    from scipy.interpolate import CubicSpline  # slow to import, and seldom needed
+
     unit = np.zeros((len(kept), hi - lo))
     unit[np.arange(lo, hi), np.arange(hi - lo)] = 1
     weights = CubicSpline(kept.astype(float), unit, extrapolate=True)(filled.astype(float))

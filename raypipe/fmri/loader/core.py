@@ -15,14 +15,14 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from raypipe.errors import InputError, RaypipeWarning
+from raypipe.fmri.cache import default_cache
 from raypipe.fmri.clean import CleanConfig
-from raypipe.fmri.config import default_cache
 from raypipe.fmri.loader.decide import place, room_bytes, series_bytes
 from raypipe.fmri.loader.mapped import MemoryMappedArray
 from raypipe.fmri.loader.places import (
+    BrainMasks,
     Data,
     Files,
-    cache_mask,
     one_run,
     roi_voxels,
     subject_runs,
@@ -80,6 +80,7 @@ class MemoryEfficientLoader:
         self._maps: list[MemoryMappedArray] = []
         self._said: list[str] = []
         self._closed = False
+        self._brains = BrainMasks()
 
     def __enter__(self) -> MemoryEfficientLoader:
         return self
@@ -259,7 +260,7 @@ class MemoryEfficientLoader:
         return [
             run_part(
                 one, scan, config, values, rows,
-                cache_mask(one, scan, voxels, resample=self.resample),
+                self._brains.holding(one, scan, voxels, resample=self.resample),
             )
             for one, scan, values, rows in zip(runs, scans, of_run, kept, strict=True)
         ]  # fmt: skip

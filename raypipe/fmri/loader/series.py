@@ -148,25 +148,32 @@ def extract(
     edges = np.cumsum([0, *map(len, volumes)])
     shape = (voxels.size, int(edges[-1]))
     target = new_map("series", shape) if placement.mapped else None
-    out = target.array if target is not None else np.empty(shape, np.float32)
+    out = target.array if target is not None else None
+    if out is None and not _cleaned_in_place(parts, volumes):
+        out = np.empty(shape, np.float32)
     bad = np.zeros((2, voxels.size), np.bool_)
     try:
         for part, lo, hi in zip(parts, edges[:-1], edges[1:], strict=True):
             with _read(part, voxels, placement, cache, new_map, say) as series:
-                cleaned = part.clean(series, out[:, lo:hi])
+                cleaned = part.clean(series, series if out is None else out[:, lo:hi])
             bad |= cleaned.not_finite, cleaned.constant
     except BaseException:
         if target is not None:
             target.cleanup()
         raise
     return RoiSeries(
-        values=out.T,
+        values=(cleaned.values if out is None else out).T,
         run=np.repeat(np.arange(len(parts)), [len(rows) for rows in volumes]),
         volume=np.concatenate(volumes),
         voxels=voxels,
         not_finite=bad[0],
         constant=bad[1],
     )
+
+
+def _cleaned_in_place(parts: Sequence[RunPart], volumes: Sequence[NDArray[np.int64]]) -> bool:
+    """One run that keeps its volumes: what was read is not wanted besides, and its pages are there."""
+    return len(parts) == 1 and len(volumes[0]) == parts[0].scan.n_volumes
 
 
 @contextmanager

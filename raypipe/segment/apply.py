@@ -1,0 +1,84 @@
+"""A fitted network on one picture: logits, and the objects in them.
+
+A picture of few pixels is computed whole, a larger one by ``raypipe.tile``, whose tiles equal it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from scipy import ndimage
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from raypipe.segment.instances import InstanceConfig, Labels, components, instances_of
+from raypipe.segment.labels import Target
+from raypipe.segment.metrics import predict_labels
+from raypipe.segment.saved import SavedModel
+from raypipe.tile import process_large_image
+
+# A U-Net of width 64 holds about 1.5 kB a pixel on the way: 1.5 GiB here.
+MOST_WHOLE_PIXELS = 1 << 20
+TILE = 768
+
+
+def logits_of(module: nn.Module, saved: SavedModel, image: np.ndarray) -> Tensor:
+    """(1, outputs, h, w) float32 on the CPU of ``image`` (channels, h, w) of any number type.
+
+    Right and bottom are mirrored up to the sides that the network takes. Above `MOST_WHOLE_PIXELS` the
+    same numbers come tile by tile; raises InputError for a network that cannot be tiled exactly.
+    """
+    h, w = image.shape[1:]
+    device = next(module.parameters()).device
+    if h * w > MOST_WHOLE_PIXELS:
+        found = process_large_image(
+            image, module, TILE, axes="CYX", dims=2, prepare=saved.prepare, device=device.type
+        )
+        return torch.from_numpy(np.asarray(found)).reshape(1, -1, h, w)
+    x = torch.from_numpy(saved.prepare(image))[None]
+    with torch.inference_mode():
+        return module(padded(x, saved.multiple).to(device)).float().cpu()[..., :h, :w]
+
+
+def padded(x: Tensor, multiple: int) -> Tensor:
+    """(..., h, w) mirrored at right and bottom to multiples of ``multiple``."""
+    h, w = x.shape[-2:]
+    down, right = -h % multiple, -w % multiple
+    # Mirroring gives at most a side less one pixel; what is smaller repeats its last pixel.
+    mode = "reflect" if down < h and right < w else "replicate"
+    return F.pad(x, (0, right, 0, down), mode=mode) if down or right else x
+
+
+def found_objects(
+    logits: Tensor, target: Target, threshold: float, config: InstanceConfig
+) -> Labels | None:
+    """(h, w) numbered objects of one picture's logits (1, outputs, h, w); None for classes.
+
+    Of a boundary model: its interiors, each grown over the boundary pixels nearest to it.
+    """
+    if target == "classes":
+        return None
+    labels = predict_labels(logits, threshold)[0].numpy()
+    inside = instances_of(labels == 1, config)
+    return inside if target == "foreground" else grown(inside, labels > 0)
+
+
+def grown(objects: Labels, foreground: np.ndarray) -> Labels:
+    """``objects`` with every foreground pixel of the nearest of them; where there are none, as it is."""
+    if not objects.any():
+        return objects
+    _, nearest = ndimage.distance_transform_edt(objects == 0, return_indices=True)
+    return np.asarray(np.where(foreground, objects[tuple(nearest)], 0), np.int32)
+
+
+def true_objects(mask: np.ndarray, ignore: int | None) -> Labels:
+    """(h, w) int32: the mask's own numbers; a mask that says only object or not is cut into its
+    connected pixels.
+    """
+    objects = np.where(mask == ignore, 0, mask) if ignore is not None else mask
+    numbers = np.unique(objects)
+    if (numbers > 0).sum() == 1:
+        return components(objects > 0, InstanceConfig())
+    return np.asarray(np.searchsorted(numbers[numbers > 0], objects, side="left") + 1, np.int32) * (
+        objects > 0
+    )

@@ -1,0 +1,257 @@
+"""A fit made ready: pictures found and divided, normalisation measured, task built; nothing written.
+
+Every byte of the files is read, once or twice, a piece at a time: what a run is resumed on must be what
+it began with, and what pixels range over must be known before training.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from raypipe import config as configs
+from raypipe.errors import ConfigError, InputError
+from raypipe.segment.config import SegmentFitConfig
+from raypipe.segment.crops import CropSource, Labelling, grid_corners
+from raypipe.segment.labels import IGNORE
+from raypipe.segment.model import record
+from raypipe.segment.normalise import Normalisation, measure
+from raypipe.segment.pictures import Picture, find_pictures
+from raypipe.segment.readers import Readers
+from raypipe.segment.saved import SavedModel
+from raypipe.segment.split import divide
+from raypipe.segment.task import SegmentTask
+from raypipe.train import TrainConfig, checkpoint
+from raypipe.train.checkpoint import on_disk_bytes
+from raypipe.units import format_bytes
+
+_PIECE_BYTES = 4 << 20
+_STRIP_ROWS = 256
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Prepared:
+    """One fit, checked, and nothing written yet."""
+
+    run_dir: Path
+    pictures: tuple[Picture, ...]
+    task: SegmentTask
+    saved: SavedModel
+
+    def identity(self) -> dict[str, Any]:
+        """What a resumed run must share with the one that it goes on from."""
+        crops = self.task.crops
+        return {
+            "images and masks": crops.fingerprint,
+            "normalisation": configs.to_dict(crops.normalisation),
+            "labels": configs.to_dict(crops.labelling),
+            "crops": [crops.crop, self.task.n_train],
+            "augmentation": configs.to_dict(crops.augment),
+            "model": record(self.task.spec),
+            "loss": configs.to_dict(self.task.loss_config),
+        }
+
+    def n_parameters(self) -> int:
+        """Trainable numbers."""
+        return sum(p.numel() for p in self.task.build_model().parameters())
+
+    def disk_bytes(self, train: TrainConfig) -> int:
+        """The most that checkpoints take: weights and two AdamW moments for each generation and the one
+        being written, and the best weights.
+        """
+        n = self.n_parameters()
+        return 12 * n * (train.keep + 1) + 4 * n
+
+    def missing_bytes(self, cfg: SegmentFitConfig) -> int:
+        """What of ``disk_bytes`` must still be free, with the checkpoints that are there."""
+        missing = self.disk_bytes(cfg.train) - on_disk_bytes(self.run_dir)
+        return max(missing, 12 * self.n_parameters() if cfg.resume else 0)
+
+    def describe(self, cfg: SegmentFitConfig) -> str:
+        """What ``--dry-run`` prints. Raises MemoryBudgetExceeded when nothing fits --fit-gpu."""
+        from raypipe.train.loop import buffer_bytes
+
+        step, train = self._step_lines(cfg)
+        steps = -(-self.task.n_train // train.rows_per_step(cfg.workers))
+        batches = buffer_bytes(self.task.sources(), train.batch_size)
+        return "\n".join(
+            (
+                f"{self.counts()}; {self.task.n_train} crops an epoch of {cfg.inputs.crop} x"
+                f" {cfg.inputs.crop}, {len(self.task.val_rows)} to validate; {self.n_parameters():,}"
+                f" parameters; {train.epochs} epochs of {steps} steps",
+                f"  disk    {format_bytes(self.disk_bytes(train))} at most in {self.run_dir}, for"
+                " checkpoints. Not in it: logs, the report",
+                f"  memory  each of {cfg.workers} worker(s): {format_bytes(16 * self.n_parameters())} on its"
+                f" device for weights, gradients and AdamW moments, {format_bytes(2 * batches)} of the host's"
+                " for batches. Not in it: Python and torch themselves"
+                + ("" if step else ", activations"),
+                *(f"    {line}" for line in step),
+                "  time    not known before the first steps; training then shows it",
+            )
+        )
+
+    def counts(self) -> str:
+        """``12 pictures to train, 3 to validate, 4 to test``."""
+        n = Counter(picture.split for picture in self.pictures)
+        return f"{n['train']} pictures to train, {n['val']} to validate, {n['test']} to test"
+
+    def _step_lines(self, cfg: SegmentFitConfig) -> tuple[list[str], TrainConfig]:
+        """What a step takes on this machine's own device, and the options that would be used."""
+        import torch
+
+        from raypipe.train.planner import predict
+
+        budget = cfg.train.fit_gpu_bytes
+        if budget is None and cfg.train.predict_memory is False:
+            return [], cfg.train
+        on_cuda = cfg.device != "cpu" and torch.cuda.is_available()
+        device = torch.device("cuda" if on_cuda else "cpu")
+        plan = predict(self.task, cfg.train, device, cfg.workers)
+        if budget is None:
+            return plan.lines(), cfg.train
+        found = checkpoint.newest(self.run_dir) if cfg.resume else None
+        kept = found.meta["stream"]["recipe"]["amp"] if found else None
+        choice = plan.choose(budget, amp=kept)
+        return [*plan.lines(choice.cfg), choice.words(cfg.train)], choice.cfg
+
+
+def prepare(cfg: SegmentFitConfig) -> Prepared:
+    """Find, check and divide the pictures, and build the task; writes nothing.
+
+    Raises as `find_pictures`, `divide`, `measure`; ConfigError (crop and model do not fit),
+    InputError (no foreground to validate on, no class where one is named).
+    """
+    inputs, readers = cfg.inputs, Readers()
+    pictures = divide(
+        find_pictures(inputs.data.resolve()),
+        by=inputs.split_by,
+        val_fraction=inputs.val_fraction,
+        seed=inputs.split_seed,
+    )
+    channels = _channels(pictures)
+    spec = cfg.network.spec(channels, inputs.outputs)
+    _check_crop(inputs.crop, int(getattr(spec, "multiple", 32)))
+    labelling = Labelling(
+        target=inputs.target, classes=inputs.classes, ignore=cfg.loss.ignore_label
+    )
+    _check_masks(pictures, labelling, readers)
+    normalisation = measure(
+        [p for p in pictures if p.split == "train"],
+        inputs.normalise,
+        low=inputs.low_percentile,
+        high=inputs.high_percentile,
+        readers=readers,
+    )
+    crops, n_train = _crops(cfg, pictures, labelling, normalisation)
+    seed = cfg.train.seed
+    task = SegmentTask(crops=crops, n_train=n_train, spec=spec, loss_config=cfg.loss, seed=seed)
+    saved = SavedModel(
+        spec=spec, normalisation=normalisation, target=inputs.target, classes=inputs.classes,
+        ignore=cfg.loss.ignore_label, seed=seed,
+    )  # fmt: skip
+    return Prepared(run_dir=cfg.run_dir.resolve(), pictures=tuple(pictures), task=task, saved=saved)
+
+
+def crops_of(picture: Picture, crop: int, coverage: float) -> int:
+    """Training crops an epoch of a picture: ``coverage`` times those that cover it, at least one."""
+    return max(1, round(coverage * picture.area / crop**2))
+
+
+def _crops(
+    cfg: SegmentFitConfig,
+    pictures: list[Picture],
+    labelling: Labelling,
+    normalisation: Normalisation,
+) -> tuple[CropSource, int]:
+    """The source of all samples, and how many of them train."""
+    inputs, crop = cfg.inputs, cfg.inputs.crop
+    used = [p for split in ("train", "val") for p in pictures if p.split == split]
+    picture_of: list[int] = []
+    corners: list[tuple[int, int]] = []
+    n_train = 0
+    for place, picture in enumerate(used):
+        if picture.split == "train":
+            cells = [(-1, -1)] * crops_of(picture, crop, inputs.coverage)
+            n_train += len(cells)
+        else:
+            cells = grid_corners(picture, crop)
+        picture_of += [place] * len(cells)
+        corners += cells
+    source = CropSource(
+        pictures=tuple(used),
+        picture_of=np.array(picture_of, np.int32),
+        corner=np.array(corners, np.int64),
+        crop=crop,
+        labelling=labelling,
+        normalisation=normalisation,
+        augment=cfg.augmentation,
+        seed=cfg.train.seed,
+        readers=inputs.readers,
+        fingerprint=digest_of(used),
+    )
+    return source, n_train
+
+
+def digest_of(pictures: list[Picture]) -> str:
+    """xxh3_128 of all files' bytes and of which parts of them are used how; 32 hex digits."""
+    whole = xxhash.xxh3_128()
+    seen: dict[Path, int] = {}
+    for picture in pictures:
+        for path in (picture.image, picture.mask):
+            if path not in seen:
+                seen[path] = len(seen)
+                _add_file(whole, path)
+        places = seen[picture.image], seen[picture.mask]
+        part = (*places, picture.frame, picture.rows, picture.cols, picture.split)
+        whole.update(repr(part).encode())
+    return whole.hexdigest()
+
+
+def _add_file(whole: Any, path: Path) -> None:
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE_BYTES):
+            whole.update(piece)
+
+
+def _channels(pictures: list[Picture]) -> int:
+    """Of all pictures. Raises InputError when they differ."""
+    first = pictures[0]
+    for other in pictures:
+        if other.channels != first.channels:
+            raise InputError(
+                f"{other.name} has {other.channels} channels, {first.name} {first.channels}; give images"
+                " of one kind"
+            )
+    return first.channels
+
+
+def _check_crop(crop: int, multiple: int) -> None:
+    if crop % multiple:
+        raise ConfigError(
+            f"crop {crop} is no multiple of {multiple}, by which the model divides; give"
+            f" {max(1, round(crop / multiple)) * multiple}, or a smaller --depth"
+        )
+
+
+def _check_masks(pictures: list[Picture], labelling: Labelling, readers: Readers) -> None:
+    """Raise InputError for a value that is no class, and when nothing is there to train or tune on."""
+    seen: Counter[str] = Counter()
+    for picture in pictures:
+        for top in range(*picture.rows, _STRIP_ROWS):
+            rows = top, min(top + _STRIP_ROWS, picture.rows[1])
+            try:
+                plane = labelling.plane(readers.mask(picture, rows, picture.cols))
+            except InputError as error:
+                raise InputError(f"{picture.mask.name}: {error}") from None
+            seen[picture.split] += int((plane > 0).sum())
+            seen[f"{picture.split} known"] += int((plane != IGNORE).sum())
+    for split in ("train", "val"):
+        if not seen[split] or not seen[f"{split} known"]:
+            raise InputError(
+                f"no foreground pixel in the masks of split {split!r}; give masks that show some"
+            )

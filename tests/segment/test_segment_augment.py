@@ -1,0 +1,158 @@
+"""Augmentation and crops: a function of (seed, sample, epoch), image and mask moved as one."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raypipe.errors import ConfigError
+from raypipe.segment import augment
+from raypipe.segment.augment import AugmentConfig, Draw
+from raypipe.segment.crops import CropSource, Labelling, grid_corners
+from raypipe.segment.labels import IGNORE
+from raypipe.segment.normalise import Normalisation
+from raypipe.segment.pictures import Picture
+from raypipe.stream import Gatherer
+
+CROP = 32
+STILL = AugmentConfig(gain=0, offset=0, noise=0, warp_probability=1)
+AS_IS = Normalisation(kind="none", low=(0.0,), high=(1.0,))
+
+
+def smooth(side: int) -> np.ndarray:
+    """(side, side) float32: waves of 20 pixels and more, so that a shift by one pixel is small."""
+    y, x = np.mgrid[:side, :side].astype(np.float32)
+    return np.sin(y / 5) + np.cos(x / 7)
+
+
+FIELD = smooth(300)
+
+
+@given(seed=st.integers(0, 999), sample=st.integers(0, 10**6), epoch=st.integers(0, 10**4))
+def test_a_mask_follows_its_image(seed: int, sample: int, epoch: int) -> None:
+    d = augment.draw(STILL, CROP, seed, sample, epoch)
+    rows, cols = augment.window(d, ((100, 200), (100, 200)), CROP)
+    image = FIELD[rows[0] : rows[1], cols[0] : cols[1]][None]
+    plane = np.round(image[0] * 100).astype(np.int16) + 1000
+    crop, labels = augment.apply(d, image, plane, CROP)
+    assert crop.shape == (1, CROP, CROP) and labels.shape == (CROP, CROP)
+    assert (labels != IGNORE).all(), "the window is smaller than what the crop reaches"
+    # nearest and linear are within half a pixel of each other; the field's slope is below 0.35 a pixel
+    assert np.abs((labels - 1000) / 100 - crop[0]).max() < 0.25
+
+
+@given(st.integers(0, 3), st.booleans(), st.booleans())
+def test_flips_and_turns_move_pixels_exactly(turns: int, down: bool, right: bool) -> None:
+    image = np.arange(2 * 8 * 8, dtype=np.float32).reshape(2, 8, 8)
+    plane = np.arange(64, dtype=np.int16).reshape(8, 8)
+    d = Draw(at=(0, 0), flip=(down, right), turns=turns)
+    crop, labels = augment.apply(d, image, plane, 8)
+    want = [[int(plane[r, c]) for c in range(8)] for r in range(8)]
+    want = want[::-1] if down else want
+    want = [row[::-1] for row in want] if right else want
+    for _ in range(turns):  # one turn against the clock
+        want = [[want[r][7 - c] for r in range(8)] for c in range(8)]
+    np.testing.assert_array_equal(labels, want)
+    np.testing.assert_allclose(crop[0], labels, atol=1e-5)
+    np.testing.assert_allclose(crop[1], labels + 64, atol=1e-4)
+
+
+@given(st.integers(0, 99), st.integers(0, 10**9), st.integers(0, 2**31 - 1))
+def test_a_draw_is_a_function_of_its_key(seed: int, sample: int, epoch: int) -> None:
+    cfg = AugmentConfig(warp_probability=0.5)
+    one, other = (augment.draw(cfg, CROP, seed, sample, epoch) for _ in range(2))
+    np.testing.assert_equal(vars(one), vars(other))
+    changed = augment.draw(cfg, CROP, seed, sample, epoch + 1)
+    assert changed.at != one.at and changed.noise_key != one.noise_key
+    assert abs(one.gain - 1) <= cfg.gain and abs(one.offset) <= cfg.offset
+    assert 0 <= one.noise <= cfg.noise and abs(one.angle_deg) <= cfg.rotate_deg
+
+
+def test_a_known_rotation() -> None:
+    """By 90 degrees the free rotation must come to what the quarter turn gives."""
+    image, plane = smooth(80)[None], (smooth(80) > 0).astype(np.int16)
+    freely = Draw(at=(0, 0), angle_deg=90.0)
+    exactly = Draw(at=(0, 0), turns=1)
+    margin = augment.margin_px(freely, CROP)
+    middle = slice(24 - margin, 24 + CROP + margin)
+    got = augment.apply(freely, image[:, middle, middle], plane[middle, middle], CROP)
+    still = slice(24, 24 + CROP)
+    want = augment.apply(exactly, image[:, still, still], plane[still, still], CROP)
+    turned = (
+        want
+        if np.allclose(got[0], want[0], atol=1e-3)
+        else tuple(np.rot90(w, 2, axes) for w, axes in zip(want, ((1, 2), (0, 1)), strict=True))
+    )  # to one side or the other: augmentation draws both signs
+    np.testing.assert_allclose(got[0], turned[0], atol=1e-3)
+    assert (got[1] == turned[1]).mean() > 0.99
+
+
+def source(tmp_path: Path, *, val: bool = False, size: int = 70, crop: int = CROP) -> CropSource:
+    rng = np.random.default_rng(0)
+    image, mask = rng.integers(1, 999, (size, size)).astype(np.uint16), np.arange(size * size)
+    tifffile.imwrite(tmp_path / "i.tif", image)
+    tifffile.imwrite(tmp_path / "m.tif", (mask.reshape(size, size) % 7).astype(np.uint8))
+    picture = Picture(
+        image=tmp_path / "i.tif", mask=tmp_path / "m.tif", frame=0, rows=(3, size - 4),
+        cols=(5, size), split="val" if val else "train", channels=1,
+    )  # fmt: skip
+    corner = grid_corners(picture, crop) if val else [(-1, -1)] * 6
+    return CropSource(
+        pictures=(picture,), picture_of=np.zeros(len(corner), np.int32), seed=4,
+        corner=np.array(corner, np.int64), crop=crop, normalisation=AS_IS,
+        labelling=Labelling(target="classes", classes=7), augment=AugmentConfig(),
+    )  # fmt: skip
+
+
+def test_rows_do_not_depend_on_who_makes_them(tmp_path: Path) -> None:
+    crops = source(tmp_path)
+    rows = np.array([0, 3, 5, 6 * 7 + 3, 6 * 10**6])
+    alone = crops.decode_rows(rows)
+    travelled = pickle.loads(pickle.dumps(crops))
+    reader = travelled.open()
+    np.testing.assert_array_equal(reader.start(rows[::-1].copy())()[::-1], alone)
+    with Gatherer({"crop": crops}, 3) as gatherer:
+        batches = [b["crop"].numpy().copy() for b in gatherer.batches([rows[:2], rows[2:]])]
+    np.testing.assert_array_equal(np.concatenate(batches), alone)
+    assert not np.array_equal(alone[1], alone[3]), "another epoch is another crop"
+    with pytest.raises(ConfigError, match="6 samples"):
+        crops.check(np.array([-1]))
+
+
+@pytest.mark.parametrize("crop", [16, 32, 96])
+def test_validation_counts_every_pixel_of_the_region_once(tmp_path: Path, crop: int) -> None:
+    crops = source(tmp_path, val=True, crop=crop)
+    rows = crops.decode_rows(np.arange(crops.samples))
+    labels = rows[:, 1][rows[:, 1] != IGNORE]
+    mask = tifffile.imread(tmp_path / "m.tif")[3:66, 5:70]
+    np.testing.assert_array_equal(np.bincount(labels.astype(int)), np.bincount(mask.ravel()))
+    np.testing.assert_array_equal(rows, crops.decode_rows(np.arange(crops.samples) + crops.samples))
+
+
+def test_nothing_beyond_a_region_is_read(tmp_path: Path) -> None:
+    crops = source(tmp_path)
+    before = crops.decode_rows(np.arange(60))
+    image = tifffile.imread(tmp_path / "i.tif")
+    image[:3], image[66:], image[:, :5] = 60000, 60000, 60000
+    assert before.max() < 2000
+    after = source(tmp_path)
+    tifffile.imwrite(tmp_path / "i.tif", image)
+    fresh = pickle.loads(pickle.dumps(after))
+    from raypipe.segment import crops as module
+
+    module._opened = None  # the file was written again under its handle
+    np.testing.assert_array_equal(fresh.decode_rows(np.arange(60)), before)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("gain", 1.0), ("noise", -1), ("rotate_deg", 181), ("zoom", float("nan"))]
+)
+def test_options_check_themselves(field: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=field):
+        AugmentConfig(**{field: value})

@@ -1,0 +1,134 @@
+"""Tiles against the whole image: bit by bit on the CPU in float32, for models that can be tiled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tile_models import Normed, Strided, UNet, dilated, seeded
+from torch import nn
+
+import raypipe
+from raypipe.errors import InputError
+
+
+def noise(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def whole(model: nn.Module, image: np.ndarray, align: int, dims: int = 2) -> np.ndarray:
+    """(channels, *space) of the image (channels, *space), reflected to a multiple of ``align``."""
+    size = image.shape[1:]
+    padded = np.pad(image, [(0, 0), *((0, -n % align) for n in size)], mode="reflect")
+    with torch.inference_mode():
+        out = model(torch.from_numpy(padded)[None])[0].numpy()
+    return out[(slice(None), *(slice(0, n) for n in size))]
+
+
+@pytest.mark.parametrize(
+    ("make", "align", "tile", "shape"),
+    [
+        (lambda: UNet(2, width=8), 2, 144, (301, 277)),
+        (lambda: UNet(3, width=8, classes=3), 4, 160, (301, 377)),
+        (lambda: UNet(3, width=8, up="bilinear"), 4, 160, (301, 350)),
+        (dilated, 1, 128, (221, 233)),
+        (lambda: Strided(3), 3, 216, (430, 421)),
+    ],
+)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_tiles_equal_the_whole_image_bit_by_bit(make, align, tile, shape, batch: int) -> None:
+    """Windows so large that torch takes the same kernels for them as for the image (docs/tiles.md)."""
+    model, image = seeded(make), noise(*shape)
+    got = raypipe.process_large_image(image, model, tile, batch=batch)
+    wanted = whole(model, image[None], align)
+    assert np.array_equal(got, wanted[0] if len(wanted) == 1 else wanted)
+
+
+def test_a_halo_that_is_too_small_shows() -> None:
+    """So the tests above can fail."""
+    model, image = seeded(lambda: UNet(3, width=8)), noise(200, 200)
+    got = raypipe.process_large_image(image, model, 64, halo=4, align=4)
+    assert np.abs(got - whole(model, image[None], 4)).max() > 1e-5
+
+
+def test_an_image_smaller_than_the_alignment() -> None:
+    model, image = seeded(lambda: UNet(3)), noise(3, 1)
+    got = raypipe.process_large_image(image, model, 64)
+    padded = np.pad(np.pad(image, ((0, 1), (0, 0)), mode="reflect"), ((0, 0), (0, 3)), mode="edge")
+    assert np.array_equal(got, whole(model, padded[None], 4)[0, :3, :1])
+
+
+def test_frames_channels_and_volumes() -> None:
+    planes = noise(3, 70, 61, 2)
+    model = seeded(lambda: UNet(2, c_in=2))
+    got = raypipe.process_large_image(planes, model, 32, axes="FYXC", batch=2)
+    for frame, image in zip(got, planes, strict=True):
+        wanted = whole(model, image.transpose(2, 0, 1), 2)[0]
+        np.testing.assert_allclose(frame, wanted, rtol=0, atol=1e-6)
+    volume, deep = noise(21, 40, 45), seeded(lambda: UNet(2, width=2, dims=3, classes=2))
+    got = raypipe.process_large_image(volume, deep, 12)
+    np.testing.assert_allclose(got, whole(deep, volume[None], 2), rtol=0, atol=1e-6)
+
+
+def test_prepare_and_after_work_pixel_by_pixel() -> None:
+    model = seeded(lambda: UNet(2, classes=3))
+    image = (noise(90, 80) * 1000 + 5000).astype(np.uint16)
+
+    def prepare(pixels: np.ndarray) -> np.ndarray:
+        return (pixels.astype(np.float32) - 5000) / 1000
+
+    got = raypipe.process_large_image(
+        image,
+        model,
+        32,
+        prepare=prepare,
+        after=lambda out: out.argmax(1, keepdim=True).to(torch.uint8),
+    )
+    wanted = whole(model, prepare(image)[None], 2).argmax(0)
+    assert got.dtype == np.uint8 and np.array_equal(got, wanted)
+
+
+@pytest.mark.parametrize("blend", ["linear", "gaussian"])
+def test_a_model_that_cannot_be_tiled_is_refused_and_can_be_blended(blend: str) -> None:
+    model, image = seeded(lambda: Normed(nn.InstanceNorm2d(4))), noise(150, 170)
+    with pytest.raises(InputError, match=r"norm \(InstanceNorm2d\).*blend='gaussian'"):
+        raypipe.process_large_image(image, model, 64)
+    got = raypipe.process_large_image(image, model, 64, blend=blend, overlap=16)
+    wanted = by_loop(model, image, 64, 16, blend)
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5)
+    assert not np.allclose(got, whole(model, image[None], 1)[0], atol=1e-3)
+
+
+def by_loop(model: nn.Module, image: np.ndarray, tile: int, overlap: int, kind: str) -> np.ndarray:
+    """Blending as one would write it down: sum of weighted windows over sum of weights."""
+    height, width = image.shape
+    total, weights = np.zeros((2, height, width))
+    side = tile + 2 * overlap
+    for y in range(0, height, tile):
+        for x in range(0, width, tile):
+            top, left = (
+                min(max(y - overlap, 0), height - side),
+                min(max(x - overlap, 0), width - side),
+            )
+            out = whole(model, image[None, top : top + side, left : left + side], 1)[0]
+            for i in range(max(0, y - overlap), min(height, y + tile + overlap)):
+                for j in range(max(0, x - overlap), min(width, x + tile + overlap)):
+                    w = 1.0
+                    for at in (i + 0.5 - y + overlap, j + 0.5 - x + overlap):
+                        if kind == "gaussian":
+                            w *= np.exp(-0.5 * ((at - side / 2) / (side / 8)) ** 2)
+                        else:
+                            w *= min(1.0, at / (2 * overlap), (side - at) / (2 * overlap))
+                    total[i, j] += w * out[i - top, j - left]
+                    weights[i, j] += w
+    return total / weights
+
+
+def test_blending_equals_the_whole_where_windows_agree(tmp_path: Path) -> None:
+    """A pointwise model: every window says the same, so the weights must sum to one everywhere."""
+    model, image = nn.Conv2d(1, 2, 1).eval(), noise(333, 219)
+    for blend in ("linear", "gaussian"):
+        got = raypipe.process_large_image(image, model, 40, blend=blend, overlap=13)
+        np.testing.assert_allclose(got, whole(model, image[None], 1), rtol=0, atol=1e-6)
