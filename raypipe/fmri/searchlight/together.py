@@ -29,6 +29,7 @@ from raypipe.fmri.units import slug
 from raypipe.store.durable import remove
 
 KINDS = ("searchlight", "t", "logp", "logq")  # of maps
+_ROUNDING = 1e-6  # of scores as float32: subjects who differ by less agree
 Record = Mapping[str, Any]
 Floats = NDArray[np.float64]
 
@@ -87,7 +88,7 @@ def _tested(
     """Write the maps; what the row says of the group's peak."""
     student = one_sample_t(group.above)
     flipped = sign_flip(group.above, seed=seed)
-    agree = ~np.isfinite(student.t)  # subjects who agree to the digit: no variance, no t
+    agree = group.above.std(axis=0) < _ROUNDING  # no variance, no t; their signs still count
     p = np.where(agree, np.nan, student.p)
     q = false_discovery_rate(p)
     mean = student.mean + group.chance
