@@ -19,9 +19,12 @@ CHECKED = 500  # voxels that are compared with nilearn's float64 answer
 
 def our_clean(child: Child, spec: Spec) -> None:
     """``raypipe.fmri.clean`` with its kernels compiled and loaded."""
+    import scipy.linalg
+    import scipy.signal
+
     from raypipe.fmri.clean import CleanConfig, clean, kernels
 
-    assert kernels
+    assert scipy and kernels  # which `clean` imports when it needs them
     series, confounds = _series(spec)
     config = CleanConfig(
         **_CLEANING, low_pass_hz=LOW_PASS_HZ, high_pass_hz=HIGH_PASS_HZ, t_r_s=T_R_S

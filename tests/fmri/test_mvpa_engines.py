@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from mvpa_kit import design_of, planted, planted_target
 from scipy.stats import pearsonr
@@ -89,6 +89,10 @@ def test_any_two_classes_are_separated_as_libsvm_does(seed: int, n_voxels: int, 
     gram, test = patterns[:40] @ patterns[:40].T, patterns[40:] @ patterns[:40].T
     theirs = SVC(kernel="precomputed", C=c).fit(gram, labels[:40])
     decision = theirs.decision_function(test)
+    weight = np.abs(theirs.dual_coef_[0]) / c
+    # With no weight between the bounds any offset of an interval is as good; libsvm takes one weight of
+    # 1e-16 for such (seed 419, 1 voxel, c 0.5) and an edge of the interval, we its middle.
+    assume(((weight > 1e-9) & (weight < 1 - 1e-9)).any())
     ours = engine.answer(labels[None])
     assert ours.decision is not None
     # Where two steps are equally good, rounding chooses, and both end within their tolerance.

@@ -9,6 +9,8 @@ It is the same problem by the same algorithm as LIBSVM's: sequential minimal opt
 choice of the pair (Fan, Chen and Lin 2005), shrinking, inner products in float32, the same start and
 tolerance. So it goes the same way and ends in the same place, not only near the same optimum, but where two
 steps are equally good (a few voxels of noise): there rounding chooses, and both end within the tolerance.
+With no weight strictly between the bounds any offset of an interval is optimal: this takes its middle;
+LIBSVM, when rounding leaves it a weight of 1e-16, an edge.
 Importing this compiles it (see ``raypipe.fmri.compiled``).
 """
 
