@@ -12,7 +12,7 @@ flat_percent: from the smallest to the largest of them; base_mib: after the impo
 mpx_to_bare: our megapixels/s, reading the .npy and writing a .npy with all syncs, over those of the bare
 model on whole windows from memory, of which every pixel counts, the halo too. mpx_to_same_windows: the
 same, with only the pixels that tiles keep counted on both sides. mpx_to_monai: over MONAI's faster overlap,
-with windows of the same size, which stays in memory.
+with windows of the same size, which stays in memory and runs after ours, in an interpreter of its own.
 --skip-memory leaves the three sizes out. MONAI comes with the bench extra, or by BENCH_PYTHON_MONAI.
 """
 

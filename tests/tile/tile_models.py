@@ -90,7 +90,7 @@ def dilated() -> nn.Sequential:
 
 
 class Hidden(nn.Module):
-    """A stride of 4 that lies wholly below a longer convolution, and is dead for most inputs."""
+    """Any size, and a stride of 4 wholly below a longer convolution and dead for most inputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,8 +99,10 @@ class Hidden(nn.Module):
         nn.init.constant_(self.coarse.bias, -1e3)
 
     def forward(self, x: Tensor) -> Tensor:
-        coarse = functional.relu(self.coarse(x))
-        return self.long(x) + functional.interpolate(coarse, scale_factor=4.0, mode="nearest")
+        h, w = x.shape[-2:]
+        coarse = functional.relu(self.coarse(functional.pad(x, (0, -w % 4, 0, -h % 4))))
+        up = functional.interpolate(coarse, scale_factor=4.0, mode="nearest")
+        return self.long(x) + up[..., :h, :w]
 
 
 class There(nn.Module):
