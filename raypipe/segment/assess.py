@@ -152,7 +152,7 @@ def _evaluate(
         scored.append(replace(one, shown={}))
     _write_table(out / "pictures.csv", scored)
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **examples)  # type: ignore[arg-type]
+    np.savez_compressed(buffer, **examples)
     write_bytes(out / "examples.npz", buffer.getvalue())
     names = ("background", *saved.names) if saved.spec.classes > 1 else ()
     matches = [one.matches for one in scored if one.matches is not None]
