@@ -8,7 +8,9 @@ block of tiles of one item. It is asked about before each batch (``memory.guard`
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -28,6 +30,7 @@ from raypipe.tile.grid import Box, Tile, TileGrid
 from raypipe.tile.ledger import TileTarget, TileWriter
 from raypipe.tile.source import Source, read_window
 
+_M_MMAP_THRESHOLD = -3
 LESS_MEMORY = "take a smaller chunk_size, or a device with more memory"
 Prepare = Callable[[np.ndarray], np.ndarray]
 After = Callable[[Tensor], Tensor]
@@ -88,6 +91,8 @@ class TileWorker:
     def __init__(self, setup: TileSetup) -> None:
         if setup.torch_threads:
             torch.set_num_threads(setup.torch_threads)
+        if setup.device == "cpu":
+            _keep_large_blocks_apart()
         self._setup, self._grid = setup, setup.grid
         self._device = torch.device(setup.device)
         self._model = setup.model.to(self._device)
@@ -298,6 +303,17 @@ class _Block:
             box = [slice(s.start - o, s.stop - o) for s, o in zip(tile.keep, origin, strict=True)]
             made.append((tile, whole[(slice(None), *box)]))
         return made
+
+
+def _keep_large_blocks_apart() -> None:
+    """Have glibc map and unmap each block of 1 MiB or more, for the rest of the process.
+
+    By default it comes to keep freed blocks of up to 32 MiB in its heaps, where those of three threads
+    leave gaps: the peak grew by 7 to 9 % from an image of 2k to one of 8k pixels a side, so by 1 %.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if sys.platform == "linux" and mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 class exact_float32:  # noqa: N801  # reads as the statement that it is
