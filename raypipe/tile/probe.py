@@ -21,6 +21,8 @@ from raypipe.errors import InputError
 # Sizes across: most models take one of these; multiples of 14 and 16 are ViT patches.
 _BASES = {2: (32, 64, 96, 112, 120, 144, 160, 168), 3: (16, 32, 48, 64)}
 _TOLERANCE = 1e-9  # of the largest value, in float64: rounding of sums in other orders is 1e-15
+# InputError: raypipe's own networks say so that a size does not fit.
+_REFUSALS = (InputError, RuntimeError, ValueError, AssertionError, IndexError, TypeError)
 _MAGNITUDES = (-30.0, -1.0, 1.0, 30.0)
 _SWALLOW = frozenset(
     {
@@ -100,7 +102,9 @@ class Probe:
         part = image.narrow(2 + axis, lo, length)
         try:
             out = self.model(part)
-        except (RuntimeError, ValueError, AssertionError, IndexError, TypeError) as error:
+        except torch.OutOfMemoryError:
+            raise  # of the device, not of the size
+        except _REFUSALS as error:
             self.refusal = " ".join(str(error).split())[:200]
             return None
         if not isinstance(out, Tensor) or out.shape[2:] != part.shape[2:] or out.shape[0] != 1:

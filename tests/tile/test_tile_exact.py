@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tile_models import Normed, Strided, UNet, dilated, seeded
+from tile_models import Normed, Strided, UNet, dilated, fitted, seeded
 from torch import nn
 
 import raypipe
@@ -33,6 +33,7 @@ def whole(model: nn.Module, image: np.ndarray, align: int, dims: int = 2) -> np.
         (lambda: UNet(2, width=8), 2, 144, (301, 277)),
         (lambda: UNet(3, width=8, classes=3), 4, 160, (301, 377)),
         (lambda: UNet(3, width=8, up="bilinear"), 4, 160, (301, 350)),
+        (lambda: fitted(width=8, depth=3), 4, 160, (301, 350)),
         (dilated, 1, 128, (221, 233)),
         (lambda: Strided(3), 3, 216, (430, 421)),
     ],
@@ -99,6 +100,13 @@ def test_a_model_that_cannot_be_tiled_is_refused_and_can_be_blended(blend: str) 
     wanted = by_loop(model, image, 64, 16, blend)
     np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-5)
     assert not np.allclose(got, whole(model, image[None], 1)[0], atol=1e-3)
+
+
+def test_a_network_that_refuses_odd_sizes_can_be_blended() -> None:
+    """Its alignment is found by what it takes; where one window is the image, blending is exact."""
+    model, image = seeded(lambda: fitted(width=4, depth=4)), noise(61, 70)
+    got = raypipe.process_large_image(image, model, 72, blend="linear", overlap=16)
+    np.testing.assert_allclose(got, whole(model, image[None], 8)[0], rtol=0, atol=1e-6)
 
 
 def by_loop(model: nn.Module, image: np.ndarray, tile: int, overlap: int, kind: str) -> np.ndarray:

@@ -19,12 +19,14 @@ from tile_models import (
     UNet,
     Where,
     dilated,
+    fitted,
     seeded,
 )
 from torch import nn
 
 from raypipe.errors import ConfigError, InputError
 from raypipe.tile.field import measure, stated
+from raypipe.tile.probe import Probe
 
 
 def by_perturbation(model: nn.Module, axis: int, length: int, phases: range) -> int:
@@ -60,6 +62,7 @@ def by_perturbation(model: nn.Module, axis: int, length: int, phases: range) -> 
         (lambda: UNet(3), 4),
         (lambda: UNet(4, width=2), 8),
         (lambda: UNet(3, up="bilinear"), 4),
+        (lambda: fitted(width=2, depth=3), 4),
         (dilated, 1),
         (lambda: Strided(3), 3),
         (lambda: Strided(4), 4),
@@ -72,6 +75,21 @@ def test_radius_and_alignment_of_models(make, align: int) -> None:
     for axis in range(2):
         wanted = by_perturbation(model, axis, 256 if align < 8 else 384, range(120, 120 + align))
         assert field.radius[axis] == wanted
+
+
+def test_a_network_that_refuses_the_first_sizes_is_measured_at_larger_ones() -> None:
+    """Depth 7 halves the sides 6 times: 32 pixels are an InputError of its own."""
+    with Probe.of(seeded(lambda: fitted(width=1, depth=7)), 1, 2) as probe:
+        assert probe.base == 64
+
+
+def test_a_device_out_of_memory_is_no_refusal() -> None:
+    class Full(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        measure(Full(), 1)
 
 
 def test_the_axes_are_measured_apart() -> None:

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from raypipe.segment.unet import UNet as FittedUNet
+from raypipe.segment.unet import UNetConfig
+
 
 def seeded(make: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
     """A model in eval mode whose batch norms have statistics of their own."""
@@ -63,6 +66,11 @@ class UNet(nn.Module):
         for up, merge, skip in zip(self.ups, self.merge, skips[-2::-1], strict=True):
             x = merge(torch.cat([skip, up(x)], 1))
         return self.head(x)
+
+
+def fitted(**options: object) -> nn.Module:
+    """The network that ``segment fit`` makes; it refuses sides that its depth does not halve."""
+    return FittedUNet(UNetConfig(**options))
 
 
 class Strided(nn.Module):
