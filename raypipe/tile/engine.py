@@ -28,6 +28,7 @@ from raypipe.runner import Needs, Runner
 from raypipe.tile.blend import check_overlap
 from raypipe.tile.config import TileConfig
 from raypipe.tile.field import Field, measure, stated
+from raypipe.tile.files import check_apart
 from raypipe.tile.grid import TileGrid, round_up
 from raypipe.tile.ledger import TileRun
 from raypipe.tile.output import OutputSpec, kind_of
@@ -72,10 +73,11 @@ def infer(
     The model runs as it stands (call ``eval()`` first) and is not changed. prepare and after work
     pixel by pixel; their code, or their pickled form, tells results apart.
 
-    Raises InputError when tiles cannot equal the whole image and no ``blend`` is asked for, and what
-    ``TileRun.open`` raises; MemoryBudgetExceeded, WorkerFailed.
+    Raises ConfigError when ``out`` is what is read, InputError when tiles cannot equal the whole image
+    and no ``blend`` is asked for, and what ``TileRun.open`` raises; MemoryBudgetExceeded, WorkerFailed.
     """
     started, kind = time.monotonic(), kind_of(out)
+    check_apart(source, out)
     dims = len(source.space)
     channels_in = len(_prepared(source, prepare))
     channels, dtype = _result_of(model, channels_in, dims, after)

@@ -3,7 +3,8 @@
 Beside ``out.tif`` lie, while it is written, ``out.tif.partial`` (the data), ``out.tif.journal/`` (records
 and the fence), ``out.tif.lock`` and ``out.tif.owner.json``; and for good ``out.tif.tiles.json``, which
 says what it was made of. A tile counts once its data is synced and its record after that; a later run
-checks each record against the bytes. The result gets its name when all tiles are there.
+checks each record against the bytes. The result gets its name when all tiles are there; one that it
+overwrites is there until then.
 """
 
 from __future__ import annotations
@@ -123,21 +124,24 @@ class TileRun:
     def _begin(self, overwrite: bool) -> None:
         self._hold.take_over(None)
         fields = self._read_manifest()
-        if fields is None or fields.get("fingerprint") != self.fingerprint:
+        if (
+            fields is None
+            or fields.get("fingerprint") != self.fingerprint
+            or fields.get("state") == DONE
+        ):
             remove(self.paths.journals())
-            for path in (self.paths.partial, self.paths.final):
-                _discard(path)
-        if self.paths.partial.exists() and self.paths.final.exists():
-            if not overwrite:
-                raise StoreError(
-                    f"{self.paths.final} was put there while it was not finished; move it away, or "
-                    "overwrite it"
-                )
-            _discard(self.paths.final)
-        self._write_manifest(WRITING)
-        if self.paths.final.exists() and not self.paths.partial.exists():
+            _discard(self.paths.partial)
+        elif self.paths.partial.exists() and self.paths.final.exists() and not overwrite:
+            raise StoreError(
+                f"{self.paths.final} is an older result, or was put there while this one was not "
+                "finished; move it away, or overwrite it"
+            )
+        elif self.paths.final.exists() and not self.paths.partial.exists():
             move(self.paths.final, self.paths.partial)  # named, then ended before it said so
+        # What is overwritten keeps its name until `finish`. The data comes before the manifest: after
+        # a crash between them a WRITING result without a partial file is this run's own, never the old.
         create(self.spec, self.paths.partial)
+        self._write_manifest(WRITING)
         self._recover()
 
     def _recover(self) -> None:

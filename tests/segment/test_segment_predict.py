@@ -83,3 +83,14 @@ def test_an_image_of_other_channels_is_refused(
     assert main(["segment", "predict", *args]) == 2
     assert "has 3 channel(s)" in capsys.readouterr().err
     assert not (tmp_path / "out.npy").exists()
+
+
+def test_the_input_is_never_the_output(
+    fitted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pages = stack(tmp_path)
+    path = str(tmp_path / "in.tif")
+    args = ["--run-dir", str(fitted), "--input", path, "--output", path, "--runner", "local"]
+    assert main(["segment", "predict", *args, "--overwrite"]) == 2
+    assert "is the input itself" in capsys.readouterr().err
+    assert np.array_equal(tifffile.imread(path), pages)

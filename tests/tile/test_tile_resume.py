@@ -13,10 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import zarr
 from torch import Tensor, nn
 
 import raypipe
 from raypipe.errors import (
+    ConfigError,
     Fenced,
     FingerprintMismatch,
     MemoryBudgetExceeded,
@@ -123,6 +125,72 @@ def test_a_foreign_file_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "out.npy").read_text() == "mine"
 
 
+def test_what_is_overwritten_is_there_until_the_new_one_is_complete(tmp_path: Path) -> None:
+    class Failing(Slow):
+        def forward(self, x: Tensor) -> Tensor:
+            if self.windows >= 40:
+                raise RuntimeError("ended")
+            return super().forward(x)
+
+    out, bias = tmp_path / "out.npy", nn.Parameter(torch.tensor([2.0]))
+    run(out, Slow())
+    failing, other = Failing(), Slow()
+    failing.mean.bias = other.mean.bias = bias
+    failing.__class__.__name__ = other.__class__.__name__  # printed alike, so one goes on for the other
+    with pytest.raises(RuntimeError, match="ended"):
+        run(out, failing, overwrite=True)
+    np.testing.assert_allclose(np.load(out), wanted(), rtol=0, atol=1e-6)
+    with pytest.raises(StoreError, match="is an older result"):
+        run(out, other)
+    got = run(out, other, overwrite=True)
+    assert 0 < other.windows < 64  # it went on with what the first had committed
+    np.testing.assert_allclose(got, wanted() + 2, rtol=0, atol=1e-6)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.npy", "out.npy.tiles.json"]
+
+
+def test_a_result_named_before_it_said_so_is_gone_on_with(tmp_path: Path) -> None:
+    """A crash between the last rename and the manifest: the file is the run's own."""
+    run(tmp_path / "out.npy", Slow())
+    manifest, again = tmp_path / "out.npy.tiles.json", Slow()
+    manifest.write_text(manifest.read_text().replace('"done"', '"writing"'))
+    np.testing.assert_allclose(run(tmp_path / "out.npy", again), wanted(), rtol=0, atol=1e-6)
+
+
+def test_a_foreign_file_is_overwritten_only_by_a_complete_result(tmp_path: Path) -> None:
+    (tmp_path / "out.npy").write_text("mine")
+    with opened(tmp_path / "out.npy", overwrite=True) as begun:
+        assert (tmp_path / "out.npy").read_text() == "mine"
+        writer = TileWriter(begun.target, "w")
+        for number in range(len(begun.done)):
+            box = begun.spec.grid.tile(number).keep
+            writer.write(number, np.full((1, *(s.stop - s.start for s in box)), 7))
+        writer.commit()
+        writer.close()
+        begun.accept(range(len(begun.done)))
+        begun.finish()
+    assert (np.load(tmp_path / "out.npy") == 7).all()
+
+
+@pytest.mark.parametrize("name", ["in.npy", "in.zarr"])
+def test_the_input_is_never_the_output(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    if name == "in.npy":
+        np.save(path, image())
+    else:
+        zarr.save_array(str(path), image())
+    link = tmp_path / ("link" + path.suffix)
+    link.symlink_to(path)
+    for out in (path, link):
+        with pytest.raises(ConfigError, match="is the input itself"):
+            raypipe.process_large_image(path, Slow(), 70, out, axes="YX", overwrite=True)
+    if name == "in.npy":
+        mapped = np.load(path, mmap_mode="r")[10:]
+        with pytest.raises(ConfigError, match="is the input itself"):
+            raypipe.process_large_image(mapped, Slow(), 70, path, overwrite=True)
+    kept = np.load(path) if name == "in.npy" else zarr.open_array(str(path), mode="r")[:]
+    assert np.array_equal(kept, image())
+
+
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(small_disk: Path) -> None:
     with pytest.raises(NoSpace, match="too few"):
         raypipe.process_large_image(
@@ -131,7 +199,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(small_di
     assert list(small_disk.iterdir()) == []
 
 
-def opened(out: Path) -> TileRun:
+def opened(out: Path, *, overwrite: bool = False) -> TileRun:
     grid = TileGrid.of((50, 60), (20, 20), (0, 0), (1, 1))
     spec = OutputSpec(
         path=out,
@@ -143,7 +211,7 @@ def opened(out: Path) -> TileRun:
         keep_channels=False,
     )
     made = TileRun(spec, {"model": "a"}, "run")
-    made.open()
+    made.open(overwrite=overwrite)
     return made
 
 
