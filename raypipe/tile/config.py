@@ -32,7 +32,8 @@ class TileConfig:
     workers: int | None = None
     """Processes, one a GPU; by default as many as the runner has room for."""
     overwrite: bool = False
-    """Replace a result of other inputs or options; one that fits is gone on with."""
+    """Replace a finished result, also of the same inputs, and one of others; what is unfinished and
+    fits is gone on with. The old one keeps its name, and its space, until the new one is complete."""
 
     def __post_init__(self) -> None:
         if self.chunk_size < 1 or self.batch < 1:

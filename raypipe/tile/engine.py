@@ -8,18 +8,15 @@ from __future__ import annotations
 import copy
 import math
 import os
-import pickle
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FunctionType
 from typing import Any
 
 import numpy as np
 import torch
-import xxhash
 from torch import nn
 
 from raypipe.errors import InputError
@@ -30,6 +27,7 @@ from raypipe.tile.config import TileConfig
 from raypipe.tile.field import Field, measure, stated
 from raypipe.tile.files import check_apart
 from raypipe.tile.grid import TileGrid, round_up
+from raypipe.tile.identity import digest_of_function, digest_of_model
 from raypipe.tile.ledger import TileRun
 from raypipe.tile.output import OutputSpec, kind_of
 from raypipe.tile.probe import Probe
@@ -248,40 +246,15 @@ def _identity(
     grid = spec.grid
     return {
         "input": digest(source),
-        "model": _model_digest(model),
-        "prepare": _named(prepare),
-        "after": _named(after),
+        "model": digest_of_model(model),
+        "prepare": digest_of_function(prepare),
+        "after": digest_of_function(after),
         "output": [spec.kind, list(spec.shape), spec.dtype],
         "tile": [axis.tile for axis in grid.axes],
         "halo": [axis.halo for axis in grid.axes],
         "align": [axis.align for axis in grid.axes],
         "blend": cfg.blend or "",
     }
-
-
-def _named(function: Any) -> str:
-    """A function by its code and what it encloses, another callable by what it is pickled to."""
-    if function is None:
-        return ""
-    if not isinstance(function, FunctionType):
-        return xxhash.xxh3_128_hexdigest(pickle.dumps(function))
-    code = function.__code__
-    constants = [value for value in code.co_consts if not hasattr(value, "co_code")]
-    enclosed = [cell.cell_contents for cell in function.__closure__ or ()]
-    said = repr((constants, code.co_names, function.__defaults__, enclosed))
-    return xxhash.xxh3_128_hexdigest(code.co_code + said.encode())
-
-
-def _model_digest(model: nn.Module) -> str:
-    """Hash of its structure as printed, and of all parameters and buffers."""
-    hasher = xxhash.xxh3_128(f"{type(model).__module__}.{model!r}".encode())
-    for name, value in model.state_dict().items():
-        hasher.update(name.encode())
-        if isinstance(value, torch.Tensor):
-            hasher.update(
-                value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-            )
-    return hasher.hexdigest()
 
 
 def _words(source: Source, grid: TileGrid, field: Field, cfg: TileConfig) -> str:

@@ -80,7 +80,7 @@ class TileRun:
         self._hold = Hold(self.paths, run_id)
 
     def open(self, *, overwrite: bool = False) -> None:
-        """Take the result over: new, resumed, or ``found`` finished. Raises StoreLocked,
+        """Take the result over: new, resumed, or ``found`` finished (never to ``overwrite`` it). Raises StoreLocked,
         FingerprintMismatch, StoreError, NoSpace.
         """
         if self._is_finished(overwrite):
@@ -113,7 +113,7 @@ class TileRun:
                 "another output, or overwrite it"
             )
         same = fields.get("fingerprint") == self.fingerprint
-        return same and fields.get("state") == DONE and self.spec.path.exists()
+        return not overwrite and same and fields.get("state") == DONE and self.spec.path.exists()
 
     def _read_manifest(self) -> dict[str, Any] | None:
         with contextlib.suppress(OSError, ValueError):

@@ -17,6 +17,7 @@ import numpy as np
 import xxhash
 
 from raypipe.errors import ConfigError, InputError, MissingInput
+from raypipe.tile.files import files_of
 from raypipe.tile.grid import Box, reading
 
 _SAMPLES = 5  # an axis; their content stands for the image's in the fingerprint
@@ -243,17 +244,30 @@ def read_window(source: Source, frame: int, box: Box) -> np.ndarray:
 
 
 def digest(source: Source) -> str:
-    """Hash of shape, dtype and sampled pixels: small windows spread over the first, the middle and the
-    last frame. An image that changed nowhere among them is not told apart.
+    """Hash of shape and dtype; of files their sizes and times of change, of an array in memory all
+    bytes; and of sampled pixels: small windows spread over the first, the middle and the last frame.
     """
     head = (source.frames, source.channels, source.space, source.dtype.str)
-    hasher = xxhash.xxh3_128(repr(head).encode())
+    files = files_of(source)
+    hasher = xxhash.xxh3_128(repr((head, [_state(path) for path in files])).encode())
+    array = getattr(source, "array", None)
+    if isinstance(array, np.ndarray) and not files:
+        for part in array if array.ndim > 2 else [array]:  # a copy of a plane at most
+            hasher.update(np.ascontiguousarray(part).view(np.uint8).data)
+        return hasher.hexdigest()
     for frame in sorted({0, source.frames // 2, source.frames - 1}):
         for number in range(_SAMPLES ** len(source.space)):
             place = np.unravel_index(number, (_SAMPLES,) * len(source.space))
             box = tuple(_sample(n, int(k)) for n, k in zip(source.space, place, strict=True))
             hasher.update(source.read(frame, box).tobytes())
     return hasher.hexdigest()
+
+
+def _state(path: Path) -> list[tuple[str, int, int]]:
+    """(name, bytes, nanoseconds of its last change) of a file, or of all in a folder."""
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    stats = [(file, file.stat()) for file in files]
+    return [(file.name, stat.st_size, stat.st_mtime_ns) for file, stat in stats]
 
 
 def _sample(size: int, k: int) -> slice:

@@ -118,6 +118,33 @@ def test_another_model_does_not_go_on_with_it(tmp_path: Path) -> None:
     np.testing.assert_allclose(got, 9 * wanted(), rtol=0, atol=1e-5)
 
 
+def test_overwrite_computes_a_finished_result_anew(tmp_path: Path) -> None:
+    again = Slow()
+    run(tmp_path / "out.npy", Slow())
+    run(tmp_path / "out.npy", again, overwrite=True)
+    assert again.windows == 64
+
+
+@pytest.mark.parametrize("kind", ["file", "map", "memory"])
+def test_an_input_that_changed_anywhere_is_another(tmp_path: Path, kind: str) -> None:
+    """200 pixels between the windows that are sampled."""
+    path, pixels = tmp_path / "in.npy", image()
+
+    def once() -> None:
+        given = {"file": path, "map": path and np.load(path, mmap_mode="r"), "memory": pixels}
+        raypipe.process_large_image(
+            given[kind], Slow(), 70, tmp_path / "out.npy", halo=1, align=1, axes="YX"
+        )
+
+    np.save(path, pixels)
+    once()
+    once()
+    pixels[60, 150:350] += 1
+    np.save(path, pixels)
+    with pytest.raises(FingerprintMismatch, match="begun with other input"):
+        once()
+
+
 def test_a_foreign_file_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "out.npy").write_text("mine")
     with pytest.raises(StoreError, match="was not written by this"):
