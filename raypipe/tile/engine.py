@@ -173,6 +173,10 @@ def _result_of(
             f"after gives {tuple(out.shape)} for an image {tuple(image.shape)}; it must keep (n, "
             "channels, *space)"
         )
+    if out.dtype == torch.bfloat16:
+        raise InputError(
+            "the result is bfloat16, which no kind of output holds; add after=torch.Tensor.float"
+        )
     return int(out.shape[1]), str(out.dtype).removeprefix("torch.")
 
 

@@ -75,6 +75,11 @@ def measure(model: nn.Module, in_channels: int, dims: int = 2) -> Field:
     try:
         with Probe.of(model, in_channels, dims) as probe:
             double = probe.on(copy.deepcopy(model).double())
+            if double.whole(0, double.image(0, 2 * probe.base), 0, 2 * probe.base) is None:
+                raise InputError(
+                    "the model refuses to run in float64, in which shifts and cuts are compared: "
+                    f"{double.refusal}; leave casts such as x.float() out of it, or {_STATE}"
+                )
             alive = probe.on(_all_alive(double.model))
             found = [_axis(probe, double, alive, axis) for axis in range(dims)]
     except _NotLocal as error:

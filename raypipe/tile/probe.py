@@ -92,8 +92,7 @@ class Probe:
         shape[axis] = length
         values = np.random.default_rng(length).standard_normal((1, self.in_channels, *shape))
         first = next(self.model.parameters(), torch.empty(0))
-        dtype = first.dtype if first.is_floating_point() else torch.float32
-        return torch.from_numpy(values).to(first.device, dtype)
+        return torch.from_numpy(values).to(first.device, dtype_of(self.model))
 
     def whole(self, axis: int, image: Tensor, lo: int, length: int) -> Tensor | None:
         """Result (channels and others, length) of ``length`` pixels of ``image`` from ``lo`` on; None
@@ -177,6 +176,12 @@ class Probe:
     def equal(self, one: Tensor, other: Tensor) -> bool:
         """Whether they are the same everywhere."""
         return not self.differing(one, other).any()
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """Of the images that it takes: that of its first floating parameter, else float32."""
+    floating = (p.dtype for p in model.parameters() if p.is_floating_point())
+    return next(floating, torch.float32)
 
 
 class _Swallowing(TorchDispatchMode):

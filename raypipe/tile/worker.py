@@ -28,6 +28,7 @@ from raypipe.runner import Done
 from raypipe.tile.blend import Blend, contribution, windows
 from raypipe.tile.grid import Box, Tile, TileGrid
 from raypipe.tile.ledger import TileTarget, TileWriter
+from raypipe.tile.probe import dtype_of
 from raypipe.tile.source import Source, read_window
 
 _M_MMAP_THRESHOLD = -3
@@ -96,6 +97,7 @@ class TileWorker:
         self._setup, self._grid = setup, setup.grid
         self._device = torch.device(setup.device)
         self._model = setup.model.to(self._device)
+        self._dtype = dtype_of(self._model)
         self._id = f"{os.getpid()}-{uuid.uuid4().hex[:12]}"
         self._reader, self._sink = ThreadPoolExecutor(1, "read"), ThreadPoolExecutor(1, "write")
         self._ahead: tuple[Any, Future[np.ndarray]] | None = None
@@ -171,14 +173,15 @@ class TileWorker:
     # --- reading -----------------------------------------------------------------------------
 
     def _read(self, frame: int, tiles: Sequence[Tile]) -> np.ndarray:
-        """(n, channels, *window) float32."""
+        """(n, channels, *window) float32, of a float64 model float64."""
         source, prepare = self._setup.source, self._setup.prepare
         batch: np.ndarray | None = None
         for index, tile in enumerate(tiles):
             pixels = read_window(source, frame, tile.read)
             pixels = pixels if prepare is None else prepare(pixels)
             if batch is None:
-                batch = np.empty((len(tiles), *pixels.shape), np.float32)
+                wide = np.float64 if self._dtype == torch.float64 else np.float32
+                batch = np.empty((len(tiles), *pixels.shape), wide)
             batch[index] = pixels
         assert batch is not None
         return batch
@@ -230,9 +233,11 @@ class TileWorker:
 
     def _compute(self, pixels: np.ndarray) -> np.ndarray:
         with torch.inference_mode(), exact_float32(self._device):
-            out = self._model(torch.from_numpy(pixels).to(self._device))
+            out = self._model(torch.from_numpy(pixels).to(self._device, self._dtype))
             if self._setup.after is not None and self._setup.blend is None:
                 out = self._setup.after(out)
+            elif self._setup.blend is not None:
+                out = out.float()  # weights and sums are; bfloat16 is no NumPy dtype
             return out.cpu().numpy()
 
     # --- writing behind ----------------------------------------------------------------------

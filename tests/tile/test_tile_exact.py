@@ -91,6 +91,36 @@ def test_prepare_and_after_work_pixel_by_pixel() -> None:
     assert got.dtype == np.uint8 and np.array_equal(got, wanted)
 
 
+@pytest.mark.parametrize("blend", [None, "linear"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_models_of_other_precisions(dtype: torch.dtype, blend: str | None) -> None:
+    """Pointwise, so that blending is exact up to rounding too; 0.1 is another number in each."""
+    model, image = nn.Conv2d(1, 1, 1, bias=False).to(dtype).eval(), noise(90, 70)
+    nn.init.constant_(model.weight, 0.1)
+    options = {"blend": blend, "overlap": 8, "halo": 0, "align": 1}
+    if dtype == torch.bfloat16:
+        with pytest.raises(InputError, match=r"bfloat16.*after=torch.Tensor.float"):
+            raypipe.process_large_image(image, model, 32, **options)
+        options["after"] = torch.Tensor.float
+    got = raypipe.process_large_image(image, model, 32, **options)
+    with torch.inference_mode():
+        wanted = model(torch.from_numpy(image)[None, None].to(dtype))[0, 0].double().numpy()
+    assert got.dtype == (np.float32 if dtype == torch.bfloat16 else wanted.astype(str(dtype)[6:]).dtype)
+    eps = 1e-3 if dtype == torch.float16 else 1e-6
+    atol = 0 if blend is None else eps * np.abs(wanted).max()
+    np.testing.assert_allclose(got.astype(np.float64), wanted, rtol=0, atol=atol)
+
+
+def test_a_float64_network_is_measured() -> None:
+    model, image = seeded(lambda: UNet(2, width=4)).double(), noise(70, 61)
+    got = raypipe.process_large_image(image, model, 32)
+    with torch.inference_mode():
+        padded = np.pad(image.astype(np.float64), ((0, 0), (0, 1)), mode="reflect")
+        wanted = model(torch.from_numpy(padded)[None, None])[0, 0, :, :61].numpy()
+    assert got.dtype == np.float64
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("blend", ["linear", "gaussian"])
 def test_a_model_that_cannot_be_tiled_is_refused_and_can_be_blended(blend: str) -> None:
     model, image = seeded(lambda: Normed(nn.InstanceNorm2d(4))), noise(150, 170)

@@ -171,6 +171,19 @@ def test_a_probe_that_fails_says_so(make, why: str) -> None:
         measure(model, 1)
 
 
+def test_a_model_that_casts_is_told_so() -> None:
+    class Casting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(1, 1, 3, padding=1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.conv(x.float())
+
+    with pytest.raises(InputError, match=r"refuses to run in float64.*x\.float\(\)"):
+        measure(Casting(), 1)
+
+
 def test_labels_cannot_be_probed() -> None:
     class Labels(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
