@@ -38,7 +38,7 @@ class SegmentPredictConfig:
     what: What = "labels"
     """labels (uint8, by the tuned threshold or the likeliest class), probabilities, or logits."""
     axes: str | None = None
-    """Of .npy and .zarr: a letter a dimension, of F (frames) C Y X, e.g. YXC; YX and FYX are known."""
+    """A letter a dimension, of F (frames) C Y X, e.g. YXC; YX and FYX, and a TIFF's pages, are known."""
     checkpoint: Literal["best", "last"] = "best"
     """best has the highest validation Dice; last is where training ended."""
     tile: TileConfig = field(default_factory=TileConfig)

@@ -40,7 +40,8 @@ def process_large_image(
     chunk_size : pixels of a tile; memory depends on it, not on the image
     output     : .npy, .tif, .ome.tif or .zarr, written tile by tile; the same call goes on after a
                  crash. Without it the result is held in memory
-    axes       : of an array, e.g. "YX", "YXC", "CYX", "FYX" (frames), "ZYX", "FZYX"
+    axes       : of an array or TIFF, e.g. "YX", "YXC", "CYX", "FYX" (frames), "ZYX", "FZYX"; without
+                 them each page of a TIFF is an image, with dims=3 a plane
     dims       : 2 (planes one by one) or 3; by the model's convolutions when left out
     prepare    : pointwise, on a window (channels, *space); after : pointwise, on the model's output
     options    : of ``TileConfig``: batch, halo, align, blend, overlap, device, workers, overwrite

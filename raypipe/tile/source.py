@@ -184,13 +184,35 @@ def open_source(given: Any, dims: int, axes: str | None = None) -> Source:
     """
     if isinstance(given, (str, os.PathLike)):
         given = _open_path(Path(given))
+    if hasattr(given, "series_shape"):
+        given = _of_tiff(given, dims, axes)
     if callable(getattr(given, "read", None)) and len(given.shape) in (3, 4) and axes is None:
         return StackSource(given, volume=dims == 3)
+    if callable(getattr(given, "read", None)) and axes is not None:
+        raise ConfigError(f"axes {axes!r} are of arrays and TIFF; leave them out for a {type(given).__name__}")
     if not all(hasattr(given, name) for name in ("shape", "dtype", "__getitem__")):
         raise InputError(
             f"input is a {type(given).__name__}: give a path, or an array (shape, dtype, slicing)"
         )
     return ArraySource(given, axes or _usual_axes(tuple(given.shape), dims))
+
+
+def _of_tiff(stack: Any, dims: int, axes: str | None) -> Any:
+    """``stack`` itself, or as an array of all its axes when these are named. Raises ConfigError for a
+    volume that it may be one of several of.
+    """
+    if axes is not None:
+        from raypipe.read.tiff.lazy import LazyStack
+
+        return LazyStack(stack)
+    page_axes = len(stack.shape) - 1
+    lead = stack.series_shape[:-page_axes]
+    if dims == 3 and sum(n > 1 for n in lead) > 1:
+        raise ConfigError(
+            f"a TIFF of axes {stack.axes} and shape {tuple(stack.series_shape)} is not one volume; name "
+            "them, e.g. axes='FZCYX' (F for time)"
+        )
+    return stack
 
 
 def _usual_axes(shape: Sequence[int], dims: int) -> str:

@@ -10,6 +10,7 @@ import pytest
 import tifffile
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch import nn
 
 import raypipe
@@ -115,6 +116,36 @@ def test_an_array_that_can_be_read_in_several_ways_is_refused() -> None:
         open_source(np.zeros((100, 100, 3)), 2)
     with pytest.raises(MissingInput, match=r"gone.npy does not exist"):
         open_source("gone.npy", 2)
+
+
+def test_a_hyperstack_is_read_by_its_named_axes(tmp_path: Path) -> None:
+    frames = np.random.default_rng(1).integers(0, 99, (2, 5, 3, 40, 33), np.uint8)  # T Z C Y X
+    path = tmp_path / "in.tif"
+    tifffile.imwrite(path, frames, imagej=True)
+    with pytest.raises(ConfigError, match="a TIFF of axes TZCYX .* is not one volume; name them"):
+        open_source(path, 3)
+    source = pickle.loads(pickle.dumps(open_source(path, 3, "FZCYX")))
+    assert (source.frames, source.channels, source.space) == (2, 3, (5, 40, 33))
+    box = (slice(1, 4), slice(7, 20), slice(3, 9))
+    assert np.array_equal(source.read(1, box), frames[1, 1:4, :, 7:20, 3:9].swapaxes(0, 1))
+    with pytest.raises(ConfigError, match="do not fit an array of shape"):
+        open_source(path, 2, "FCYX")
+
+
+def test_one_volume_and_channel_pages_of_a_tiff(tmp_path: Path) -> None:
+    planes = np.random.default_rng(1).integers(0, 99, (3, 40, 33), np.uint8)
+    path = tmp_path / "in.tif"
+    tifffile.imwrite(path, planes, photometric="minisblack")
+    assert open_source(path, 3).space == (3, 40, 33)
+    source = open_source(path, 2, "CYX")
+    assert source.frames == 1 and source.channels == 3
+    assert np.array_equal(source.read(0, (slice(0, 40), slice(0, 33))), planes)
+
+
+def test_axes_of_a_picture_are_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((9, 9), np.uint8)).save(tmp_path / "in.png")
+    with pytest.raises(ConfigError, match="axes 'YX' are of arrays and TIFF"):
+        open_source(tmp_path / "in.png", 2, "YX")
 
 
 def test_a_tiff_is_read_and_written(tmp_path: Path) -> None:
