@@ -30,6 +30,7 @@ from raypipe.tile.grid import TileGrid, round_up
 from raypipe.tile.identity import digest_of_function, digest_of_model
 from raypipe.tile.ledger import TileRun
 from raypipe.tile.output import OutputSpec, kind_of
+from raypipe.tile.pointwise import check_after, prepared_channels
 from raypipe.tile.probe import Probe
 from raypipe.tile.source import Source, digest
 from raypipe.tile.worker import After, Prepare, TileItem, TileSetup
@@ -71,13 +72,13 @@ def infer(
     The model runs as it stands (call ``eval()`` first) and is not changed. prepare and after work
     pixel by pixel; their code, or their pickled form, tells results apart.
 
-    Raises ConfigError when ``out`` is what is read, InputError when tiles cannot equal the whole image
-    and no ``blend`` is asked for, and what ``TileRun.open`` raises; MemoryBudgetExceeded, WorkerFailed.
+    Raises ConfigError when ``out`` is what is read, InputError when prepare or after is seen not to be
+    pointwise, or tiles cannot equal the whole image and no ``blend`` is asked for, and what ``TileRun.open`` raises; MemoryBudgetExceeded, WorkerFailed.
     """
     started, kind = time.monotonic(), kind_of(out)
     check_apart(source, out)
     dims = len(source.space)
-    channels_in = len(_prepared(source, prepare))
+    channels_in = prepared_channels(source, prepare)
     channels, dtype = _result_of(model, channels_in, dims, after)
     field = field_of(model, channels_in, dims, cfg)
     grid = _grid(source, field, cfg, tiff=kind == "tiff")
@@ -155,19 +156,18 @@ def _accepted(model: nn.Module, in_channels: int, dims: int) -> int:
         )
 
 
-def _prepared(source: Source, prepare: Prepare | None) -> np.ndarray:
-    pixels = source.read(0, tuple(slice(0, min(16, n)) for n in source.space))
-    return pixels if prepare is None else prepare(pixels)
-
-
 def _result_of(
     model: nn.Module, in_channels: int, dims: int, after: After | None
 ) -> tuple[int, str]:
-    """(channels, dtype) of the result. Raises InputError."""
+    """(channels, dtype) of the result. Raises InputError, also for an ``after`` that is not pointwise."""
     with Probe.of(model, in_channels, dims) as probe:
         image = probe.image(0, 2 * probe.base)
         out = model(image)
-        out = out if after is None else after(out)
+        if after is not None:
+            made = after(out.clone())
+            if made.shape[2:] == image.shape[2:]:
+                check_after(after, out)
+            out = made
     if out.shape[2:] != image.shape[2:]:
         raise InputError(
             f"after gives {tuple(out.shape)} for an image {tuple(image.shape)}; it must keep (n, "

@@ -178,7 +178,8 @@ class TileWorker:
         batch: np.ndarray | None = None
         for index, tile in enumerate(tiles):
             pixels = read_window(source, frame, tile.read)
-            pixels = pixels if prepare is None else prepare(pixels)
+            if prepare is not None:
+                pixels = prepare(pixels.copy())  # it may be a view of the caller's image
             if batch is None:
                 wide = np.float64 if self._dtype == torch.float64 else np.float32
                 batch = np.empty((len(tiles), *pixels.shape), wide)

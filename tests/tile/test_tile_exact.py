@@ -91,6 +91,35 @@ def test_prepare_and_after_work_pixel_by_pixel() -> None:
     assert got.dtype == np.uint8 and np.array_equal(got, wanted)
 
 
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"prepare": lambda x: x / x.max()}, "prepare"),
+        ({"prepare": lambda x: x - x.mean(-1, keepdims=True)}, "prepare"),
+        ({"prepare": lambda x: x[..., ::-1].copy()}, "prepare"),
+        ({"after": lambda out: out / out.amax((2, 3), keepdim=True)}, "after"),
+        ({"after": lambda out: nn.functional.avg_pool2d(out, 3, 1, 1)}, "after"),
+    ],
+)
+def test_what_is_not_pixel_by_pixel_is_refused(options: dict[str, object], name: str) -> None:
+    with pytest.raises(InputError, match=f"{name} is not pixel by pixel"):
+        raypipe.process_large_image(noise(90, 80), nn.Conv2d(1, 1, 1), 32, **options)
+
+
+def test_what_changes_its_argument_is_still_pixel_by_pixel() -> None:
+    def prepare(pixels: np.ndarray) -> np.ndarray:
+        np.exp(pixels, out=pixels)
+        return pixels
+
+    model, image = nn.Conv2d(1, 1, 1).eval(), noise(37, 41)
+    got = raypipe.process_large_image(
+        image.copy(), model, 32, prepare=prepare, after=torch.Tensor.sigmoid_
+    )
+    with torch.inference_mode():
+        wanted = model(torch.from_numpy(np.exp(image))[None, None]).sigmoid()[0, 0].numpy()
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("blend", [None, "linear"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 def test_models_of_other_precisions(dtype: torch.dtype, blend: str | None) -> None:
