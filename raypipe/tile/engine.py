@@ -72,8 +72,9 @@ def infer(
     The model runs as it stands (call ``eval()`` first) and is not changed. prepare and after work
     pixel by pixel; their code, or their pickled form, tells results apart.
 
-    Raises ConfigError when ``out`` is what is read, InputError when prepare or after is seen not to be
-    pointwise, or tiles cannot equal the whole image and no ``blend`` is asked for, and what ``TileRun.open`` raises; MemoryBudgetExceeded, WorkerFailed.
+    Raises ConfigError when ``out`` is what is read; InputError when prepare or after is seen not to be
+    pointwise, or tiles cannot equal the whole image and no ``blend`` is asked for; what ``TileRun.open``
+    raises; MemoryBudgetExceeded, WorkerFailed.
     """
     started, kind = time.monotonic(), kind_of(out)
     check_apart(source, out)

@@ -42,5 +42,5 @@ def check_apart(source: Any, out: Path) -> None:
     """Raises ConfigError when writing ``out`` would destroy what is read."""
     for path in files_of(source):
         around = [path, *path.parents] if out.is_dir() else [path]
-        if out.exists() and any(p.exists() and os.path.samefile(p, out) for p in around):
+        if out.exists() and any(p.exists() and p.samefile(out) for p in around):
             raise ConfigError(f"output {out} is the input itself; choose another name")

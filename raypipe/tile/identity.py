@@ -33,7 +33,7 @@ def digest_of_model(model: nn.Module) -> str:
 
 
 def digest_of_function(function: Any) -> str:
-    """"" for None. Raises ConfigError for a callable that can be neither read nor pickled."""
+    """ "" for None. Raises ConfigError for a callable that can be neither read nor pickled."""
     if function is None:
         return ""
     feeder = _Feeder()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import tempfile
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import nn
 
-from raypipe.errors import InputError
+from raypipe.errors import InputError, UnknownName
 from raypipe.runner import LocalRunner, Runner
 from raypipe.tile.config import TileConfig
 from raypipe.tile.engine import infer
@@ -48,8 +49,13 @@ def process_large_image(
 
     Returns an array, (frames, channels, *space) less the axes that there are not: a NumPy array
     without ``output``; of .npy a read-only map; of .zarr the Zarr array; of TIFF ``load_tiff_stack``'s.
-    Raises InputError when the model cannot be tiled exactly, unless ``blend`` is given.
+    Raises UnknownName for another option, InputError when the model cannot be tiled exactly, unless
+    ``blend`` is given.
     """
+    known = [each.name for each in fields(TileConfig)]
+    for name in options:
+        if name not in known:
+            raise UnknownName.of("option", name, known)
     cfg = TileConfig(chunk_size=chunk_size, **options)
     source = open_source(input, dims or _dims(model), axes)
     frames = "F" in source.axes if isinstance(source, ArraySource) else _many(source)

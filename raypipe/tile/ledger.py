@@ -80,8 +80,8 @@ class TileRun:
         self._hold = Hold(self.paths, run_id)
 
     def open(self, *, overwrite: bool = False) -> None:
-        """Take the result over: new, resumed, or ``found`` finished (never to ``overwrite`` it). Raises StoreLocked,
-        FingerprintMismatch, StoreError, NoSpace.
+        """Take the result over: new, resumed, or ``found`` finished (never to ``overwrite`` it).
+        Raises StoreLocked, FingerprintMismatch, StoreError, NoSpace.
         """
         if self._is_finished(overwrite):
             self.found, self.done[:], self.kept = True, True, len(self.done)

@@ -189,7 +189,9 @@ def open_source(given: Any, dims: int, axes: str | None = None) -> Source:
     if callable(getattr(given, "read", None)) and len(given.shape) in (3, 4) and axes is None:
         return StackSource(given, volume=dims == 3)
     if callable(getattr(given, "read", None)) and axes is not None:
-        raise ConfigError(f"axes {axes!r} are of arrays and TIFF; leave them out for a {type(given).__name__}")
+        raise ConfigError(
+            f"axes {axes!r} are of arrays and TIFF; leave them out for a {type(given).__name__}"
+        )
     if not all(hasattr(given, name) for name in ("shape", "dtype", "__getitem__")):
         raise InputError(
             f"input is a {type(given).__name__}: give a path, or an array (shape, dtype, slicing)"
@@ -235,6 +237,11 @@ def _open_path(path: Path) -> Any:
         return open_array(path)
     if path.suffix == ".zarr":
         return _open_zarr(path)
+    if path.is_dir():
+        raise InputError(
+            f"input {path} is a folder; give one of its files, or for a stack in TIFF files "
+            "raypipe.load_tiff_stack(folder)"
+        )
     from raypipe.read.source2d import open_image
 
     return open_image(path)

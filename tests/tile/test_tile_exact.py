@@ -134,7 +134,9 @@ def test_models_of_other_precisions(dtype: torch.dtype, blend: str | None) -> No
     got = raypipe.process_large_image(image, model, 32, **options)
     with torch.inference_mode():
         wanted = model(torch.from_numpy(image)[None, None].to(dtype))[0, 0].double().numpy()
-    assert got.dtype == (np.float32 if dtype == torch.bfloat16 else wanted.astype(str(dtype)[6:]).dtype)
+    assert got.dtype == (
+        np.float32 if dtype == torch.bfloat16 else wanted.astype(str(dtype)[6:]).dtype
+    )
     eps = 1e-3 if dtype == torch.float16 else 1e-6
     atol = 0 if blend is None else eps * np.abs(wanted).max()
     np.testing.assert_allclose(got.astype(np.float64), wanted, rtol=0, atol=atol)

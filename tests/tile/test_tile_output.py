@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 
 import raypipe
-from raypipe.errors import ConfigError, MissingInput
+from raypipe.errors import ConfigError, InputError, MissingInput, UnknownName
 from raypipe.tile.bigtiff import BigTiff
 from raypipe.tile.grid import TileGrid
 from raypipe.tile.output import OutputSpec, create, open_output
@@ -84,6 +84,20 @@ def test_an_unknown_kind_of_output_is_refused() -> None:
         raypipe.process_large_image(np.zeros((9, 9), "f4"), nn.Conv2d(1, 1, 1), 8, "out.png")
 
 
+def test_an_unknown_option_is_named_with_the_nearest() -> None:
+    with pytest.raises(UnknownName, match="unknown option 'overlaps'; nearest: overlap"):
+        raypipe.process_large_image(np.zeros((9, 9), "f4"), nn.Conv2d(1, 1, 1), 8, overlaps=3)
+
+
+def test_a_folder_is_no_image_but_a_stack_of_its_files_is(tmp_path: Path) -> None:
+    for k in range(2):
+        tifffile.imwrite(tmp_path / f"{k}.tif", np.full((40, 33), k, np.uint8))
+    with pytest.raises(InputError, match=r"is a folder; give one of its files.*load_tiff_stack"):
+        open_source(tmp_path, 2)
+    source = open_source(raypipe.load_tiff_stack(tmp_path), 2)
+    assert source.frames == 2 and source.space == (40, 33)
+
+
 def test_a_map_travels_as_its_path(tmp_path: Path) -> None:
     whole = np.arange(200_000, dtype=np.float32).reshape(400, 500)
     np.save(tmp_path / "a.npy", whole)
@@ -122,7 +136,7 @@ def test_a_hyperstack_is_read_by_its_named_axes(tmp_path: Path) -> None:
     frames = np.random.default_rng(1).integers(0, 99, (2, 5, 3, 40, 33), np.uint8)  # T Z C Y X
     path = tmp_path / "in.tif"
     tifffile.imwrite(path, frames, imagej=True)
-    with pytest.raises(ConfigError, match="a TIFF of axes TZCYX .* is not one volume; name them"):
+    with pytest.raises(ConfigError, match=r"a TIFF of axes TZCYX .* is not one volume; name them"):
         open_source(path, 3)
     source = pickle.loads(pickle.dumps(open_source(path, 3, "FZCYX")))
     assert (source.frames, source.channels, source.space) == (2, 3, (5, 40, 33))
