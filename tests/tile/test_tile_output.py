@@ -90,12 +90,12 @@ def test_an_unknown_option_is_named_with_the_nearest() -> None:
 
 
 def test_a_folder_is_no_image_but_a_stack_of_its_files_is(tmp_path: Path) -> None:
-    for k in range(2):
+    for k in range(6):
         tifffile.imwrite(tmp_path / f"{k}.tif", np.full((40, 33), k, np.uint8))
     with pytest.raises(InputError, match=r"is a folder; give one of its files.*load_tiff_stack"):
         open_source(tmp_path, 2)
     source = open_source(raypipe.load_tiff_stack(tmp_path), 2)
-    assert source.frames == 2 and source.space == (40, 33)
+    assert source.frames == 6 and source.space == (40, 33)
 
 
 def test_a_map_travels_as_its_path(tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def test_an_input_that_changed_anywhere_is_another(tmp_path: Path, kind: str) ->
     path, pixels = tmp_path / "in.npy", image()
 
     def once() -> None:
-        given = {"file": path, "map": path and np.load(path, mmap_mode="r"), "memory": pixels}
+        given = {"file": path, "map": np.load(path, mmap_mode="r"), "memory": pixels}
         raypipe.process_large_image(
             given[kind], Slow(), 70, tmp_path / "out.npy", halo=1, align=1, axes="YX"
         )
