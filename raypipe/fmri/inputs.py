@@ -32,7 +32,7 @@ from raypipe.read.runfiles import RunFiles, bare, check_subjects, without_zeros
 from raypipe.read.runtable import read_run_table, table_subjects
 from raypipe.store.voxels import find
 
-RESULT_FORMAT = 1  # a higher one computes finished units anew
+RESULT_FORMAT = 2  # a higher one computes finished units anew
 
 
 @dataclass(frozen=True, kw_only=True)

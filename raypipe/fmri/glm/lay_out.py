@@ -36,7 +36,7 @@ from raypipe.runner import Machines
 from raypipe.store.voxels import BLOCK_BYTES
 from raypipe.units import format_bytes, format_seconds
 
-RESULT_FORMAT = 1  # a higher one computes finished units anew
+RESULT_FORMAT = 2  # a higher one computes finished units anew
 # What the units' numbers depend on; block_memory and where things lie are none of it.
 _OPTIONS = (
     *("method", "contrast", "keep", "others", "label_column", "rest", "hrf", "drift", "drift_hz"),
