@@ -26,7 +26,7 @@ from raypipe.fmri.rois import Regions, common, find_regions, roi_files
 from raypipe.fmri.samples import design_of, label_files
 from raypipe.fmri.units import RoiSpec, Target, Unit, slug
 from raypipe.read.bids import find_runs, tree_subjects
-from raypipe.read.confounds import confounds_file
+from raypipe.read.confounds import confounds_files
 from raypipe.read.nifti import Scan, content_sample, open_scan
 from raypipe.read.runfiles import RunFiles, bare, check_subjects, without_zeros
 from raypipe.read.runtable import read_run_table, table_subjects
@@ -174,8 +174,7 @@ def with_t_r(config: CleanConfig, tr_s: float | None) -> CleanConfig:
 def small_files(cfg: FmriConfig, spec: RoiSpec, run: RunFiles) -> list[Path]:
     """The files beside the scan and its brain mask that the numbers of ``spec`` in ``run`` come from."""
     found = roi_files(spec, run)
-    if (confounds := confounds_file(run, cfg.confounds)) is not None:
-        found.append(confounds)
+    found += confounds_files(run, cfg.confounds)
     if isinstance(cfg, MvpaJobConfig):
         found.append(label_files(cfg, run))
     return found
