@@ -25,7 +25,7 @@ from raypipe.fmri.plan import ScanFacts, UnitFacts
 from raypipe.fmri.rois import Regions, common, find_regions, roi_files
 from raypipe.fmri.samples import design_of, label_files
 from raypipe.fmri.units import RoiSpec, Target, Unit, slug
-from raypipe.read.bids import find_runs, tree_subjects
+from raypipe.read.bids import NATIVE, find_runs, tree_subjects
 from raypipe.read.confounds import confounds_files
 from raypipe.read.nifti import Scan, content_sample, open_scan
 from raypipe.read.runfiles import RunFiles, bare, check_subjects, without_zeros
@@ -129,6 +129,20 @@ def look_at(
         units=tuple(units),
         failed=tuple(bad),
     )
+
+
+def check_alike(cfg: FmriConfig, subjects: Sequence[SubjectInputs]) -> None:
+    """Raises InputError when subjects differ in space, or in a BIDS tree in task: they enter one group.
+
+    ``find_runs`` is asked for a subject at a time, and so cannot see it.
+    """
+    runs = [run for subject in subjects for run in subject.runs]
+    has = {"space": {run.space or NATIVE for run in runs}}
+    if cfg.table is None:  # a table says itself which tasks go together
+        has["task"] = {run.task or "none" for run in runs}
+    for key, values in has.items():
+        if len(values) > 1:
+            raise InputError(f"subjects differ in {key}: {', '.join(sorted(values))}; choose one by --{key}")
 
 
 def regions_of(

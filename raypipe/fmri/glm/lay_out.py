@@ -21,7 +21,15 @@ from raypipe.fmri.glm.estimate import events_of
 from raypipe.fmri.glm.items import BetaItem
 from raypipe.fmri.glm.job import BetasConfig
 from raypipe.fmri.glm.trials import chosen
-from raypipe.fmri.inputs import SubjectInputs, digest, look_at, one_line, run_stem, subjects_of
+from raypipe.fmri.inputs import (
+    SubjectInputs,
+    check_alike,
+    digest,
+    look_at,
+    one_line,
+    run_stem,
+    subjects_of,
+)
 from raypipe.fmri.ledger import DONE, Ledger
 from raypipe.fmri.masks import Grid
 from raypipe.fmri.plan import BASE_BYTES, Decision, ScanFacts, decide, way_of
@@ -84,6 +92,7 @@ def lay_out(cfg: FmriConfig, memory: ResolvedMemory, machines: Machines) -> Beta
     rois = wanted_rois(cfg)
     with ThreadPoolExecutor(LOOKING) as threads:
         subjects = list(threads.map(lambda name: look_at(cfg, name, rois, ()), subjects_of(cfg)))
+    check_alike(cfg, subjects)
     fits: list[Fit] = []
     failed: list[tuple[Unit, str]] = []
     for subject in subjects:
