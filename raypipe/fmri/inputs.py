@@ -1,7 +1,7 @@
 """What each subject has, from headers and small files alone: scans, regions, samples, and unit keys.
 
-No scan is read here. What cannot be used ends the units that need it, each with its reason, and no
-others: a subject's missing file its own, a bad region that region's.
+No scan is unpacked here; a plain .nii is read once, for its hash. What cannot be used ends the units that
+need it, each with its reason, and no others: a subject's missing file its own, a bad region that region's.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from raypipe.read.runfiles import RunFiles, bare, check_subjects, without_zeros
 from raypipe.read.runtable import read_run_table, table_subjects
 from raypipe.store.voxels import find
 
+_CHUNK_BYTES = 8 << 20
 RESULT_FORMAT = 2  # a higher one computes finished units anew
 
 
@@ -142,7 +143,9 @@ def check_alike(cfg: FmriConfig, subjects: Sequence[SubjectInputs]) -> None:
         has["task"] = {run.task or "none" for run in runs}
     for key, values in has.items():
         if len(values) > 1:
-            raise InputError(f"subjects differ in {key}: {', '.join(sorted(values))}; choose one by --{key}")
+            raise InputError(
+                f"subjects differ in {key}: {', '.join(sorted(values))}; choose one by --{key}"
+            )
 
 
 def regions_of(
@@ -192,6 +195,23 @@ def small_files(cfg: FmriConfig, spec: RoiSpec, run: RunFiles) -> list[Path]:
     if isinstance(cfg, MvpaJobConfig):
         found.append(label_files(cfg, run))
     return found
+
+
+def content_of(scan: Scan) -> str:
+    """32 hex digits, of all content of ``scan``: a packed one's sample holds its checksum."""
+    if scan.compressed:
+        return content_sample(scan.path, scan.size_bytes)
+    return _whole(scan.path, scan.size_bytes, scan.mtime_ns)
+
+
+@functools.lru_cache(maxsize=4096)
+def _whole(path: Path, size_bytes: int, mtime_ns: int) -> str:
+    """Of a plain .nii: a sample would miss a volume that was mended."""
+    hasher = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while part := file.read(_CHUNK_BYTES):
+            hasher.update(part)
+    return str(hasher.hexdigest())
 
 
 def digest(path: Path) -> str:
@@ -307,7 +327,7 @@ def _source(scan: Scan, run: RunFiles) -> dict[str, Any]:
     return {
         "size_bytes": scan.size_bytes,
         "header": scan.header_hash,
-        "sample": content_sample(scan.path, scan.size_bytes),
+        "sample": content_of(scan),
         "mask": None if run.mask is None else digest(run.mask),
     }
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import nibabel
+import numpy as np
 import pytest
 
 from raypipe.errors import InputError
 from raypipe.fmri.config import RoiConfig
-from raypipe.fmri.inputs import SubjectInputs, check_alike
+from raypipe.fmri.inputs import SubjectInputs, check_alike, content_of
+from raypipe.read.nifti import content_sample, open_scan
 from raypipe.read.runfiles import RunFiles
 
 
@@ -30,3 +33,22 @@ def test_subjects_of_one_group_are_of_one_space_and_task() -> None:
     with pytest.raises(InputError, match="differ in task: look, rest; choose one by --task"):
         check_alike(tree, [mni, other])
     check_alike(RoiConfig(table=Path("runs.csv"), run_dir=Path("run")), [mni, other])
+
+
+@pytest.mark.parametrize("name", ["bold.nii", "bold.nii.gz"])
+def test_a_mended_value_changes_what_a_scan_is_known_by(tmp_path: Path, name: str) -> None:
+    """2 MiB, of which a sample holds half: one volume's value is mended where no sample lies."""
+    path, values = tmp_path / name, np.ones((16, 16, 16, 256), np.int16)
+    nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), path)
+    scan = open_scan(path)
+    before, sample = content_of(scan), content_sample(path, scan.size_bytes)
+    assert content_of(open_scan(path)) == before
+    if not scan.compressed:
+        with path.open("r+b") as file:
+            file.seek(100_000)
+            file.write(b"\x05")
+        assert content_sample(path, scan.size_bytes) == sample  # it cannot tell
+    else:
+        values[8, 8, 8, 128] = 5
+        nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), path)
+    assert content_of(open_scan(path)) != before
