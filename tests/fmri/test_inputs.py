@@ -7,12 +7,16 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+from run_kit import mvpa_config, roi_config
 
 from raypipe.errors import InputError
 from raypipe.fmri.config import RoiConfig
 from raypipe.fmri.inputs import SubjectInputs, check_alike, content_of
+from raypipe.fmri.rois import wanted_rois
+from raypipe.fmri.series import Subject
 from raypipe.read.nifti import content_sample, open_scan
 from raypipe.read.runfiles import RunFiles
+from raypipe.read.runtable import read_run_table
 
 
 def _subject(name: str, **more: str | None) -> SubjectInputs:
@@ -52,3 +56,19 @@ def test_a_mended_value_changes_what_a_scan_is_known_by(tmp_path: Path, name: st
         values[8, 8, 8, 128] = 5
         nibabel.save(nibabel.Nifti1Image(values, np.eye(4)), path)
     assert content_of(open_scan(path)) != before
+
+
+def test_runs_of_two_repetition_times_are_no_fault_of_time_series(table: Path) -> None:
+    """Each run is cleaned by its own header; only decoding has one delay for all."""
+    runs = read_run_table(table, ("01",))
+    image = nibabel.load(runs[1].bold)
+    image.header.set_zooms((3.0, 3.0, 3.0, 1.5))
+    nibabel.Nifti1Image(np.asarray(image.dataobj), image.affine, image.header).to_filename(
+        runs[1].bold
+    )
+    assert [scan.tr_s for scan in (open_scan(run.bold) for run in runs)] == [2.0, 1.5, 2.0]
+    series = roi_config(table, table.parent / "run")
+    assert len(Subject.open(series, runs, wanted_rois(series)).scans) == 3
+    decoded = mvpa_config(table, table.parent / "run")
+    with pytest.raises(InputError, match=r"different TRs, 1\.5, 2 s"):
+        Subject.open(decoded, runs, wanted_rois(decoded))
