@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -10,9 +12,14 @@ import pytest
 from run_kit import mvpa_config, roi_config
 
 from raypipe.errors import InputError
-from raypipe.fmri.config import RoiConfig
+from raypipe.fmri import prepare
+from raypipe.fmri.config import MvpaJobConfig, RoiConfig
+from raypipe.fmri.glm import lay_out as betas_lay_out
+from raypipe.fmri.glm.job import BetasConfig
 from raypipe.fmri.inputs import SubjectInputs, check_alike, content_of
 from raypipe.fmri.rois import wanted_rois
+from raypipe.fmri.searchlight import lay_out as light_lay_out
+from raypipe.fmri.searchlight.job import SearchlightJobConfig
 from raypipe.fmri.series import Subject
 from raypipe.read.nifti import content_sample, open_scan
 from raypipe.read.runfiles import RunFiles
@@ -37,6 +44,26 @@ def test_subjects_of_one_group_are_of_one_space_and_task() -> None:
     with pytest.raises(InputError, match="differ in task: look, rest; choose one by --task"):
         check_alike(tree, [mni, other])
     check_alike(RoiConfig(table=Path("runs.csv"), run_dir=Path("run")), [mni, other])
+
+
+@pytest.mark.parametrize("verb", ["mvpa", "searchlight", "betas"])
+def test_every_plan_refuses_subjects_of_two_spaces(
+    verb: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    where = {"bids_dir": tmp_path, "run_dir": tmp_path / "run", "cache_dir": tmp_path / "cache"}
+    found = {"01": _subject("01", space="MNI152"), "02": _subject("02", space="T1w")}
+    module = {"mvpa": prepare, "searchlight": light_lay_out, "betas": betas_lay_out}[verb]
+    monkeypatch.setattr(module, "subjects_of", lambda cfg: tuple(found))
+    monkeypatch.setattr(module, "look_at", lambda cfg, name, rois, targets: found[name])
+    made: dict[str, Callable[[], Any]] = {
+        "mvpa": lambda: prepare.make_plan(MvpaJobConfig(**where, delay_s=0.0), None, None),
+        "searchlight": lambda: light_lay_out.lay_out(
+            SearchlightJobConfig(**where, delay_s=0.0), None, None
+        ),
+        "betas": lambda: betas_lay_out.lay_out(BetasConfig(**where), None, None),
+    }
+    with pytest.raises(InputError, match="subjects differ in space: MNI152, T1w"):
+        made[verb]()
 
 
 @pytest.mark.parametrize("name", ["bold.nii", "bold.nii.gz"])
