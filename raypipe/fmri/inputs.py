@@ -19,6 +19,7 @@ from raypipe import config as configs
 from raypipe.errors import InputError, MissingInput
 from raypipe.fmri.clean import CleanConfig
 from raypipe.fmri.config import FmriConfig, MvpaJobConfig, RoiConfig
+from raypipe.fmri.content import content_of, digest
 from raypipe.fmri.masks import Grid
 from raypipe.fmri.mvpa import Design, make_folds
 from raypipe.fmri.plan import ScanFacts, UnitFacts
@@ -27,12 +28,11 @@ from raypipe.fmri.samples import design_of, label_files
 from raypipe.fmri.units import RoiSpec, Target, Unit, slug
 from raypipe.read.bids import NATIVE, find_runs, tree_subjects
 from raypipe.read.confounds import confounds_files
-from raypipe.read.nifti import Scan, content_sample, open_scan
+from raypipe.read.nifti import Scan, open_scan
 from raypipe.read.runfiles import RunFiles, bare, check_subjects, without_zeros
 from raypipe.read.runtable import read_run_table, table_subjects
 from raypipe.store.voxels import find
 
-_CHUNK_BYTES = 8 << 20
 RESULT_FORMAT = 2  # a higher one computes finished units anew
 
 
@@ -195,35 +195,6 @@ def small_files(cfg: FmriConfig, spec: RoiSpec, run: RunFiles) -> list[Path]:
     if isinstance(cfg, MvpaJobConfig):
         found.append(label_files(cfg, run))
     return found
-
-
-def content_of(scan: Scan) -> str:
-    """32 hex digits, of all content of ``scan``: a packed one's sample holds its checksum."""
-    if scan.compressed:
-        return content_sample(scan.path, scan.size_bytes)
-    return _whole(scan.path, scan.size_bytes, scan.mtime_ns)
-
-
-@functools.lru_cache(maxsize=4096)
-def _whole(path: Path, size_bytes: int, mtime_ns: int) -> str:
-    """Of a plain .nii: a sample would miss a volume that was mended."""
-    hasher = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while part := file.read(_CHUNK_BYTES):
-            hasher.update(part)
-    return str(hasher.hexdigest())
-
-
-def digest(path: Path) -> str:
-    """xxh3_128 of all bytes of a small file."""
-    stat = path.stat()
-    return _digest(path, stat.st_size, stat.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=4096)
-def _digest(path: Path, size_bytes: int, mtime_ns: int) -> str:
-    """size_bytes, mtime_ns : so that a file which changes under a long-lived process is read again."""
-    return str(xxhash.xxh3_128_hexdigest(path.read_bytes()))
 
 
 def _given(path: Path | None) -> Path:

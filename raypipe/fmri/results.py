@@ -17,7 +17,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raypipe.fmri.config import FmriConfig
-from raypipe.fmri.inputs import content_of, digest, run_stem, small_files
+from raypipe.fmri.content import content_of, digest
+from raypipe.fmri.inputs import run_stem, small_files
 from raypipe.fmri.ledger import write_whole
 from raypipe.fmri.mvpa import MvpaResult
 from raypipe.fmri.series import Joined, RunSeries, Subject

@@ -14,9 +14,10 @@ from run_kit import mvpa_config, roi_config
 from raypipe.errors import InputError
 from raypipe.fmri import prepare
 from raypipe.fmri.config import MvpaJobConfig, RoiConfig
+from raypipe.fmri.content import content_of
 from raypipe.fmri.glm import lay_out as betas_lay_out
 from raypipe.fmri.glm.job import BetasConfig
-from raypipe.fmri.inputs import SubjectInputs, check_alike, content_of
+from raypipe.fmri.inputs import SubjectInputs, check_alike
 from raypipe.fmri.rois import wanted_rois
 from raypipe.fmri.searchlight import lay_out as light_lay_out
 from raypipe.fmri.searchlight.job import SearchlightJobConfig

@@ -16,6 +16,7 @@ import xxhash
 from raypipe import config as configs
 from raypipe.errors import InputError
 from raypipe.fmri.config import FmriConfig
+from raypipe.fmri.content import digest
 from raypipe.fmri.glm.blocks import block_bytes_at_most
 from raypipe.fmri.glm.estimate import events_of
 from raypipe.fmri.glm.items import BetaItem
@@ -24,7 +25,6 @@ from raypipe.fmri.glm.trials import chosen
 from raypipe.fmri.inputs import (
     SubjectInputs,
     check_alike,
-    digest,
     look_at,
     one_line,
     run_stem,
