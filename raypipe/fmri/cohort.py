@@ -20,13 +20,15 @@ from raypipe.fmri.ledger import write_whole
 from raypipe.report.saved import write_json
 
 LEAST = 2  # subjects for a test
+_AGREE = 1e-6  # scores that differ less are the same
 
 
 def group_rows(records: Sequence[Mapping[str, Any]], *, seed: int = 0) -> list[dict[str, Any]]:
     """A row for each (roi, target, score) of the records of done units, in their order.
 
     t, p : one-sided, score above chance; p_flip : by sign flips; q, q_flip : false discovery rate over
-    the rows of one score. NaN where fewer than two subjects have the score.
+    the rows of one score. NaN where fewer than two subjects have the score. Where all subjects agree
+    there is no t (NaN), and p is that by sign flips.
     """
     groups: dict[tuple[str, str, str], list[tuple[str, float, float]]] = {}
     for record in records:
@@ -66,6 +68,13 @@ def _row(
     if len(values) < LEAST:
         return row
     above = scores - chances
+    if above.std() < _AGREE:
+        # Coarse scores can agree to the digit: t divides by what rounding leaves, and its p would be 0.
+        same = np.full(
+            len(above), np.sign(round(float(above.mean()), 6))
+        )  # flips are free of scale
+        p = float(sign_flip(same, seed=seed).p[0])
+        return row | {"p": p, "p_flip": p}
     student, flipped = one_sample_t(above), sign_flip(above, seed=seed)
     return row | {
         "t": float(student.t[0]),
@@ -94,7 +103,8 @@ def lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         text = f"{row['roi']} {row['target']} {row['score']}: {row['mean']:.3f}"
         text += f" (chance {row['chance']:.3f}, {row['n_subjects']} subject(s)"
         if not math.isnan(row["p"]):
-            text += f", t {row['t']:.2f}, p {row['p']:.2g}, sign flips {row['p_flip']:.2g}"
+            text += ", all agree" if math.isnan(row["t"]) else f", t {row['t']:.2f}"
+            text += f", p {row['p']:.2g}, sign flips {row['p_flip']:.2g}"
             text += f", FDR {row['q']:.2g}"
         told.append(text + ")")
     return told

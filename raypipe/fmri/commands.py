@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raypipe import config as configs
-from raypipe.errors import InputError, RaypipeError, ResourceError, WorkerFailed
+from raypipe.errors import ConfigError, InputError, RaypipeError, ResourceError, WorkerFailed
 from raypipe.fmri.cohort import group_rows, lines, save_group
 from raypipe.fmri.config import FmriConfig, MvpaJobConfig, RoiConfig, absolute
 from raypipe.fmri.ledger import DONE, Ledger, write_whole
@@ -32,7 +32,7 @@ from raypipe.fmri.work import Outcome, Shared, WorkerSetup
 from raypipe.memory.config import ResolvedMemory
 from raypipe.progress import Progress
 from raypipe.provenance import run_record
-from raypipe.report.saved import RUN_FILE, write_json
+from raypipe.report.saved import RUN_FILE, read_run, write_json
 from raypipe.runner import LocalRunner, Machines, Needs, Prospect, Runner
 from raypipe.store import require_space
 from raypipe.store.durable import make_dirs
@@ -98,6 +98,7 @@ def _needs(plan: Any) -> Needs:
 
 
 def _in_folder(cfg: FmriConfig, runner: Runner, plan: Any, verb: Verb, needs: Needs) -> FmriSummary:
+    check_kind(cfg, verb.kind)
     record = run_record(cfg) | {
         "kind": verb.kind,
         "memory": runner.memory.record(),
@@ -126,6 +127,17 @@ def _in_folder(cfg: FmriConfig, runner: Runner, plan: Any, verb: Verb, needs: Ne
     print(f"report: {write_report(cfg.run_dir)}")
     _raise_if_failed(cfg, summary)
     return summary
+
+
+def check_kind(cfg: FmriConfig, kind: str) -> None:
+    """Raises ConfigError where the run folder has another command's results: names would collide."""
+    if not (cfg.run_dir / RUN_FILE).is_file():
+        return
+    held_kind = read_run(cfg.run_dir).get("kind", kind)
+    if held_kind != kind:
+        raise ConfigError(
+            f"{cfg.run_dir} holds results of {held_kind}; give {kind} a --run-dir of its own"
+        )
 
 
 def _notes(cfg: FmriConfig) -> list[str]:

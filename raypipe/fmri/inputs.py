@@ -1,7 +1,7 @@
 """What each subject has, from headers and small files alone: scans, regions, samples, and unit keys.
 
-No scan is read here. What cannot be used ends the units that need it, each with its reason, and no
-others: a subject's missing file its own, a bad region that region's.
+No scan is unpacked here; a plain .nii is read once, for its hash. What cannot be used ends the units that
+need it, each with its reason, and no others: a subject's missing file its own, a bad region that region's.
 """
 
 from __future__ import annotations
@@ -19,20 +19,21 @@ from raypipe import config as configs
 from raypipe.errors import InputError, MissingInput
 from raypipe.fmri.clean import CleanConfig
 from raypipe.fmri.config import FmriConfig, MvpaJobConfig, RoiConfig
+from raypipe.fmri.content import content_of, digest
 from raypipe.fmri.masks import Grid
 from raypipe.fmri.mvpa import Design, make_folds
 from raypipe.fmri.plan import ScanFacts, UnitFacts
 from raypipe.fmri.rois import Regions, common, find_regions, roi_files
 from raypipe.fmri.samples import design_of, label_files
 from raypipe.fmri.units import RoiSpec, Target, Unit, slug
-from raypipe.read.bids import find_runs, tree_subjects
-from raypipe.read.confounds import confounds_file
-from raypipe.read.nifti import Scan, content_sample, open_scan
+from raypipe.read.bids import NATIVE, find_runs, tree_subjects
+from raypipe.read.confounds import confounds_files
+from raypipe.read.nifti import Scan, open_scan
 from raypipe.read.runfiles import RunFiles, bare, check_subjects, without_zeros
 from raypipe.read.runtable import read_run_table, table_subjects
 from raypipe.store.voxels import find
 
-RESULT_FORMAT = 1  # a higher one computes finished units anew
+RESULT_FORMAT = 2  # a higher one computes finished units anew
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +132,22 @@ def look_at(
     )
 
 
+def check_alike(cfg: FmriConfig, subjects: Sequence[SubjectInputs]) -> None:
+    """Raises InputError when subjects differ in space, or in a BIDS tree in task: they enter one group.
+
+    ``find_runs`` is asked for a subject at a time, and so cannot see it.
+    """
+    runs = [run for subject in subjects for run in subject.runs]
+    has = {"space": {run.space or NATIVE for run in runs}}
+    if cfg.table is None:  # a table says itself which tasks go together
+        has["task"] = {run.task or "none" for run in runs}
+    for key, values in has.items():
+        if len(values) > 1:
+            raise InputError(
+                f"subjects differ in {key}: {', '.join(sorted(values))}; choose one by --{key}"
+            )
+
+
 def regions_of(
     cfg: FmriConfig,
     rois: Sequence[RoiSpec],
@@ -174,23 +191,10 @@ def with_t_r(config: CleanConfig, tr_s: float | None) -> CleanConfig:
 def small_files(cfg: FmriConfig, spec: RoiSpec, run: RunFiles) -> list[Path]:
     """The files beside the scan and its brain mask that the numbers of ``spec`` in ``run`` come from."""
     found = roi_files(spec, run)
-    if (confounds := confounds_file(run, cfg.confounds)) is not None:
-        found.append(confounds)
+    found += confounds_files(run, cfg.confounds)
     if isinstance(cfg, MvpaJobConfig):
         found.append(label_files(cfg, run))
     return found
-
-
-def digest(path: Path) -> str:
-    """xxh3_128 of all bytes of a small file."""
-    stat = path.stat()
-    return _digest(path, stat.st_size, stat.st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=4096)
-def _digest(path: Path, size_bytes: int, mtime_ns: int) -> str:
-    """size_bytes, mtime_ns : so that a file which changes under a long-lived process is read again."""
-    return str(xxhash.xxh3_128_hexdigest(path.read_bytes()))
 
 
 def _given(path: Path | None) -> Path:
@@ -294,7 +298,7 @@ def _source(scan: Scan, run: RunFiles) -> dict[str, Any]:
     return {
         "size_bytes": scan.size_bytes,
         "header": scan.header_hash,
-        "sample": content_sample(scan.path, scan.size_bytes),
+        "sample": content_of(scan),
         "mask": None if run.mask is None else digest(run.mask),
     }
 

@@ -13,7 +13,7 @@ from functools import partial
 
 from raypipe.errors import InputError
 from raypipe.fmri.config import FmriConfig, MvpaJobConfig
-from raypipe.fmri.inputs import SubjectInputs, look_at, subjects_of
+from raypipe.fmri.inputs import SubjectInputs, check_alike, look_at, subjects_of
 from raypipe.fmri.ledger import DONE, Ledger
 from raypipe.fmri.plan import (
     Batch,
@@ -79,6 +79,7 @@ def make_plan(cfg: FmriConfig, memory: ResolvedMemory, machines: Machines) -> Pl
     with ThreadPoolExecutor(LOOKING) as threads:
         found = threads.map(lambda name: look_at(cfg, name, rois, targets), subjects_of(cfg))
         subjects = tuple(found)
+    check_alike(cfg, subjects)
     units = [unit for subject in subjects for unit, _ in subject.units]
     failed = [one for subject in subjects for one in subject.failed]
     check_distinct([*units, *(unit for unit, _ in failed)])

@@ -17,12 +17,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raypipe.fmri.config import FmriConfig
-from raypipe.fmri.inputs import digest, run_stem, small_files
+from raypipe.fmri.content import content_of, digest
+from raypipe.fmri.inputs import run_stem, small_files
 from raypipe.fmri.ledger import write_whole
 from raypipe.fmri.mvpa import MvpaResult
 from raypipe.fmri.series import Joined, RunSeries, Subject
 from raypipe.fmri.units import RoiSpec, Unit, slug
-from raypipe.read.nifti import Scan, content_sample
+from raypipe.read.nifti import Scan
 from raypipe.read.runfiles import RunFiles
 
 SERIES = "series"
@@ -119,7 +120,7 @@ def source_of(cfg: FmriConfig, scan: Scan, run: RunFiles, spec: RoiSpec) -> dict
         "bold": str(scan.path),
         "size_bytes": scan.size_bytes,
         "header": scan.header_hash,
-        "sample": content_sample(scan.path, scan.size_bytes),
+        "sample": content_of(scan),
         "shape": list(scan.shape),
         "dtype": scan.dtype.str,
         "slope": scan.slope,

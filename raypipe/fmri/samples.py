@@ -5,6 +5,7 @@ Volumes are counted over all scans of a subject put end to end. The design itsel
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -102,10 +103,11 @@ def _numbered(names: NDArray[np.str_]) -> NDArray[np.int64]:
 
 
 def _delay_volumes(cfg: MvpaJobConfig, t_r_s: float | None) -> int:
+    """As ``design_of_events``: a volume is of what was on ``delay_s`` before the middle of it."""
     delay_s = cfg.delay_s or 0.0
     if delay_s == 0:
         return 0
-    return round(delay_s / known_t_r(t_r_s))
+    return max(0, math.ceil(delay_s / known_t_r(t_r_s) - 0.5 - 1e-9))  # less what division rounds
 
 
 def _of_events(

@@ -32,7 +32,7 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Subject:
-    """A subject's runs, opened. scans, regions : one a run; t_r_s : None where no header tells."""
+    """A subject's runs, opened. scans, regions : a run; t_r_s : of decoding; None where no header tells."""
 
     runs: tuple[RunFiles, ...]
     scans: tuple[Scan, ...]
@@ -44,7 +44,9 @@ class Subject:
         """Headers and masks; no scan is read."""
         scans = tuple(open_scan(run.bold) for run in runs)
         regions = tuple(regions_of(cfg, rois, runs, scans))
-        return cls(runs=tuple(runs), scans=scans, regions=regions, t_r_s=t_r_of(cfg, scans))
+        # Runs of other TRs are no fault where each stands for itself; decoding has one delay for all.
+        t_r_s = t_r_of(cfg, scans) if isinstance(cfg, MvpaJobConfig) else None
+        return cls(runs=tuple(runs), scans=scans, regions=regions, t_r_s=t_r_s)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -27,8 +27,8 @@ def save_weights(run_dir: Path, unit: Unit, subject: Subject, found: Weights | N
     """Write both maps of ``unit``, on the grid of its first run; for None, older ones go."""
     folder = run_dir / "maps"
     if found is None:
-        remove(folder.glob(f"{unit.unit_id}_*.nii.gz"))
-        remove(folder.glob(f"{unit.unit_id}_*.json"))
+        for kind in _KINDS:  # and no other map that begins alike
+            remove(folder.glob(f"{unit.unit_id}_{kind}.*"))
         return []
     grid, voxels = Grid.of(subject.scans[0]), subject.regions[0].voxels[unit.roi]
     files: list[Path] = []

@@ -40,6 +40,9 @@ from raypipe.memory.policy import Throttle
 from raypipe.read.runfiles import RunFiles
 from raypipe.runner import Done
 
+_OF_CODE = (DeprecationWarning, PendingDeprecationWarning, FutureWarning, ResourceWarning)
+_LIBRARY_CHARS = 160
+
 
 @dataclass(frozen=True, kw_only=True)
 class Shared:
@@ -77,16 +80,31 @@ class Notes:
 
     warnings: list[str] = field(default_factory=list)
     reading: list[str] = field(default_factory=list)
+    _places: set[tuple[str, str, int]] = field(default_factory=set)
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Inside, warnings are noted, each once, instead of printed."""
+        """Inside, warnings are noted, each once, instead of printed.
+
+        Ours in full; a library's, such as that a fit did not converge, by kind and first words, once a
+        line of its code (some tell a number that is another in each fold). Those about code are not for
+        who reads results.
+        """
         with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("default")
+            for kind in _OF_CODE:
+                warnings.simplefilter("ignore", kind)
             warnings.simplefilter("always", RaypipeWarning)
             yield
         for one in caught:
             text = " ".join(str(one.message).split())
-            if issubclass(one.category, RaypipeWarning) and text not in self.warnings:
+            if not issubclass(one.category, RaypipeWarning):
+                place = (one.category.__name__, one.filename, one.lineno)
+                if place in self._places:
+                    continue
+                self._places.add(place)
+                text = f"{one.category.__name__}: {text[:_LIBRARY_CHARS]}"
+            if text not in self.warnings:
                 self.warnings.append(text)
 
 

@@ -121,6 +121,15 @@ def confounds_file(run: RunFiles, config: ConfoundsConfig) -> Path | None:
     return run.confounds
 
 
+def confounds_files(run: RunFiles, config: ConfoundsConfig) -> list[Path]:
+    """All files that ``read_confounds`` will read: the table, and of CompCor which components are whose."""
+    path = confounds_file(run, config)
+    if path is None:
+        return []
+    beside = path.with_suffix(".json")
+    return [path, beside] if "compcor" in config.strategy and beside.is_file() else [path]
+
+
 def _by_column(path: Path, columns: tuple[str, ...]) -> Confounds:
     table = _table(path)
     for name in columns:
@@ -139,6 +148,7 @@ def _by_strategy(run: RunFiles, path: Path, config: ConfoundsConfig) -> Confound
     from nilearn.interfaces.fmriprep import load_confounds
 
     try:
+        _check_own(run, path, config)
         frame, kept = load_confounds(
             str(run.bold),
             strategy=config.strategy,
@@ -164,6 +174,18 @@ def _by_strategy(run: RunFiles, path: Path, config: ConfoundsConfig) -> Confound
         values=frame.to_numpy(np.float64),
         kept=None if kept is None else np.asarray(kept, np.int64),
     )
+
+
+def _check_own(run: RunFiles, path: Path, config: ConfoundsConfig) -> None:
+    """load_confounds looks beside the scan: refuse a run whose table, named elsewhere, is another."""
+    from nilearn.interfaces.fmriprep.load_confounds_utils import get_confounds_file
+
+    aroma = "ica_aroma" in config.strategy and config.ica_aroma == "full"
+    own = Path(get_confounds_file(str(run.bold), flag_full_aroma=aroma, flag_tedana=False))
+    if own.resolve() != path.resolve():
+        raise InputError(
+            f"strategy reads {own}, but {path} is named for {run.name}; name that file, or give --columns"
+        )
 
 
 def _table(path: Path) -> pd.DataFrame:

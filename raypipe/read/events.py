@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 from raypipe.errors import InputError, MissingInput
 
+_MISSING = ["n/a", "", "nan", "NaN"]  # None, null and NA can be names of trial types
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Events:
@@ -27,7 +29,13 @@ def read_events(path: Path, column: str = "trial_type") -> Events:
     if not path.is_file():
         raise MissingInput(f"events {path} do not exist; give the run's events.tsv")
     try:
-        table = pd.read_csv(path, sep="\t" if path.suffix == ".tsv" else ",", na_values="n/a")
+        table = pd.read_csv(
+            path,
+            sep="\t" if path.suffix == ".tsv" else ",",
+            dtype={column: str},  # as they are written: guessed, 1 becomes 1.0 beside an n/a
+            keep_default_na=False,
+            na_values=_MISSING,
+        )
     except ValueError as error:
         raise InputError(f"events {path} are not a readable table: {error}") from error
     for name in ("onset", "duration", column):
@@ -35,10 +43,14 @@ def read_events(path: Path, column: str = "trial_type") -> Events:
             raise InputError(
                 f"events {path} have no column {name}; there are {', '.join(table.columns)}"
             )
+    for name in ("onset", "duration"):
+        table[name] = pd.to_numeric(table[name], errors="coerce")
     table = table[table[column].notna()].sort_values("onset", kind="stable")
     times = table[["onset", "duration"]].to_numpy(np.float64)
     if not np.isfinite(times).all() or (times[:, 1] < 0).any():
-        raise InputError(f"events {path} hold an onset or duration that is missing or negative")
+        raise InputError(
+            f"events {path} hold an onset or duration that is no number, missing or negative; correct it"
+        )
     return Events(
         onset_s=times[:, 0].copy(),
         duration_s=times[:, 1].copy(),

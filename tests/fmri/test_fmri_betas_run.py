@@ -19,13 +19,15 @@ from raypipe.errors import ConfigError, InputError, MemoryBudgetExceeded
 from raypipe.fmri.clean import CleanConfig
 from raypipe.fmri.commands import FmriSummary, mvpa
 from raypipe.fmri.glm import worker as worker_module
+from raypipe.fmri.glm.contrasts import GlmResult
 from raypipe.fmri.glm.items import BetaItem
 from raypipe.fmri.glm.job import BetasConfig
-from raypipe.fmri.glm.outputs import write_volumes
+from raypipe.fmri.glm.outputs import save_contrasts, write_volumes
 from raypipe.fmri.glm.run import betas
 from raypipe.fmri.masks import Grid
 from raypipe.fmri.report import write_report
 from raypipe.fmri.units import Unit
+from raypipe.read.runfiles import RunFiles
 from raypipe.runner import LocalRunner
 
 pytestmark = pytest.mark.usefixtures("no_page")
@@ -233,6 +235,23 @@ def test_what_a_model_cannot_do_is_said_when_it_is_asked(tmp_path: Path) -> None
         ({"method": "conditions", "keep": ("a",)}, "is of trials"),
         ({"hrf": "fir"}, "no single value"),
         ({"method": "conditions", "contrast": ("a=x", "a=y")}, "given twice"),
+        ({"method": "conditions", "contrast": ("a - b", "a + b")}, "two would have the same files"),
     ):
         with pytest.raises(ConfigError, match=words):
             config(tmp_path / "runs.csv", tmp_path / "run", **more)
+
+
+def test_trial_types_whose_maps_would_overwrite_each_other_are_refused(tmp_path: Path) -> None:
+    cfg = config(tmp_path / "runs.csv", tmp_path / "run", method="conditions")
+    one = Unit(subject="01", roi="brain", target="conditions")
+    nothing = np.zeros(0, bool)
+    made = GlmResult(
+        voxels=np.zeros(0, np.int64),
+        maps={"face_1": None, "face 1": None},  # type: ignore[dict-item]
+        constant=nothing,
+        not_finite=nothing,
+        n_runs=1,
+    )
+    grid = Grid(shape=(2, 2, 2), affine=np.eye(4))
+    with pytest.raises(InputError, match=r"face_1, face 1 would have the same files; name one by"):
+        save_contrasts(cfg, one, RunFiles(subject="01", bold=tmp_path / "b.nii"), grid, made)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from raypipe.errors import InputError
+from raypipe.fmri.cohort import group_rows, lines
 from raypipe.fmri.group import false_discovery_rate, one_sample_t, sign_flip
 
 
@@ -87,3 +88,30 @@ def test_undefined_p_values_do_not_count() -> None:
     assert np.isnan(ours[1])
     with pytest.raises(InputError, match=r"outside 0..1"):
         false_discovery_rate([1.2])
+
+
+def test_subjects_that_agree_have_no_t_and_the_p_of_sign_flips() -> None:
+    """Seven times 6 of 10 right: t would be infinite, or the quotient of rounding errors, and p 0."""
+    scores = {"same": [0.6] * 7, "apart": [0.6, 0.7, 0.5, 0.6, 0.7, 0.6, 0.8], "chance": [0.5] * 7}
+    records = [
+        {
+            "subject": f"{number}",
+            "roi": roi,
+            "target": "all",
+            "scores": {"accuracy": value},
+            "chance": {"accuracy": 0.5},
+        }
+        for roi, values in scores.items()
+        for number, value in enumerate(values)
+    ]
+    same, apart, chance = group_rows(records)
+    assert np.isnan(same["t"])
+    assert same["p"] == same["p_flip"] == 1 / 2**7
+    assert apart["p"] == pytest.approx(
+        stats.ttest_1samp(scores["apart"], 0.5, alternative="greater").pvalue
+    )
+    assert np.isnan([chance["t"], chance["p"]]).all()
+    told = lines([same, apart, chance])
+    assert ", all agree, p 0.0078" in told[0]
+    assert ", t " in told[1]
+    assert ", p " not in told[2]

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from raypipe.errors import ConfigError, InputError, RaypipeWarning
+from raypipe.fmri import samples
+from raypipe.fmri.config import MvpaJobConfig
 from raypipe.fmri.mvpa import Design, design_of_events, design_of_volumes
+from raypipe.fmri.units import Target
 from raypipe.read.events import Events
+from raypipe.read.labels import VolumeLabels
+from raypipe.read.runfiles import RunFiles
 
 LABELS = np.array(["rest", "a", "a", "rest", "b", "b", "rest", "b", "b", "rest", "a", "a"])
 RUNS = np.repeat([0, 1], 6)
@@ -108,3 +117,23 @@ def test_designs_that_do_not_fit_are_refused() -> None:
         )
     with pytest.raises(InputError, match="not finite"):
         Design(labels=np.array([np.nan]), runs=one, blocks=one, start=np.array([0, 1]), volumes=one)
+
+
+@given(half_delay=st.integers(1, 20), t_r_s=st.sampled_from([1.0, 2.0, 3.0, 4.0]))
+def test_labels_are_delayed_as_events_are(half_delay: int, t_r_s: float) -> None:
+    """One row a volume against the same blocks as events; the delay may end on half a volume."""
+    delay_s, n = half_delay / 2, 40
+    shown = np.array(["rest"] * n, np.str_)
+    shown[[2, 3, 10, 11]] = ["a", "a", "b", "b"]
+    table = _events((2 * t_r_s, 2 * t_r_s, "a"), (10 * t_r_s, 2 * t_r_s, "b"))
+    of_events = design_of_events([table], [n], t_r_s=t_r_s, delay_s=delay_s, each="volume")
+    run = RunFiles(subject="01", bold=Path("bold.nii.gz"))
+    cfg = MvpaJobConfig(
+        table=Path("runs.csv"), run_dir=Path("run"), labels="labels.txt", delay_s=delay_s
+    )
+    with pytest.MonkeyPatch.context() as patched:
+        found = VolumeLabels(labels=shown, runs=np.array(["1"] * n))
+        patched.setattr(samples, "read_labels", lambda path, column: found)
+        of_labels = samples.design_of(cfg, Target(name="all"), [run], [n], t_r_s)
+    assert of_labels.volumes.tolist() == of_events.volumes.tolist()
+    assert of_labels.labels.tolist() == of_events.labels.tolist()

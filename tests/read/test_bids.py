@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from nilearn.interfaces.fmriprep import load_confounds
 
 from raypipe.errors import ConfigError, InputError, MissingInput, RaypipeWarning, UnknownName
 from raypipe.read.bids import BidsQuery, entities, find_runs
-from raypipe.read.confounds import ConfoundsConfig, read_confounds
+from raypipe.read.confounds import ConfoundsConfig, confounds_files, read_confounds
 from raypipe.read.events import read_events
 from raypipe.read.runfiles import RunFiles
 from raypipe.read.runtable import read_run_table
@@ -205,6 +206,29 @@ def test_a_first_row_without_value_is_filled_and_said(tmp_path: Path, real_data:
     table = pd.read_csv(run.confounds, sep="\t")[list(names)].to_numpy()
     np.testing.assert_array_equal(ours.values[1:], table[1:])
     np.testing.assert_array_equal(ours.values[0], [table[0, 0], table[1, 1]])
+
+
+def test_another_table_than_the_one_beside_the_scan_is_refused(
+    tmp_path: Path, real_data: Path
+) -> None:
+    run = _real_run(tmp_path, real_data)
+    assert run.confounds is not None
+    named = replace(run, confounds=Path(shutil.copy(run.confounds, tmp_path / "mine.tsv")))
+    with pytest.raises(
+        InputError, match=r"strategy reads \S+_regressors.tsv, but \S+mine.tsv is named"
+    ):
+        read_confounds(named, ConfoundsConfig(strategy=("motion",)))
+    assert read_confounds(named, ConfoundsConfig(columns=("csf",))) is not None
+
+
+def test_compcor_depends_on_the_json_beside_the_table(tmp_path: Path, real_data: Path) -> None:
+    run = _real_run(tmp_path, real_data)
+    assert run.confounds is not None
+    beside = run.confounds.with_suffix(".json")
+    compcor = ConfoundsConfig(strategy=("high_pass", "compcor"))
+    assert confounds_files(run, compcor) == [run.confounds, beside]
+    assert confounds_files(run, ConfoundsConfig(strategy=("motion",))) == [run.confounds]
+    assert confounds_files(run, ConfoundsConfig()) == []
 
 
 def test_confounds_that_are_not_there_are_told(tmp_path: Path, real_data: Path) -> None:

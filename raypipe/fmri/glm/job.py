@@ -14,6 +14,7 @@ from raypipe.fmri.clean import CleanConfig
 from raypipe.fmri.config import FmriConfig
 from raypipe.fmri.glm.blocks import BUDGET_BYTES
 from raypipe.fmri.glm.config import GlmConfig, Hrf
+from raypipe.fmri.units import slug
 from raypipe.units import parse_bytes
 
 
@@ -78,8 +79,11 @@ class BetasConfig(FmriConfig):
                 "hrf fir has no single value a trial or condition; choose glover or spm"
             )
         names = [name for name, _ in self.contrasts()]
-        if len(set(names)) < len(names):
-            raise ConfigError(f"a contrast is given twice in {', '.join(names)}; leave one out")
+        if len({slug(name) for name in names}) < len(names):
+            raise ConfigError(
+                f"a contrast is given twice in {', '.join(names)}, or two would have the same files; leave "
+                "one out, or name it NAME='face - house'"
+            )
         self.model(1.0)
         self.budget_bytes()
 

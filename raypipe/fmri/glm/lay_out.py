@@ -16,12 +16,20 @@ import xxhash
 from raypipe import config as configs
 from raypipe.errors import InputError
 from raypipe.fmri.config import FmriConfig
+from raypipe.fmri.content import digest
 from raypipe.fmri.glm.blocks import block_bytes_at_most
 from raypipe.fmri.glm.estimate import events_of
 from raypipe.fmri.glm.items import BetaItem
 from raypipe.fmri.glm.job import BetasConfig
 from raypipe.fmri.glm.trials import chosen
-from raypipe.fmri.inputs import SubjectInputs, digest, look_at, one_line, run_stem, subjects_of
+from raypipe.fmri.inputs import (
+    SubjectInputs,
+    check_alike,
+    look_at,
+    one_line,
+    run_stem,
+    subjects_of,
+)
 from raypipe.fmri.ledger import DONE, Ledger
 from raypipe.fmri.masks import Grid
 from raypipe.fmri.plan import BASE_BYTES, Decision, ScanFacts, decide, way_of
@@ -36,7 +44,7 @@ from raypipe.runner import Machines
 from raypipe.store.voxels import BLOCK_BYTES
 from raypipe.units import format_bytes, format_seconds
 
-RESULT_FORMAT = 1  # a higher one computes finished units anew
+RESULT_FORMAT = 2  # a higher one computes finished units anew
 # What the units' numbers depend on; block_memory and where things lie are none of it.
 _OPTIONS = (
     *("method", "contrast", "keep", "others", "label_column", "rest", "hrf", "drift", "drift_hz"),
@@ -84,6 +92,7 @@ def lay_out(cfg: FmriConfig, memory: ResolvedMemory, machines: Machines) -> Beta
     rois = wanted_rois(cfg)
     with ThreadPoolExecutor(LOOKING) as threads:
         subjects = list(threads.map(lambda name: look_at(cfg, name, rois, ()), subjects_of(cfg)))
+    check_alike(cfg, subjects)
     fits: list[Fit] = []
     failed: list[tuple[Unit, str]] = []
     for subject in subjects:

@@ -18,6 +18,7 @@ import nibabel
 import numpy as np
 from numpy.typing import NDArray
 
+from raypipe.errors import InputError
 from raypipe.fmri.glm.betas import TrialBetas
 from raypipe.fmri.glm.contrasts import GlmResult
 from raypipe.fmri.glm.job import BetasConfig
@@ -69,7 +70,15 @@ def save_trials(
 def save_contrasts(
     cfg: BetasConfig, unit: Unit, run: RunFiles, grid: Grid, found: GlmResult
 ) -> list[Path]:
-    """Maps of each contrast: effect (of t contrasts), t or F, and z, which the page draws."""
+    """Maps of each contrast: effect (of t contrasts), t or F, and z, which the page draws.
+
+    Raises InputError where two would have the same files.
+    """
+    if len({slug(name) for name in found.maps}) < len(found.maps):
+        raise InputError(
+            f"two contrasts of {', '.join(found.maps)} would have the same files; name one by --contrast "
+            "NAME='…'"
+        )
     files: list[Path] = []
     for name, one in found.maps.items():
         kinds: dict[str, NDArray[np.float64]] = {one.kind: one.stat(), "z": one.z_score()}

@@ -15,7 +15,7 @@ import xxhash
 
 from raypipe.errors import InputError
 from raypipe.fmri.config import FmriConfig
-from raypipe.fmri.inputs import SubjectInputs, look_at, one_line, subjects_of
+from raypipe.fmri.inputs import SubjectInputs, check_alike, look_at, one_line, subjects_of
 from raypipe.fmri.ledger import Ledger
 from raypipe.fmri.masks import Grid
 from raypipe.fmri.plan import BASE_BYTES, Decision, ScanFacts, UnitFacts, decide, way_of
@@ -95,6 +95,7 @@ def lay_out(cfg: FmriConfig, memory: ResolvedMemory, machines: Machines) -> Ligh
     with ThreadPoolExecutor(LOOKING) as threads:
         found = threads.map(lambda name: _look(cfg, name, rois, ledger), subjects_of(cfg))
         subjects, lights = zip(*found, strict=True)
+    check_alike(cfg, subjects)
     plan = LightPlan(
         subjects=subjects,
         rois=rois,
