@@ -41,7 +41,7 @@ class Readers:
         with self._lock:
             found = self._open.get(path)
             if found is None:
-                found = self._open[path] = open_image(path)
+                found = self._open[path] = open_image(path, alone=False)
             self._open.move_to_end(path)
             if len(self._open) > _MOST_OPEN:
                 self._open.popitem(last=False)
