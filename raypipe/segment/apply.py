@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from scipy import ndimage
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from raypipe.segment.instances import InstanceConfig, Labels, components, instances_of
 from raypipe.segment.labels import Target
 from raypipe.segment.metrics import predict_labels
 from raypipe.segment.saved import SavedModel
 from raypipe.tile import process_large_image
+from raypipe.tile.grid import reflected, round_up
 
 # A U-Net of width 64 holds about 1.5 kB a pixel on the way: 1.5 GiB here.
 MOST_WHOLE_PIXELS = 1 << 20
@@ -42,11 +42,12 @@ def logits_of(module: nn.Module, saved: SavedModel, image: np.ndarray) -> Tensor
 
 def padded(x: Tensor, multiple: int) -> Tensor:
     """(..., h, w) mirrored at right and bottom to multiples of ``multiple``."""
-    h, w = x.shape[-2:]
-    down, right = -h % multiple, -w % multiple
-    # Mirroring gives at most a side less one pixel; what is smaller repeats its last pixel.
-    mode = "reflect" if down < h and right < w else "replicate"
-    return F.pad(x, (0, right, 0, down), mode=mode) if down or right else x
+    # As tiles are, so that a small picture too gets the same numbers either way.
+    rows, cols = (
+        torch.from_numpy(reflected(slice(0, round_up(n, multiple)), n)).to(x.device)
+        for n in x.shape[-2:]
+    )
+    return x[..., rows, :][..., cols]
 
 
 def found_objects(

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from sklearn.metrics import f1_score
 
 from raypipe.cli import main
@@ -158,16 +160,24 @@ def test_data_that_moved_or_changed_are_found_or_refused(
         evaluate(SegmentEvaluateConfig(run_dir=fitted, split="val", data=moved, device="cpu"))
 
 
+@pytest.mark.parametrize("height", [66, 2])
 def test_a_large_picture_scores_as_a_whole_one(
-    fitted: Path, nuclei: Path, monkeypatch: pytest.MonkeyPatch
+    fitted: Path, nuclei: Path, monkeypatch: pytest.MonkeyPatch, height: int
 ) -> None:
-    image = tifffile.imread(nuclei / "test/images/nuclei_000.tif")[None, :66]
+    image = tifffile.imread(nuclei / "test/images/nuclei_000.tif")[None, :height]
     module, saved = load_model(fitted)
     whole = apply.logits_of(module, saved, image)
-    assert whole.shape == (1, 1, 66, 70)
-    monkeypatch.setattr(apply, "MOST_WHOLE_PIXELS", 1000)
+    assert whole.shape == (1, 1, height, 70)
+    monkeypatch.setattr(apply, "MOST_WHOLE_PIXELS", 100)
     monkeypatch.setattr(apply, "TILE", 16)
     torch.testing.assert_close(apply.logits_of(module, saved, image), whole, rtol=0, atol=1e-5)
+
+
+@given(st.integers(1, 70), st.integers(1, 70), st.sampled_from([1, 4, 16, 32]))
+def test_sides_are_mirrored_as_often_as_it_takes(h: int, w: int, multiple: int) -> None:
+    x = torch.arange(float(h * w)).reshape(1, 1, h, w)
+    wanted = np.pad(x[0, 0].numpy(), ((0, -h % multiple), (0, -w % multiple)), mode="reflect")
+    np.testing.assert_array_equal(apply.padded(x, multiple)[0, 0].numpy(), wanted)
 
 
 @pytest.mark.usefixtures("no_page")
