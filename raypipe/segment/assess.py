@@ -159,7 +159,7 @@ def _evaluate(
     objects = instance_metrics(matches) if matches else {}
     return {
         "n_pictures": len(scored),
-        "threshold": saved.threshold,
+        "threshold": threshold if saved.spec.classes == 1 else None,
         "pixels": {name: _plain(value) for name, value in pixels.metrics(names).items()},
         "objects": {name: _plain(value) for name, value in objects.items()},
         "pictures": [one.row() for one in scored],

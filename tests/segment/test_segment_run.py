@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -237,6 +238,33 @@ def test_a_run_out_of_budget_ends_with_3_and_goes_on(
     assert len(losses(tmp_path / "run")) == 5 and (tmp_path / "run/last/meta.json").is_file()
     assert main(flags) == 0
     assert losses(tmp_path / "run") == losses(fitted)
+
+
+@pytest.mark.usefixtures("no_page")
+@pytest.mark.parametrize(
+    ("ema_decay", "stop_at", "epoch", "tuned"),
+    [(None, None, 1, True), (0.9, None, 1, False), (None, 6, 1, False)],
+)
+def test_a_threshold_belongs_to_the_weights_it_was_tuned_on(
+    nuclei: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    ema_decay: float | None, stop_at: int | None, epoch: int, tuned: bool,
+) -> None:  # fmt: skip
+    """Averaged weights are judged and saved as the best; the last are plain, or went on."""
+    asked: list[int] = []
+
+    def wished(run_dir: Path) -> bool:
+        asked.append(1)
+        return len(asked) == stop_at
+
+    cfg = config(nuclei, tmp_path / "run", train=replace(TRAIN, epochs=2, ema_decay=ema_decay))
+    monkeypatch.setattr(stop, "stop_wished", wished)
+    with pytest.raises(Interrupted) if stop_at else nullcontext():
+        fit(cfg, LocalRunner())
+    epochs = records(cfg.run_dir, "epoch")
+    assert len(epochs) == (1 if stop_at else 2)
+    last, best = (load_model(cfg.run_dir, name)[1] for name in ("last", "best"))
+    assert (last.epoch, last.threshold) == (epoch, epochs[-1]["val_threshold"] if tuned else None)
+    assert best.epoch is not None and best.threshold == epochs[best.epoch]["val_threshold"]
 
 
 @pytest.mark.usefixtures("no_page")
