@@ -17,6 +17,7 @@ from skimage.segmentation import find_boundaries
 
 from raypipe.errors import ConfigError, InputError, MissingInput, RaypipeError, UnknownName
 from raypipe.read.source2d import open_image
+from raypipe.segment import readers as readers_module
 from raypipe.segment.labels import IGNORE, to_plane
 from raypipe.segment.normalise import Normalisation, measure
 from raypipe.segment.pictures import Picture, find_pictures, parse_range
@@ -207,6 +208,25 @@ def test_masks_become_what_is_learned() -> None:
     np.testing.assert_array_equal(to_plane(mask, "classes", 10, None), mask)
     with pytest.raises(InputError, match=r"value 9, classes are 0 to 2.*--classes 10"):
         to_plane(mask, "classes", 3, None)
+
+
+def test_many_files_are_understood_once_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Path] = []
+
+    def count(path: Path, *, alone: bool) -> Any:
+        opened.append(path)
+        return open_image(path, alone=alone)
+
+    monkeypatch.setattr(readers_module, "open_image", count)
+    for number in range(200):
+        save(tmp_path / f"{number}.tif", image())
+    readers = Readers()
+    for number in [*range(200)] * 2:
+        one = replace(pages(1, 1)[0], image=tmp_path / f"{number}.tif")
+        readers.image(one, (0, 4), (0, 4))
+    assert len(opened) == 200
 
 
 def test_planted_nuclei_are_where_the_mask_says(tmp_path: Path) -> None:
