@@ -40,6 +40,7 @@ from raypipe.segment.planted import PlantedNucleiConfig, make_planted_nuclei
 from raypipe.segment.prepare import prepare
 from raypipe.segment.run import fit
 from raypipe.segment.saved import load_model
+from raypipe.tile import engine, measure
 from raypipe.train import TrainConfig, stop
 from raypipe.train.limit import BatchLimit
 
@@ -172,6 +173,25 @@ def test_a_large_picture_scores_as_a_whole_one(
     monkeypatch.setattr(apply, "MOST_WHOLE_PIXELS", 100)
     monkeypatch.setattr(apply, "TILE", 16)
     torch.testing.assert_close(apply.logits_of(module, saved, image), whole, rtol=0, atol=1e-5)
+
+
+@pytest.mark.usefixtures("no_page")
+def test_how_far_the_network_looks_is_measured_once(
+    fitted: Path, nuclei: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = evaluate(SegmentEvaluateConfig(run_dir=fitted, device="cpu"))
+    measured: list[int] = []
+
+    def count(model: Any, in_channels: int, dims: int = 2) -> Any:
+        measured.append(dims)
+        return measure(model, in_channels, dims)
+
+    monkeypatch.setattr(engine, "measure", count)
+    monkeypatch.setattr(apply, "MOST_WHOLE_PIXELS", 1000)
+    monkeypatch.setattr(apply, "TILE", 48)
+    tiled = evaluate(SegmentEvaluateConfig(run_dir=fitted, device="cpu"))
+    assert tiled["n_pictures"] == 2 and measured == [2]
+    assert tiled["pixels"] == pytest.approx(whole["pixels"], abs=1e-4)
 
 
 @given(st.integers(1, 70), st.integers(1, 70), st.sampled_from([1, 4, 16, 32]))
