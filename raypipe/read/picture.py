@@ -2,8 +2,9 @@
 
 Unlike ``images``, which makes RGB of 8 bits for backbones, nothing is converted here: 16-bit grey
 stays so, a palette's picture gives its indices (label masks are kept that way), alpha is a channel.
-The file is compressed as a whole, so a part of it costs the whole: what was read last is kept, up
-to ``kept.KEEP_BYTES``.
+The file is compressed as a whole, so a part of it costs the whole: what was read last, of all
+pictures together, is kept up to ``kept.KEEP_BYTES``. A picture above that would be decoded again for
+every part of it, and is refused.
 """
 
 from __future__ import annotations
@@ -16,12 +17,16 @@ import numpy as np
 from PIL import Image
 
 from raypipe.errors import BadImage, ConfigError, InputError
-from raypipe.read.tiff.kept import kept
+from raypipe.read.tiff.kept import KEEP_BYTES, kept_pictures
 from raypipe.read.tiff.span import span
+from raypipe.units import format_bytes
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 # Where a PNG says how many bits a sample has, and which kind of samples.
 _PNG_BITS, _PNG_KIND = 24, 25
+# Bytes a value of Pillow's modes; 1 of all others.
+_MODE_BYTES = {"I;16": 2, "I;16B": 2, "I;16L": 2, "I": 4, "F": 4}
+_REMEDY = "save it as a tiled TIFF, which is read by parts"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -46,16 +51,22 @@ class Picture:
         return self._pixels()[top:bottom, left:right].copy()
 
     def _pixels(self) -> np.ndarray:
-        key = (str(self.path), self.size_bytes, self.mtime_ns)
-        found = kept.get(key)
+        self._check_unchanged()
+        found = kept_pictures.get(self._key)
         if found is not None:
             return found
-        self._check_unchanged()
         pixels = _decode(self.path)
         if pixels.shape != self.shape[1:] or pixels.dtype != self.dtype:
             raise InputError(f"image {self.path} was changed while in use; run again")
-        kept.put(key, pixels, pixels.nbytes)
+        self._keep(pixels)
         return pixels
+
+    @property
+    def _key(self) -> tuple[str, int, int]:
+        return str(self.path), self.size_bytes, self.mtime_ns
+
+    def _keep(self, pixels: np.ndarray) -> None:
+        kept_pictures.put(self._key, pixels, KEEP_BYTES)
 
     def _check_unchanged(self) -> None:
         try:
@@ -67,17 +78,21 @@ class Picture:
 
 
 def open_picture(path: Path) -> Picture:
-    """The picture at ``path``, which is read once, to know that it can be. Raises BadImage."""
+    """The picture at ``path``, which is read once, to know that it can be. Raises BadImage, InputError
+    (larger than what is kept).
+    """
     path = Path(path).absolute()
     stat = path.stat()
     pixels = _decode(path)
-    return Picture(
+    found = Picture(
         path=path,
         shape=(1, *pixels.shape),
         dtype=pixels.dtype,
         size_bytes=stat.st_size,
         mtime_ns=stat.st_mtime_ns,
     )
+    found._keep(pixels)
+    return found
 
 
 def _decode(path: Path) -> np.ndarray:
@@ -89,10 +104,13 @@ def _decode(path: Path) -> np.ndarray:
             if n_frames != 1 and image.format != "MPO":
                 raise ValueError(f"holds {n_frames} frames; save them as a TIFF stack")
             _refuse_cut_depth(path)
+            _refuse_large(path, image)
             image.load()
             pixels = np.ascontiguousarray(np.asarray(image))
-    except MemoryError:
+    except (MemoryError, InputError):
         raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise InputError(f"image {path} is too large ({error}); {_REMEDY}") from error
     except Image.UnidentifiedImageError:
         raise BadImage(f"image {path} is of no known format; save it as TIFF or PNG") from None
     # Image plugins raise nearly anything on hostile bytes; all of it says one thing about the file.
@@ -100,6 +118,16 @@ def _decode(path: Path) -> np.ndarray:
         why = " ".join(str(error).split()) or type(error).__name__
         raise BadImage(f"image {path} cannot be read ({why}); copy it again") from error
     return pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
+
+
+def _refuse_large(path: Path, image: Image.Image) -> None:
+    values = image.width * image.height * len(image.getbands())
+    n_bytes = values * _MODE_BYTES.get(image.mode, 1)
+    if n_bytes > KEEP_BYTES:
+        raise InputError(
+            f"image {path} has {image.width} x {image.height} pixels ({format_bytes(n_bytes)}), and every "
+            f"part of it costs the whole: {format_bytes(KEEP_BYTES)} are the most; {_REMEDY}"
+        )
 
 
 def _refuse_cut_depth(path: Path) -> None:

@@ -38,10 +38,11 @@ class ImageSource(Protocol):
         ...
 
 
-def open_image(path: Path | str) -> ImageSource:
+def open_image(path: Path | str, *, alone: bool = True) -> ImageSource:
     """The image or stack in the file ``path``; by its first bytes, whatever its name says.
 
-    Raises MissingInput, InputError.
+    alone : as `raypipe.read.tiff.open_tiff`'s; False: no other file is looked into. Raises
+    MissingInput, InputError.
     """
     path = Path(path)
     try:
@@ -51,4 +52,4 @@ def open_image(path: Path | str) -> ImageSource:
         raise MissingInput(f"image {path} is not there; give the path of an image file") from error
     except OSError as error:
         raise InputError(f"image {path} cannot be read ({error.strerror}); mend it") from error
-    return open_tiff(path) if magic in _TIFF_MAGIC else open_picture(path)
+    return open_tiff(path, alone=alone) if magic in _TIFF_MAGIC else open_picture(path)

@@ -5,34 +5,65 @@ A picture of few pixels is computed whole, a larger one by ``raypipe.tile``, who
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from scipy import ndimage
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from raypipe.segment.instances import InstanceConfig, Labels, components, instances_of
 from raypipe.segment.labels import Target
 from raypipe.segment.metrics import predict_labels
 from raypipe.segment.saved import SavedModel
-from raypipe.tile import process_large_image
+from raypipe.tile import Field, TileConfig, process_large_image
+from raypipe.tile.engine import field_of
+from raypipe.tile.grid import reflected, round_up
 
 # A U-Net of width 64 holds about 1.5 kB a pixel on the way: 1.5 GiB here.
 MOST_WHOLE_PIXELS = 1 << 20
 TILE = 768
 
 
-def logits_of(module: nn.Module, saved: SavedModel, image: np.ndarray) -> Tensor:
+def field_for(
+    module: nn.Module, saved: SavedModel, shapes: Iterable[tuple[int, int]]
+) -> Field | None:
+    """How far ``module`` looks, for `logits_of` pictures of ``shapes`` (h, w); None when none needs tiles.
+
+    Measured where its weights lie, some 50 passes: once for all pictures. Raises InputError for a
+    network that cannot be tiled exactly.
+    """
+    if all(h * w <= MOST_WHOLE_PIXELS for h, w in shapes):
+        return None
+    return _measured(module, saved)
+
+
+def _measured(module: nn.Module, saved: SavedModel) -> Field:
+    return field_of(module, saved.spec.in_channels, 2, TileConfig(chunk_size=TILE))
+
+
+def logits_of(
+    module: nn.Module, saved: SavedModel, image: np.ndarray, field: Field | None = None
+) -> Tensor:
     """(1, outputs, h, w) float32 on the CPU of ``image`` (channels, h, w) of any number type.
 
     Right and bottom are mirrored up to the sides that the network takes. Above `MOST_WHOLE_PIXELS` the
-    same numbers come tile by tile; raises InputError for a network that cannot be tiled exactly.
+    same numbers come tile by tile, by ``field``, which else is measured here (see `field_for`).
     """
     h, w = image.shape[1:]
     device = next(module.parameters()).device
     if h * w > MOST_WHOLE_PIXELS:
+        field = field or _measured(module, saved)
         found = process_large_image(
-            image, module, TILE, axes="CYX", dims=2, prepare=saved.prepare, device=device.type
+            image,
+            module,
+            TILE,
+            axes="CYX",
+            dims=2,
+            prepare=saved.prepare,
+            device=device.type,
+            halo=field.halo,
+            align=field.align,
         )
         return torch.from_numpy(np.asarray(found)).reshape(1, -1, h, w)
     x = torch.from_numpy(saved.prepare(image))[None]
@@ -42,11 +73,12 @@ def logits_of(module: nn.Module, saved: SavedModel, image: np.ndarray) -> Tensor
 
 def padded(x: Tensor, multiple: int) -> Tensor:
     """(..., h, w) mirrored at right and bottom to multiples of ``multiple``."""
-    h, w = x.shape[-2:]
-    down, right = -h % multiple, -w % multiple
-    # Mirroring gives at most a side less one pixel; what is smaller repeats its last pixel.
-    mode = "reflect" if down < h and right < w else "replicate"
-    return F.pad(x, (0, right, 0, down), mode=mode) if down or right else x
+    # As tiles are, so that a small picture too gets the same numbers either way.
+    rows, cols = (
+        torch.from_numpy(reflected(slice(0, round_up(n, multiple)), n)).to(x.device)
+        for n in x.shape[-2:]
+    )
+    return x[..., rows, :][..., cols]
 
 
 def found_objects(

@@ -26,7 +26,7 @@ from raypipe.memory.attend import attend
 from raypipe.memory.config import resolve
 from raypipe.report.saved import read_json, read_run, write_bytes, write_json
 from raypipe.runner import LocalRunner
-from raypipe.segment.apply import found_objects, logits_of, true_objects
+from raypipe.segment.apply import field_for, found_objects, logits_of, true_objects
 from raypipe.segment.config import SegmentEvaluateConfig
 from raypipe.segment.crops import Labelling
 from raypipe.segment.instances import (
@@ -44,6 +44,7 @@ from raypipe.segment.prepare import digest_of
 from raypipe.segment.readers import Readers
 from raypipe.segment.run import PICTURES_FILE
 from raypipe.segment.saved import SavedModel, load_model
+from raypipe.tile import Field
 
 MOST_EXAMPLES = 4
 
@@ -142,11 +143,12 @@ def _evaluate(
     """Score one picture after the other, write the table and the examples; the summary."""
     readers = Readers()
     threshold = 0.5 if saved.threshold is None else saved.threshold
+    field = field_for(module, saved, [picture.shape for picture in pictures])
     pixels = PixelScores(saved.spec.classes, ignore_label=IGNORE, threshold=threshold)
     scored: list[Scored] = []
     examples: dict[str, Any] = {}
     for number, picture in enumerate(pictures):
-        one = _score(cfg, module, saved, picture, readers, pixels, threshold)
+        one = _score(cfg, module, saved, field, picture, readers, pixels, threshold)
         if number < MOST_EXAMPLES:
             examples |= {f"{name}_{number}": array for name, array in one.shown.items()}
         scored.append(replace(one, shown={}))
@@ -159,7 +161,7 @@ def _evaluate(
     objects = instance_metrics(matches) if matches else {}
     return {
         "n_pictures": len(scored),
-        "threshold": saved.threshold,
+        "threshold": threshold if saved.spec.classes == 1 else None,
         "pixels": {name: _plain(value) for name, value in pixels.metrics(names).items()},
         "objects": {name: _plain(value) for name, value in objects.items()},
         "pictures": [one.row() for one in scored],
@@ -170,6 +172,7 @@ def _score(
     cfg: SegmentEvaluateConfig,
     module: nn.Module,
     saved: SavedModel,
+    field: Field | None,
     picture: Picture,
     readers: Readers,
     pixels: PixelScores,
@@ -180,7 +183,7 @@ def _score(
     image = readers.image(picture, picture.rows, picture.cols)
     mask = readers.mask(picture, picture.rows, picture.cols)
     plane = labelling.plane(mask)
-    logits, target = logits_of(module, saved, image), torch.from_numpy(plane)[None]
+    logits, target = logits_of(module, saved, image, field), torch.from_numpy(plane)[None]
     pixels.add(logits, target)
     by_name = image_scores(logits, target, ignore_label=IGNORE, threshold=threshold)
     first = 0 if saved.spec.classes == 1 else 1

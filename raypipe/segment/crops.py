@@ -169,12 +169,29 @@ def read_window(
         for (lo, hi), span in zip((rows, cols), (picture.rows, picture.cols), strict=True)
     ]
     image = normalisation.apply(readers.image(picture, *inside))
-    plane = labelling.plane(readers.mask(picture, *inside))
+    plane = _labels(readers, picture, inside, labelling)
     pads = [(got[0] - lo, hi - got[1]) for (lo, hi), got in zip((rows, cols), inside, strict=True)]
     if any(any(pad) for pad in pads):
         image = np.pad(image, [(0, 0), *pads], mode="reflect")
         plane = np.pad(plane, pads, constant_values=IGNORE)
     return image, plane
+
+
+def _labels(
+    readers: Readers, picture: Picture, inside: list[Span], labelling: Labelling
+) -> np.ndarray:
+    """(h, w) int16 of [rows, cols) within the region: the same numbers wherever a crop is cut."""
+    if labelling.target != "boundary":
+        return labelling.plane(readers.mask(picture, *inside))
+    # Whether a pixel is the outermost of its object is seen on its neighbours.
+    around = [
+        (max(lo - 1, span[0]), min(hi + 1, span[1]))
+        for (lo, hi), span in zip(inside, (picture.rows, picture.cols), strict=True)
+    ]
+    rows, cols = (
+        slice(lo - start, hi - start) for (lo, hi), (start, _) in zip(inside, around, strict=True)
+    )
+    return labelling.plane(readers.mask(picture, *around))[rows, cols]
 
 
 def grid_corners(picture: Picture, crop: int) -> list[tuple[int, int]]:

@@ -190,7 +190,8 @@ def _opened(path: Path, one: Listed) -> ImageSource:
         raise MissingInput(
             f"{path} is not there{f' ({one.where})' if one.where else ''}; mend the path"
         )
-    return open_image(path)
+    # Of an OME-TIFF set each file's own pages: all of them in every file would stand on two sides.
+    return open_image(path, alone=False)
 
 
 def parse_range(text: str, n: int, what: str) -> tuple[int, int]:

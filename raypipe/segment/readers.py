@@ -1,4 +1,4 @@
-"""The files of pictures, open where they are read: by crops, never whole, a bounded number at once."""
+"""The files of pictures, open where they are read: by crops, a bounded number at once."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import numpy as np
 from raypipe.read.source2d import ImageSource, open_image
 from raypipe.segment.pictures import Picture
 
-# Handles kept: a map and a descriptor each; a process may have 1024 descriptors by default.
-_MOST_OPEN = 128
+# Handles kept: some hundred bytes each, and no descriptor (``read.tiff`` bounds those by itself). One
+# that is not kept is understood anew for its next crop, and a PNG then decoded, too.
+_MOST_OPEN = 1 << 14
 
 Span = tuple[int, int]
 
@@ -40,9 +41,13 @@ class Readers:
     def _of(self, path: Path) -> ImageSource:
         with self._lock:
             found = self._open.get(path)
-            if found is None:
-                found = self._open[path] = open_image(path)
-            self._open.move_to_end(path)
+            if found is not None:
+                self._open.move_to_end(path)
+                return found
+        # Not under the lock: a slow disk holds up nobody else.
+        found = open_image(path, alone=False)
+        with self._lock:
+            found = self._open.setdefault(path, found)
             if len(self._open) > _MOST_OPEN:
                 self._open.popitem(last=False)
             return found

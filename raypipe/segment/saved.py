@@ -2,7 +2,7 @@
 
     RUN/model.json     spec, normalisation, target, classes, seed: written before training begins
     RUN/best, RUN/last checkpoints by ``raypipe.train.checkpoint``; the threshold tuned on the validation
-                       pictures of that very epoch lies in each one's meta.json, beside the weights
+                       pictures of that very epoch lies in meta.json, beside the weights it was tuned on
 
 `load_model` is what ``evaluate``, ``predict`` and a notebook begin with.
 """
@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,8 @@ class SavedModel:
 
     classes : of masks, with target "classes"; outputs are ``spec.classes``. threshold : foreground is
     what is at least as probable, for one output; None for several, where the likeliest class wins, and
-    before the first epoch. epoch : of the weights, from 0.
+    where none was tuned on these very weights: before the first epoch, in the middle of one, and for the
+    last weights of a run whose averaged ones were judged. epoch : of the weights, from 0.
     """
 
     spec: ModelSpec
@@ -94,7 +95,7 @@ def load_model(run_dir: Path | str, checkpoint: str = "best") -> tuple[nn.Module
         raise InputError(
             f"weights in {run_dir / checkpoint} do not fit {MODEL_FILE} ({reason}); {_REMEDY}"
         ) from error
-    return module.eval(), _of_epoch(saved, load_meta(run_dir / checkpoint))
+    return module.eval(), _of_epoch(saved, load_meta(run_dir / checkpoint), checkpoint)
 
 
 def read_saved(run_dir: Path) -> SavedModel:
@@ -116,9 +117,13 @@ def read_saved(run_dir: Path) -> SavedModel:
         raise StoreCorrupt(f"{run_dir / MODEL_FILE} lacks {error}; {_REMEDY}") from error
 
 
-def _of_epoch(saved: SavedModel, meta: Mapping[str, Any]) -> SavedModel:
-    history = meta.get("progress", {}).get("history", [])
+def _of_epoch(saved: SavedModel, meta: Mapping[str, Any], checkpoint: str) -> SavedModel:
+    progress = meta.get("progress", {})
+    history = progress.get("history", [])
     if not history:  # saved before the first epoch's end
         return saved
-    fields = {**vars(saved), "epoch": int(history[-1]["epoch"])}
-    return SavedModel(**{**fields, "threshold": history[-1].get("val_threshold")})
+    went_on = progress.get("step", 0) > 0
+    # Earlier versions did not say it; their best weights were judged.
+    judged = meta.get("judged", checkpoint == "best")
+    threshold = history[-1].get("val_threshold") if judged else None
+    return replace(saved, epoch=int(history[-1]["epoch"]) + went_on, threshold=threshold)

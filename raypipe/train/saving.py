@@ -54,7 +54,11 @@ class Saver:
         return self._ctx.is_main and 0 < every_s <= self._ctx.clock() - self._saved_at
 
     def save(self, *, best: bool) -> None:
-        """Checkpoint; best before last, so that a last that knows of a best finds it there."""
+        """Checkpoint; best before last, so that a last that knows of a best finds it there.
+
+        "judged" in meta.json: the weights beside it are those that the last entry of the history was
+        measured on. The best are; the last are not when they went on, or when their average was judged.
+        """
         guard.note(phase="save")
         self._progress.seconds = self._seconds()
         state = self._engine.training_state()
@@ -68,9 +72,14 @@ class Saver:
         def write() -> None:
             if best:
                 judged = {"model": self._engine.judged_state()}
-                checkpoint.save(self._ctx.run_dir, "best", judged, meta)
+                checkpoint.save(self._ctx.run_dir, "best", judged, {**meta, "judged": True})
             contents = {"model": self._engine.model_state(), "state": state}
-            checkpoint.save(self._ctx.run_dir, "last", contents, meta, self._cfg.keep)
+            about = {**meta, "judged": self._last_is_judged()}
+            checkpoint.save(self._ctx.run_dir, "last", contents, about, self._cfg.keep)
 
         self._ctx.on_main(write)
         self._saved_at = self._ctx.clock()
+
+    def _last_is_judged(self) -> bool:
+        at = self._progress
+        return bool(at.history) and at.step == 0 and self._cfg.ema_decay is None

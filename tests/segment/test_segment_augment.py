@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,10 +15,11 @@ from hypothesis import strategies as st
 from raypipe.errors import ConfigError
 from raypipe.segment import augment
 from raypipe.segment.augment import AugmentConfig, Draw
-from raypipe.segment.crops import CropSource, Labelling, grid_corners
+from raypipe.segment.crops import CropSource, Labelling, grid_corners, read_window
 from raypipe.segment.labels import IGNORE
 from raypipe.segment.normalise import Normalisation
 from raypipe.segment.pictures import Picture
+from raypipe.segment.readers import Readers
 from raypipe.stream import Gatherer
 
 CROP = 32
@@ -123,6 +125,23 @@ def test_rows_do_not_depend_on_who_makes_them(tmp_path: Path) -> None:
     assert not np.array_equal(alone[1], alone[3]), "another epoch is another crop"
     with pytest.raises(ConfigError, match="6 samples"):
         crops.check(np.array([-1]))
+
+
+@pytest.mark.parametrize("target", ["foreground", "boundary", "classes"])
+def test_labels_do_not_depend_on_where_a_crop_is_cut(tmp_path: Path, target: Any) -> None:
+    mask = np.repeat(np.repeat(np.random.default_rng(3).integers(0, 4, (9, 9)), 8, 0), 8, 1)
+    for name in ("i.tif", "m.tif"):
+        tifffile.imwrite(tmp_path / name, mask.astype(np.uint8))
+    picture = Picture(image=tmp_path / "i.tif", mask=tmp_path / "m.tif", frame=0, rows=(4, 70),
+                      cols=(0, 60), split="val", channels=1)  # fmt: skip
+    labelling = Labelling(target=target, classes=4)
+    whole = labelling.plane(mask[4:70, :60])  # nothing beyond the region is known
+    readers = Readers()
+    for top in range(4, 70 - CROP):
+        rows, cols = (top, top + CROP), (top - 4, top - 4 + CROP)
+        cols = (min(cols[0], 60 - CROP), min(cols[1], 60))
+        got = read_window(readers, picture, rows, cols, AS_IS, labelling)[1]
+        np.testing.assert_array_equal(got, whole[top - 4 : top - 4 + CROP, slice(*cols)])
 
 
 @pytest.mark.parametrize("crop", [16, 32, 96])

@@ -16,6 +16,8 @@ from PIL import Image
 from skimage.segmentation import find_boundaries
 
 from raypipe.errors import ConfigError, InputError, MissingInput, RaypipeError, UnknownName
+from raypipe.read.source2d import open_image
+from raypipe.segment import readers as readers_module
 from raypipe.segment.labels import IGNORE, to_plane
 from raypipe.segment.normalise import Normalisation, measure
 from raypipe.segment.pictures import Picture, find_pictures, parse_range
@@ -70,6 +72,46 @@ def test_a_table_gives_halves_of_one_picture(tmp_path: Path) -> None:
     assert [(p.split, p.rows, p.cols) for p in found] == [
         ("train", (0, 20), (0, 15)), ("val", (0, 20), (15, 20)), ("test", (2, 9), (20, 30)),
     ]  # fmt: skip
+
+
+def save_ome_set(folder: Path, own: dict[str, np.ndarray]) -> None:
+    """OME-TIFF files, each with its own planes (n, h, w), which all name the whole set."""
+    planes = [(name, at) for name, pixels in own.items() for at in range(len(pixels))]
+    where = "".join(
+        f'<TiffData FirstT="{t}" IFD="{at}" PlaneCount="1"><UUID FileName="{name}">urn:uuid:'
+        f"{list(own).index(name)}bc0e5c2-7d30-4c58-9a1c-000000000000</UUID></TiffData>"
+        for t, (name, at) in enumerate(planes)
+    )
+    for number, (name, pixels) in enumerate(own.items()):
+        xml = (
+            '<?xml version="1.0" encoding="UTF-8"?><OME xmlns="http://www.openmicroscopy.org/Schemas'
+            f'/OME/2016-06" UUID="urn:uuid:{number}bc0e5c2-7d30-4c58-9a1c-000000000000">'
+            '<Image ID="Image:0"><Pixels ID="Pixels:0" SizeX="30" SizeY="20" SizeZ="1" SizeC="1" '
+            f'SizeT="{len(planes)}" DimensionOrder="XYCZT" Type="uint16">{where}</Pixels></Image></OME>'
+        )
+        with tifffile.TiffWriter(folder / name) as tif:
+            for at, page in enumerate(pixels):
+                tif.write(
+                    page, contiguous=False, metadata=None, description=None if at else xml
+                )  # fmt: skip
+
+
+def test_a_file_of_an_ome_set_gives_its_own_pages(tmp_path: Path) -> None:
+    """The whole set in each file would put every picture into training and into validation."""
+    pixels = image(np.uint16, (5, 20, 30))
+    own = {"one.ome.tif": pixels[:3], "two.ome.tif": pixels[3:]}
+    for name, planes in own.items():
+        save(tmp_path / "masks" / name, planes)
+    (tmp_path / "images").mkdir()
+    save_ome_set(tmp_path / "images", own)
+    assert len(open_image(tmp_path / "images/one.ome.tif").read(4)) == 20, "it is a set"
+    found = find_pictures(tmp_path)
+    assert [(p.image.name, p.frame) for p in found] == [
+        (name, frame) for name, planes in own.items() for frame in range(len(planes))
+    ]
+    readers = Readers()
+    for picture, page in zip(found, pixels, strict=True):
+        np.testing.assert_array_equal(readers.image(picture, (0, 20), (0, 30))[0], page)
 
 
 def pages(sources: int, each: int) -> list[Picture]:
@@ -166,6 +208,25 @@ def test_masks_become_what_is_learned() -> None:
     np.testing.assert_array_equal(to_plane(mask, "classes", 10, None), mask)
     with pytest.raises(InputError, match=r"value 9, classes are 0 to 2.*--classes 10"):
         to_plane(mask, "classes", 3, None)
+
+
+def test_many_files_are_understood_once_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Path] = []
+
+    def count(path: Path, *, alone: bool) -> Any:
+        opened.append(path)
+        return open_image(path, alone=alone)
+
+    monkeypatch.setattr(readers_module, "open_image", count)
+    for number in range(200):
+        save(tmp_path / f"{number}.tif", image())
+    readers = Readers()
+    for number in [*range(200)] * 2:
+        one = replace(pages(1, 1)[0], image=tmp_path / f"{number}.tif")
+        readers.image(one, (0, 4), (0, 4))
+    assert len(opened) == 200
 
 
 def test_planted_nuclei_are_where_the_mask_says(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 import tifffile
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from sklearn.metrics import f1_score
 
 from raypipe.cli import main
@@ -37,6 +40,7 @@ from raypipe.segment.planted import PlantedNucleiConfig, make_planted_nuclei
 from raypipe.segment.prepare import prepare
 from raypipe.segment.run import fit
 from raypipe.segment.saved import load_model
+from raypipe.tile import engine, measure
 from raypipe.train import TrainConfig, stop
 from raypipe.train.limit import BatchLimit
 
@@ -158,16 +162,43 @@ def test_data_that_moved_or_changed_are_found_or_refused(
         evaluate(SegmentEvaluateConfig(run_dir=fitted, split="val", data=moved, device="cpu"))
 
 
+@pytest.mark.parametrize("height", [66, 2])
 def test_a_large_picture_scores_as_a_whole_one(
-    fitted: Path, nuclei: Path, monkeypatch: pytest.MonkeyPatch
+    fitted: Path, nuclei: Path, monkeypatch: pytest.MonkeyPatch, height: int
 ) -> None:
-    image = tifffile.imread(nuclei / "test/images/nuclei_000.tif")[None, :66]
+    image = tifffile.imread(nuclei / "test/images/nuclei_000.tif")[None, :height]
     module, saved = load_model(fitted)
     whole = apply.logits_of(module, saved, image)
-    assert whole.shape == (1, 1, 66, 70)
-    monkeypatch.setattr(apply, "MOST_WHOLE_PIXELS", 1000)
+    assert whole.shape == (1, 1, height, 70)
+    monkeypatch.setattr(apply, "MOST_WHOLE_PIXELS", 100)
     monkeypatch.setattr(apply, "TILE", 16)
     torch.testing.assert_close(apply.logits_of(module, saved, image), whole, rtol=0, atol=1e-5)
+
+
+@pytest.mark.usefixtures("no_page")
+def test_how_far_the_network_looks_is_measured_once(
+    fitted: Path, nuclei: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = evaluate(SegmentEvaluateConfig(run_dir=fitted, device="cpu"))
+    measured: list[int] = []
+
+    def count(model: Any, in_channels: int, dims: int = 2) -> Any:
+        measured.append(dims)
+        return measure(model, in_channels, dims)
+
+    monkeypatch.setattr(engine, "measure", count)
+    monkeypatch.setattr(apply, "MOST_WHOLE_PIXELS", 1000)
+    monkeypatch.setattr(apply, "TILE", 48)
+    tiled = evaluate(SegmentEvaluateConfig(run_dir=fitted, device="cpu"))
+    assert tiled["n_pictures"] == 2 and measured == [2]
+    assert tiled["pixels"] == pytest.approx(whole["pixels"], abs=1e-4)
+
+
+@given(st.integers(1, 70), st.integers(1, 70), st.sampled_from([1, 4, 16, 32]))
+def test_sides_are_mirrored_as_often_as_it_takes(h: int, w: int, multiple: int) -> None:
+    x = torch.arange(float(h * w)).reshape(1, 1, h, w)
+    wanted = np.pad(x[0, 0].numpy(), ((0, -h % multiple), (0, -w % multiple)), mode="reflect")
+    np.testing.assert_array_equal(apply.padded(x, multiple)[0, 0].numpy(), wanted)
 
 
 @pytest.mark.usefixtures("no_page")
@@ -227,6 +258,33 @@ def test_a_run_out_of_budget_ends_with_3_and_goes_on(
     assert len(losses(tmp_path / "run")) == 5 and (tmp_path / "run/last/meta.json").is_file()
     assert main(flags) == 0
     assert losses(tmp_path / "run") == losses(fitted)
+
+
+@pytest.mark.usefixtures("no_page")
+@pytest.mark.parametrize(
+    ("ema_decay", "stop_at", "epoch", "tuned"),
+    [(None, None, 1, True), (0.9, None, 1, False), (None, 6, 1, False)],
+)
+def test_a_threshold_belongs_to_the_weights_it_was_tuned_on(
+    nuclei: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    ema_decay: float | None, stop_at: int | None, epoch: int, tuned: bool,
+) -> None:  # fmt: skip
+    """Averaged weights are judged and saved as the best; the last are plain, or went on."""
+    asked: list[int] = []
+
+    def wished(run_dir: Path) -> bool:
+        asked.append(1)
+        return len(asked) == stop_at
+
+    cfg = config(nuclei, tmp_path / "run", train=replace(TRAIN, epochs=2, ema_decay=ema_decay))
+    monkeypatch.setattr(stop, "stop_wished", wished)
+    with pytest.raises(Interrupted) if stop_at else nullcontext():
+        fit(cfg, LocalRunner())
+    epochs = records(cfg.run_dir, "epoch")
+    assert len(epochs) == (1 if stop_at else 2)
+    last, best = (load_model(cfg.run_dir, name)[1] for name in ("last", "best"))
+    assert (last.epoch, last.threshold) == (epoch, epochs[-1]["val_threshold"] if tuned else None)
+    assert best.epoch is not None and best.threshold == epochs[best.epoch]["val_threshold"]
 
 
 @pytest.mark.usefixtures("no_page")

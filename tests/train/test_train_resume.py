@@ -373,4 +373,5 @@ def test_meta_is_plain_json(noisy: ToyTask, tmp_path: Path) -> None:
     meta = json.loads((tmp_path / "run" / "last" / "meta.json").read_text())
     assert meta["progress"]["epoch"] == 3
     assert meta["stream"]["rows_per_step"] == 8
+    assert meta["judged"] is True
     assert set(meta["files"]) == {"model.pt", "state.pt"}

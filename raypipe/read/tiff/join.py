@@ -31,14 +31,16 @@ def load_tiff_stack(path: Paths) -> LazyStack:
     return LazyStack(open_tiff(path))
 
 
-def open_tiff(paths: Paths) -> TiffStack:
+def open_tiff(paths: Paths, *, alone: bool = True) -> TiffStack:
     """The stack in ``paths`` (as `load_tiff_stack`'s), behind one global frame index.
 
-    Only what says where the pages lie is read. Raises MissingInput, InputError.
+    alone : a single file of an OME-TIFF set brings the others with it; False: each file has only the
+    pages that lie in it, as in a list. Only what says where the pages lie is read. Raises MissingInput,
+    InputError.
     """
     files = tiff_files(paths)
     if len(files) == 1:
-        return _stack(index_file(files[0]))
+        return _stack(index_file(files[0], alone=alone))
     return _joined([index_file(file, alone=False) for file in files])
 
 

@@ -2,8 +2,9 @@
 
 Tiles of a striped image meet the same strips again and again; without this each would be
 decompressed once a tile. One for the process, bounded: at most `KEEP_BYTES`, and no more than one
-page of the stack being read, so that reading a stack holds less than two of its pages. Given back
-when memory is short.
+page of the stack being read, so that reading a stack holds less than two of its pages. Whole
+pictures have one of their own, else a stack's page would drive out the mask that goes with it. Both
+are given back when memory is short.
 """
 
 from __future__ import annotations
@@ -80,4 +81,6 @@ class Kept:
 
 
 kept = Kept()
-os.register_at_fork(after_in_child=kept.after_fork)
+kept_pictures = Kept()
+for _one in (kept, kept_pictures):
+    os.register_at_fork(after_in_child=_one.after_fork)

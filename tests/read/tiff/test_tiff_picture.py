@@ -11,6 +11,7 @@ from PIL import Image
 from tiff_kit import values
 
 from raypipe.errors import BadImage, ConfigError, InputError, MissingInput
+from raypipe.read import picture
 from raypipe.read.source2d import ImageSource, open_image
 
 PICTURES = {
@@ -83,6 +84,42 @@ def test_what_cannot_be_read(tmp_path):
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     with pytest.raises(BadImage, match="holds 2 frames"):
         open_image(tmp_path / "a.gif")
+
+
+def test_a_picture_is_decoded_once_for_all_its_crops(tmp_path, monkeypatch):
+    """With its mask, and with a compressed stack read in between, whose page is smaller."""
+    stack = values((2, 20, 30), "u1")
+    tifffile.imwrite(tmp_path / "a.tif", stack, compression="zlib", photometric="minisblack")
+    decoded = []
+    decode = picture._decode
+    monkeypatch.setattr(picture, "_decode", lambda path: decoded.append(path.name) or decode(path))
+    for name in ("rgb", "grey"):
+        Image.fromarray(PICTURES[name]).save(tmp_path / f"{name}.png")
+    image, mask, other = (open_image(tmp_path / n) for n in ("rgb.png", "grey.png", "a.tif"))
+    for top in range(10):
+        rows = slice(top, top + 9)
+        np.testing.assert_array_equal(image.read(0, rows), PICTURES["rgb"][rows])
+        np.testing.assert_array_equal(mask.read(0, rows), PICTURES["grey"][rows])
+        np.testing.assert_array_equal(other.read(1, rows), stack[1, rows])
+    assert decoded == ["rgb.png", "grey.png"]
+
+
+@pytest.mark.parametrize(("name", "bytes_"), [("rgb", 1800), ("grey 16", 1200), ("bits", 600)])
+def test_a_picture_too_large_to_keep_is_refused(tmp_path, monkeypatch, name, bytes_):
+    Image.fromarray(PICTURES[name]).save(tmp_path / "a.png")
+    monkeypatch.setattr(picture, "KEEP_BYTES", bytes_)
+    assert open_image(tmp_path / "a.png").shape[1:3] == (20, 30)
+    monkeypatch.setattr(picture, "KEEP_BYTES", bytes_ - 1)
+    with pytest.raises(InputError, match=r"30 x 20 pixels .* save it as a tiled TIFF"):
+        open_image(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("most", [599, 300])  # Pillow warns above it, and stops above twice as many
+def test_what_pillow_takes_for_a_bomb(tmp_path, monkeypatch, most):
+    Image.fromarray(PICTURES["grey"]).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", most - (most == 300))
+    with pytest.raises(InputError, match=r"too large .* save it as a tiled TIFF"):
+        open_image(tmp_path / "a.png")
 
 
 def test_a_picture_that_was_changed(tmp_path):
