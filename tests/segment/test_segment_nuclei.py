@@ -79,7 +79,7 @@ def test_a_smaller_demo_finds_its_nuclei(
             job,
             inputs=replace(job.inputs, crop=64),
             network=NetworkConfig(width=8, depth=4),
-            train=replace(job.train, epochs=10),
+            train=replace(job.train, batch_size=4),
         )
 
     monkeypatch.setattr(segment_demo, "fit_config", smaller)
