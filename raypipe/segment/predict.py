@@ -97,13 +97,15 @@ def predict(cfg: SegmentPredictConfig, runner: Runner | None) -> Inferred:
 
 
 def after_of(what: What, saved: SavedModel) -> After | None:
-    """What becomes of logits. Raises InputError when no threshold was tuned yet."""
+    """What becomes of logits. Raises InputError when no threshold was tuned for them."""
     if what == "logits":
         return None
     if what == "probabilities":
         return Probabilities()
     if saved.spec.classes == 1 and saved.threshold is None:
         raise InputError(
-            "the run has no tuned threshold yet: its first epoch is not over; take --what probabilities"
+            "these weights have no tuned threshold: before the first epoch is over there is none, and "
+            "last has one at an epoch's end only, without --ema-decay; take --checkpoint best, or "
+            "--what probabilities"
         )
     return Labels(0.5 if saved.threshold is None else saved.threshold)
