@@ -14,7 +14,7 @@ from functools import partial
 from raypipe.errors import InputError
 from raypipe.fmri.config import FmriConfig, MvpaJobConfig
 from raypipe.fmri.inputs import SubjectInputs, check_alike, look_at, subjects_of
-from raypipe.fmri.ledger import DONE, Ledger
+from raypipe.fmri.ledger import Ledger
 from raypipe.fmri.plan import (
     Batch,
     Decision,
@@ -30,37 +30,20 @@ from raypipe.fmri.plan import (
     split,
     way_of,
 )
+from raypipe.fmri.planned import Planned, disk_line, time_line
 from raypipe.fmri.rois import wanted_rois
-from raypipe.fmri.units import RoiSpec, Unit, check_distinct
+from raypipe.fmri.units import Unit, check_distinct
 from raypipe.memory.config import MemoryConfig, ResolvedMemory
 from raypipe.runner import Machines
-from raypipe.units import format_bytes, format_seconds
 
 LOOKING = 8  # threads over subjects: headers and masks, from disks that may be far
 
 
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """A run, ready to go. done : units found finished; batches : what is left, in order."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Plan(Planned):
+    """Units of regions. batches : what is left, in order."""
 
-    subjects: tuple[SubjectInputs, ...]
-    rois: tuple[RoiSpec, ...]
-    done: tuple[Unit, ...]
     batches: tuple[Batch, ...]
-    decision: Decision | None
-    cache_bytes: int
-    output_bytes: int
-    lines: tuple[str, ...]
-
-    @property
-    def failed(self) -> list[tuple[Unit, str]]:
-        """Units that cannot be computed, and why."""
-        return [one for subject in self.subjects for one in subject.failed]
-
-    @property
-    def units(self) -> list[Unit]:
-        """Units that are done or can be computed, in the order of subjects, ROIs and targets."""
-        return [unit for subject in self.subjects for unit, _ in subject.units]
 
     @property
     def left(self) -> int:
@@ -105,24 +88,13 @@ def make_plan(cfg: FmriConfig, memory: ResolvedMemory, machines: Machines) -> Pl
         decision=decision,
         cache_bytes=sum(_cache_bytes(cfg, subject, done) for subject in subjects),
         output_bytes=sum(_output_bytes(cfg, subject, done) for subject in subjects),
-        lines=(),
     )
     return replace(plan, lines=tuple(_lines(cfg, plan, done)))
 
 
 def measured_seconds(cfg: FmriConfig, plan: Plan) -> str:
     """How long the rest will take, by finished units of this run folder; said when there is none."""
-    spent = [
-        record["seconds"] + record["seconds_reading"]
-        for record in Ledger(cfg.run_dir).all()
-        if record.get("status") == DONE and "seconds" in record
-    ]
-    if not plan.left or plan.decision is None:
-        return "time: nothing is left to do"
-    if not spent:
-        return "time: not measured yet, no unit of this run folder is finished"
-    seconds = sum(spent) / len(spent) * plan.left / plan.decision.workers
-    return f"time: about {format_seconds(seconds)} by {len(spent)} finished units"
+    return time_line(cfg, plan.left, plan.decision)
 
 
 def _needs(subject: SubjectInputs, done: set[Unit], config: MemoryConfig) -> dict[str, Need]:
@@ -244,11 +216,7 @@ def _lines(cfg: FmriConfig, plan: Plan, done: set[Unit]) -> list[str]:
     )
     if plan.decision is not None:
         told.append(plan.decision.line(max(batch.need_bytes for batch in plan.batches)))
-    where = f" in {cfg.cache_folder()}" if cfg.cache else ": --no-cache"
-    told.append(
-        f"disk: results {format_bytes(plan.output_bytes)}, cache {format_bytes(plan.cache_bytes)} to be "
-        f"added{where}"
-    )
+    told.append(disk_line(cfg, plan.output_bytes, plan.cache_bytes))
     return told
 
 

@@ -284,7 +284,7 @@ class FmriWorker:
         notes: Notes,
         reading: dict[str, Any],
     ) -> None:
-        from raypipe.fmri.mvpa import decode, weight_maps
+        from raypipe.fmri.mvpa import decode
 
         target = next(target for target in cfg.targets() if target.name == unit.target)
         started = time.monotonic()
@@ -294,12 +294,11 @@ class FmriWorker:
             design = design.left(series.volumes)
             tags = {"subject": unit.subject, "roi": unit.roi, "target": unit.target}
             patterns, decoding = design.samples(series.values), cfg.decoding_of(target)
-            result = decode(patterns, design, decoding, tags=tags)
-            weights = weight_maps(patterns, design, decoding) if cfg.weight_maps else None
+            result = decode(patterns, design, decoding, tags=tags, weights=cfg.weight_maps)
             del patterns
         ledger.begin(unit)
         files = [save_decoding(ledger.path(unit).with_suffix(".parquet"), unit, result)]
-        files += save_weights(cfg.run_dir, unit, subject, weights)
+        files += save_weights(cfg.run_dir, unit, subject, result.weights)
         fields = mvpa_fields(cfg, subject, self._spec(unit.roi), series, result)
         fields |= reading | {
             "seconds": time.monotonic() - started,

@@ -289,6 +289,8 @@ def test_damaged_blocks_count_as_absent(table: Path, tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:100])
     assert key_of(path) is None
     assert key_of(path.with_name("00099.npz")) is None
+    path.write_bytes(b"")
+    assert key_of(path) is None
     (cfg.run_dir / MAP.format("01")).unlink()
     assert run(cfg).blocks == 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import warnings
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from mvpa_kit import design_of, planted, planted_target
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
-from sklearn.linear_model import LogisticRegression
+from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from sklearn.model_selection import LeaveOneGroupOut, cross_validate
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -218,6 +219,45 @@ def test_weights_point_to_the_class_they_are_named_after(name: str, n_classes: i
         assert mean_up > (scaled @ weights)[against].mean()
     if name == "svc" and n_classes == 3:
         assert maps.names == ("cat over face", "cat over house", "face over house")
+
+
+class OfTwoVoxels(RidgeClassifier):  # type: ignore[misc]
+    """Chooses voxels, as some models do: its weights belong to no map."""
+
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> OfTwoVoxels:
+        super().fit(X[:, :2], y, sample_weight)
+        return self
+
+    def decision_function(self, X: Any) -> Any:
+        return super().decision_function(X[:, :2])
+
+
+@pytest.mark.parametrize(
+    ("estimator", "told"),
+    [
+        ("sklearn.neighbors.KNeighborsClassifier", "has no weights; choose a linear one"),
+        (f"{__name__}.OfTwoVoxels", r"has 2 weights for \d+ voxels; choose one that keeps all"),
+    ],
+)
+def test_a_model_without_weights_is_told_before_the_permutations(
+    monkeypatch: pytest.MonkeyPatch, estimator: str, told: str
+) -> None:
+    def too_late(*_: Any) -> None:
+        pytest.fail("permutations began")
+
+    monkeypatch.setattr(importlib.import_module("raypipe.fmri.mvpa.decode"), "_null", too_late)
+    config = MvpaConfig(model=EstimatorConfig(estimator=estimator), n_permutations=10)
+    with pytest.raises(InputError, match=told):
+        decode(*planted(2), config, weights=True)
+
+
+def test_weights_come_with_the_scores_on_request() -> None:
+    patterns, design = planted(3)
+    asked = decode(patterns, design, MvpaConfig(), weights=True).weights
+    assert asked is not None
+    expected = weight_maps(patterns, design, MvpaConfig())
+    np.testing.assert_array_equal(asked.weights, expected.weights)
+    assert decode(patterns, design, MvpaConfig()).weights is None
 
 
 def test_haufe_patterns_are_those_of_the_formula() -> None:

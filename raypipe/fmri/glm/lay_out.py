@@ -30,9 +30,10 @@ from raypipe.fmri.inputs import (
     run_stem,
     subjects_of,
 )
-from raypipe.fmri.ledger import DONE, Ledger
+from raypipe.fmri.ledger import Ledger
 from raypipe.fmri.masks import Grid
-from raypipe.fmri.plan import BASE_BYTES, Decision, ScanFacts, decide, way_of
+from raypipe.fmri.plan import BASE_BYTES, ScanFacts, decide, way_of
+from raypipe.fmri.planned import Planned, disk_line, time_line
 from raypipe.fmri.prepare import LOOKING
 from raypipe.fmri.results import source_of
 from raypipe.fmri.rois import wanted_rois
@@ -42,7 +43,6 @@ from raypipe.read.nifti import open_scan
 from raypipe.read.runfiles import RunFiles
 from raypipe.runner import Machines
 from raypipe.store.voxels import BLOCK_BYTES
-from raypipe.units import format_bytes, format_seconds
 
 RESULT_FORMAT = 2  # a higher one computes finished units anew
 # What the units' numbers depend on; block_memory and where things lie are none of it.
@@ -61,19 +61,18 @@ class Fit:
     need_bytes: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class BetaPlan:
-    """A run, ready to go. fits : all that can be computed; done : found finished; batches : the rest."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class BetaPlan(Planned):
+    """Models. fits : all that can be computed; refused : units that cannot; batches : the rest."""
 
-    rois: tuple[RoiSpec, ...]
     fits: tuple[Fit, ...]
-    failed: list[tuple[Unit, str]]
-    done: tuple[Unit, ...]
+    refused: tuple[tuple[Unit, str], ...]
     batches: tuple[BetaItem, ...]
-    decision: Decision | None
-    cache_bytes: int
-    output_bytes: int
-    lines: tuple[str, ...] = ()
+
+    @property
+    def failed(self) -> list[tuple[Unit, str]]:
+        """Units that cannot be computed, and why."""
+        return list(self.refused)
 
     @property
     def units(self) -> list[Unit]:
@@ -119,9 +118,10 @@ def lay_out(cfg: FmriConfig, memory: ResolvedMemory, machines: Machines) -> Beta
         )
     waiting = {fit.item.unit.subject for fit in left}
     plan = BetaPlan(
+        subjects=tuple(subjects),
         rois=rois,
         fits=tuple(fits),
-        failed=failed,
+        refused=tuple(failed),
         done=tuple(fit.item.unit for fit in fits if fit not in left),
         batches=tuple(fit.item for fit in left),
         decision=decision,
@@ -133,17 +133,7 @@ def lay_out(cfg: FmriConfig, memory: ResolvedMemory, machines: Machines) -> Beta
 
 def seconds_left(cfg: FmriConfig, plan: BetaPlan) -> str:
     """How long the rest will take, by finished units of this run folder; said when there is none."""
-    if plan.decision is None:
-        return "time: nothing is left to do"
-    spent = [
-        record["seconds"] + record["seconds_reading"]
-        for record in Ledger(cfg.run_dir).all()
-        if record.get("status") == DONE and "seconds" in record
-    ]
-    if not spent:
-        return "time: not measured yet, no unit of this run folder is finished"
-    seconds = sum(spent) / len(spent) * len(plan.batches) / plan.decision.workers
-    return f"time: about {format_seconds(seconds)} by {len(spent)} finished units"
+    return time_line(cfg, len(plan.batches), plan.decision)
 
 
 def _fits(cfg: BetasConfig, subject: SubjectInputs, spec: RoiSpec) -> list[Fit | tuple[Unit, str]]:
@@ -243,8 +233,5 @@ def _lines(cfg: BetasConfig, plan: BetaPlan, left: Sequence[Fit]) -> list[str]:
     ]
     if plan.decision is not None:
         told.append(plan.decision.line(max(fit.need_bytes for fit in left)))
-    told.append(
-        f"disk: results {format_bytes(plan.output_bytes)}, cache {format_bytes(plan.cache_bytes)} to be "
-        f"added in {cfg.cache_folder()}"
-    )
+    told.append(disk_line(cfg, plan.output_bytes, plan.cache_bytes))
     return told

@@ -20,6 +20,7 @@ from raypipe.fmri.mvpa.folds import Fold, check_folds, make_folds, mixing_danger
 from raypipe.fmri.mvpa.permute import p_value, permutations
 from raypipe.fmri.mvpa.results import MvpaResult, mean_of_folds
 from raypipe.fmri.mvpa.scores import CLASS_SCORES, TARGET_SCORES, chance, rate
+from raypipe.fmri.mvpa.weights import weight_maps
 
 Floats = NDArray[np.float64]
 
@@ -33,11 +34,13 @@ def decode(
     *,
     folds: Sequence[Fold] | None = None,
     tags: Mapping[str, str] | None = None,
+    weights: bool = False,
 ) -> MvpaResult:
     """Cross-validated decoding of ``design``'s labels from ``patterns``, and its permutation test.
 
     patterns : (n, n_voxels), e.g. ``design.samples(series)``; voxels that are not finite are left out
     folds : instead of ``config.cv``. Folds that mix runs draw a RaypipeWarning.
+    weights : also of one model fitted to all samples, before the permutations, which take long
     """
     usable = _usable(patterns, design)
     check_fits(config.model, design.is_classes)
@@ -53,6 +56,7 @@ def decode(
     labels = design.encoded()
     answers = [engine.answer(labels[np.newaxis]) for engine in engines]
     by_fold = _rate(names, labels[np.newaxis], folds, answers)
+    maps = weight_maps(patterns, design, config) if weights else None
     null = _null(names, labels, folds, engines, design, config)
     predicted = _pooled(labels, folds, answers)
     scores = {name: values[:, 0] for name, values in by_fold.items()}
@@ -73,6 +77,7 @@ def decode(
         predicted=predicted,
         warnings=(danger,) if danger else (),
         tags=dict(tags or {}),
+        weights=maps,
     )
 
 

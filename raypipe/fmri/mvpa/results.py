@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from raypipe.fmri.mvpa.weights import Weights
+
 Floats = NDArray[np.float64]
 
 
@@ -22,6 +24,7 @@ class MvpaResult:
     confusion : (k, k) test samples of true class (row) predicted as (column), all folds; None for targets
     predicted, true : (n,) in sample order, class numbers or targets; NaN, or -1, for untested samples
     tags : subject, roi, target or what else tells results apart
+    weights : of one model fitted to all samples; None where nobody asked
     """
 
     estimator: str
@@ -40,6 +43,7 @@ class MvpaResult:
     predicted: NDArray[np.generic]
     warnings: tuple[str, ...] = ()
     tags: Mapping[str, str] = field(default_factory=dict)
+    weights: Weights | None = None
 
     @property
     def scores(self) -> dict[str, float]:

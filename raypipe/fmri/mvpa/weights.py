@@ -44,6 +44,11 @@ def weight_maps(patterns: Floats, design: Design, config: MvpaConfig) -> Weights
     if not hasattr(model, "coef_"):
         raise InputError(f"estimator {config.model.estimator} has no weights; choose a linear one")
     coefficients = np.atleast_2d(np.asarray(model.coef_, np.float64))
+    if coefficients.shape[1] != values.shape[1]:
+        raise InputError(
+            f"estimator {config.model.estimator} has {coefficients.shape[1]} weights for {values.shape[1]} "
+            "voxels; choose one that keeps all of them"
+        )
     weights = np.full((len(coefficients), len(finite)), np.nan)
     shown = weights.copy()
     weights[:, finite] = coefficients

@@ -85,7 +85,9 @@ def key_of(path: Path) -> str | None:
     try:
         with np.load(path, allow_pickle=False) as found:
             return str(found["key"])
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, zipfile.BadZipFile):
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (EOFError, ValueError, KeyError, zipfile.BadZipFile):  # cut off: computed again
         return None
 
 

@@ -18,7 +18,8 @@ from raypipe.fmri.config import FmriConfig
 from raypipe.fmri.inputs import SubjectInputs, check_alike, look_at, one_line, subjects_of
 from raypipe.fmri.ledger import Ledger
 from raypipe.fmri.masks import Grid
-from raypipe.fmri.plan import BASE_BYTES, Decision, ScanFacts, UnitFacts, decide, way_of
+from raypipe.fmri.plan import BASE_BYTES, ScanFacts, UnitFacts, decide, way_of
+from raypipe.fmri.planned import Planned, disk_line
 from raypipe.fmri.prepare import LOOKING
 from raypipe.fmri.rois import wanted_rois
 from raypipe.fmri.searchlight.blockfile import block_key, block_path, key_of, load_block
@@ -32,7 +33,7 @@ from raypipe.memory.config import ResolvedMemory
 from raypipe.read.runfiles import RunFiles
 from raypipe.runner import Machines
 from raypipe.store.voxels import BLOCK_BYTES
-from raypipe.units import format_bytes, format_seconds
+from raypipe.units import format_seconds
 
 _TIMED = 50  # finished blocks that a time is told by
 
@@ -58,28 +59,11 @@ class Light:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class LightPlan:
-    """A run, ready to go. done : maps found finished; lights : the others; batches : blocks, in order."""
+class LightPlan(Planned):
+    """Maps. lights : those that are not done; batches : their blocks, in order."""
 
-    subjects: tuple[SubjectInputs, ...]
-    rois: tuple[RoiSpec, ...]
-    done: tuple[Unit, ...]
     lights: tuple[Light, ...]
     batches: tuple[LightItem, ...]
-    decision: Decision | None
-    cache_bytes: int
-    output_bytes: int
-    lines: tuple[str, ...]
-
-    @property
-    def failed(self) -> list[tuple[Unit, str]]:
-        """Maps that cannot be made, and why."""
-        return [one for subject in self.subjects for one in subject.failed]
-
-    @property
-    def units(self) -> list[Unit]:
-        """Maps that are done or can be made, in the order of subjects, ROIs and targets."""
-        return [unit for subject in self.subjects for unit, _ in subject.units]
 
 
 def lay_out(cfg: FmriConfig, memory: ResolvedMemory, machines: Machines) -> LightPlan:
@@ -105,7 +89,6 @@ def lay_out(cfg: FmriConfig, memory: ResolvedMemory, machines: Machines) -> Ligh
         decision=None,
         cache_bytes=sum(_cache_bytes(cfg, *both) for both in zip(subjects, lights, strict=True)),
         output_bytes=sum(_output_bytes(cfg, light) for of in lights for light in of),
-        lines=(),
     )
     check_distinct([*plan.units, *(unit for unit, _ in plan.failed)])
     if not plan.units:
@@ -254,8 +237,5 @@ def _lines(cfg: SearchlightJobConfig, plan: LightPlan) -> list[str]:
     if plan.decision is not None:
         most = max(light.need_bytes for light in plan.lights if light.left)
         told.append(plan.decision.line(most))
-    told.append(
-        f"disk: results {format_bytes(plan.output_bytes)}, cache {format_bytes(plan.cache_bytes)} to be "
-        f"added in {cfg.cache_folder()}"
-    )
+    told.append(disk_line(cfg, plan.output_bytes, plan.cache_bytes))
     return told
