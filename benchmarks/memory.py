@@ -14,6 +14,8 @@ actor_cpu_share_16    : of one core, all threads of the actor, with 16 workers t
                         and 1792 MiB away, as at the soft limit and half of a budget of 4 GiB;
                         _none: nobody is watched, only Ray's own threads, on idle cores
 watch_cpu_share_16    : the part of it that is the watch: the thread that polls
+wake_cpu_share_16     : of a process that only wakes every 5 ms at the same priority beside them, and
+                        looks at nobody: this machine's price of a wake-up, half of it or more here
 false_kills           : of processes that map and read a file of 4 times their budget
 throughput_ratio_on_off : batches with budgets on against off, 100 turns of 0.4 s each; _spread:
                         half of its 95 % interval
@@ -49,6 +51,7 @@ from raypipe.memory.records import Ask, node_folder, slot_path
 from raypipe.memory.registration import Registration
 from raypipe.memory.slot import Slot
 from raypipe.memory.verdict import Verdict, find
+from raypipe.memory.watch import POLL_S
 
 GIB, MIB = 1024**3, 1024**2
 KINDS = ("numpy", "torch", "bytearray", "huge")
@@ -67,10 +70,11 @@ class Kill:
 
 
 class Shares(NamedTuple):
-    """Of one core: all threads of the actor, and the one that looks."""
+    """Of one core: all threads of the actor; the one that looks; one that only wakes as often."""
 
     actor: float
     watch: float
+    wake: float
 
 
 class Hog:
@@ -138,23 +142,30 @@ class Node:
 
     def shares(self, seconds: float) -> Shares:
         """Over the next ``seconds``."""
-        before, began = self._cpu_s(), time.perf_counter()
+        wakes = Hog("wake", POLL_S)
+        wakes.go()
+        before, began = self._cpu_s(wakes.process.pid), time.perf_counter()
         time.sleep(seconds)
-        after, took = self._cpu_s(), time.perf_counter() - began
+        after, took = self._cpu_s(wakes.process.pid), time.perf_counter() - began
+        wakes.process.kill()
+        wakes.wait()
         return Shares(*((b - a) / took for a, b in zip(before, after, strict=True)))
 
-    def _cpu_s(self) -> tuple[float, float]:
-        """Processor seconds of all threads of the actor and of the one that looks, kernel time
-        included, by the scheduler.
-        """
+    def _cpu_s(self, wakes: int) -> tuple[float, float, float]:
+        """Processor seconds as ``Shares`` has them, kernel time included, by the scheduler."""
         tasks = Path(f"/proc/{self.state['pid']}/task").iterdir()
-        used = {task.name: int((task / "schedstat").read_text().split()[0]) / 1e9 for task in tasks}
-        return sum(used.values()), used[str(self.state["watch_thread"])]
+        used = {task.name: _scheduled_s(task) for task in tasks}
+        watch = used[str(self.state["watch_thread"])]
+        return sum(used.values()), watch, _scheduled_s(Path(f"/proc/{wakes}"))
 
     def verdict(self, told: Registration) -> Verdict | None:
         """On a process that has ended."""
         ray.get(self.actor.verdict_of.remote(told.pid), timeout=WAIT_S)  # waits for the writing
         return find(self.folder, told.pid, told.start_ticks)
+
+
+def _scheduled_s(task: Path) -> float:
+    return int((task / "schedstat").read_text().split()[0]) / 1e9
 
 
 def warm_pages() -> None:
@@ -281,6 +292,7 @@ def main() -> None:
         for case, found in cases.items():
             metrics[f"actor_cpu_share_16{case}"] = found.actor
             metrics[f"watch_cpu_share_16{case}"] = found.watch
+            metrics[f"wake_cpu_share_16{case}"] = found.wake
         common.say(str(metrics))
         metrics |= kills(node, options.kills)
         metrics["false_kills"] = false_kills(node, options.maps, Path(folder))

@@ -2,7 +2,8 @@
 
 KIND: numpy, torch, bytearray: takes SIZE bytes in one call, at full speed; huge: as fast as the
 machine gives memory, in huge pages by one thread a core; hold: keeps SIZE bytes; churn: keeps SIZE
-bytes and takes and gives back a few more, without a pause; map: maps and reads the file SIZE.
+bytes and takes and gives back a few more, without a pause; map: maps and reads the file SIZE;
+wake: wakes every SIZE seconds, at the watch's priority, and does nothing.
 """
 
 from __future__ import annotations
@@ -55,6 +56,13 @@ def _churn(size: str) -> None:
         bytearray(4 * 1024**2)
 
 
+def _wake(every_s: str) -> None:
+    due = time.monotonic()
+    while True:
+        due = max(due + float(every_s), time.monotonic())  # as the watch: none is made up for
+        time.sleep(max(0.0, due - time.monotonic()))
+
+
 def _take(kind: str) -> Callable[[str], Any]:
     """What does the work, its library loaded."""
     if kind == "map":
@@ -63,6 +71,11 @@ def _take(kind: str) -> Callable[[str], Any]:
         return _huge
     if kind == "churn":
         return _churn
+    if kind == "wake":
+        from raypipe.memory.ending import raise_priority
+
+        raise_priority()
+        return _wake
     if kind == "numpy":
         return lambda size: np.ones(int(size) // 8)
     if kind == "torch":

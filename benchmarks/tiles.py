@@ -13,7 +13,7 @@ mpx_to_bare: our megapixels/s, reading the .npy and writing a .npy with all sync
 model on whole windows from memory, of which every pixel counts, the halo too. mpx_to_same_windows: the
 same, with only the pixels that tiles keep counted on both sides. mpx_to_monai: over MONAI's faster overlap,
 with windows of the same size, which stays in memory and runs after ours, in an interpreter of its own.
---skip-memory leaves the three sizes out. MONAI comes with the bench extra, or by BENCH_PYTHON_MONAI.
+The three sizes come last, and minutes long: they need no quiet machine; --skip-memory leaves them out. MONAI comes with the bench extra, or by BENCH_PYTHON_MONAI.
 """
 
 from __future__ import annotations
@@ -317,12 +317,14 @@ def main() -> None:
             figures |= errors(folder, peer)
         for path in folder.glob("*"):
             path.unlink()
-        if not args.skip_memory:
-            figures |= memory(folder, args.sizes)
         if not args.skip_speed:
             figures |= speed(
                 SPEED | {"side": args.side, "tile": args.tile}, folder, peer, args.rounds
             )
+        for path in folder.glob("*"):
+            path.unlink()
+        if not args.skip_memory:
+            figures |= memory(folder, args.sizes)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     emit("tiles", figures, args.json)
