@@ -13,7 +13,8 @@ mpx_to_bare: our megapixels/s, reading the .npy and writing a .npy with all sync
 model on whole windows from memory, of which every pixel counts, the halo too. mpx_to_same_windows: the
 same, with only the pixels that tiles keep counted on both sides. mpx_to_monai: over MONAI's faster overlap,
 with windows of the same size, which stays in memory and runs after ours, in an interpreter of its own.
-The three sizes come last, and minutes long: they need no quiet machine; --skip-memory leaves them out. MONAI comes with the bench extra, or by BENCH_PYTHON_MONAI.
+The three sizes come last, take 10 minutes or more, and need no quiet machine; --skip-memory leaves them
+out. MONAI comes with the bench extra, or by BENCH_PYTHON_MONAI.
 """
 
 from __future__ import annotations
