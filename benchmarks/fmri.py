@@ -10,8 +10,9 @@ regions not read before, from the cache; beside it the store's reader, a plain .
 NiftiMasker with memory= (a new region; *_again: the same once more). clean_butterworth_ratio: the whole
 brain at once, nilearn's time over ours on one thread. labels_100_*: by the command, records and report
 included. subjects_*: four names of one file. perm_svc_ratio, perm_ridge_ratio: a permutation by refitting
-scaler and model over ours, 216 samples, 12 runs (*_864 samples; *_precomputed: scikit-learn's SVC on one
-Gram matrix a fold). t_scaling: seconds of 2T over those of T until the entry is whole; at most 2.3.
+scaler and model over ours, 216 samples, 12 runs, 1000 permutations (*_864: as many samples, but only 15
+permutations, over which what is made once is spread; *_precomputed: scikit-learn's SVC on one Gram matrix
+a fold). t_scaling: seconds of 2T over those of T until the entry is whole; at most 2.3.
 --only first,second,... runs parts; --quick takes a small scan, whose figures mean nothing.
 """
 
