@@ -6,7 +6,6 @@ subjects are the sample; what varies within one is settled before.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,7 +18,9 @@ from raypipe.errors import InputError
 Floats = NDArray[np.float64]
 Alternative = Literal["greater", "two-sided", "less"]
 
-_BLOCK_BYTES = 64 << 20  # of permuted statistics held at once
+N_FLIPS = 5000  # p is sure to 0.003 at 0.05, and 0.0002 at best
+_BLOCK_BYTES = 32 << 20  # of flipped statistics held at once
+_PATTERNS = 512  # sign patterns taken at once
 _SAME = 1 - 1e-9  # a statistic that differs by rounding counts as equal
 
 
@@ -61,7 +62,7 @@ def sign_flip(
     values: ArrayLike,
     *,
     chance: float = 0.0,
-    n_flips: int = 5000,
+    n_flips: int = N_FLIPS,
     seed: int = 0,
     alternative: Alternative = "greater",
 ) -> SignFlipResult:
@@ -71,24 +72,85 @@ def sign_flip(
     and the measured one. values : (n_subjects, m) or (n_subjects,).
     """
     data = _checked(values) - chance
-    n, places = data.shape
-    square = (data**2).sum(axis=0)
-    t = _t(data.mean(axis=0), square, n)
-    measured = _tailed(t, alternative)
-    exact = n < 63 and 2**n <= n_flips
-    total = 2**n if exact else n_flips
-    above, above_all = np.zeros(places, np.int64), np.zeros(places, np.int64)
-    limit = np.where(measured > 0, measured * _SAME, measured / _SAME)
-    for signs in _signs(n, total, exact, seed, max(1, _BLOCK_BYTES // (8 * places))):
-        flipped = _tailed(_t(signs @ data / n, square, n), alternative)
-        above += (flipped >= limit).sum(axis=0)
-        largest = np.fmax.reduce(flipped, axis=1)  # places without a number have no say
-        above_all += (largest[:, np.newaxis] >= limit).sum(axis=0)
-    extra = 0 if exact else 1  # the measured signs are among all, not among drawn ones
-    undefined = np.isnan(t)
-    p, p_fwe = ((count + extra) / (total + extra) for count in (above, above_all))
-    p[undefined], p_fwe[undefined] = np.nan, np.nan
-    return SignFlipResult(t=t, p=p, p_fwe=p_fwe, n_flips=total, exact=exact)
+    flips = SignFlips(len(data), n_flips=n_flips, seed=seed, alternative=alternative)
+    flips.add(data)
+    return flips.result()
+
+
+class SignFlips:
+    """``sign_flip`` of places that come in parts, each part under the same sign patterns.
+
+    What is held is one number a place and a pattern, whatever the number of subjects.
+    """
+
+    def __init__(
+        self,
+        n_subjects: int,
+        *,
+        n_flips: int = N_FLIPS,
+        seed: int = 0,
+        alternative: Alternative = "greater",
+    ) -> None:
+        self._signs, self._exact = sign_patterns(n_subjects, n_flips, seed)
+        self._alternative: Alternative = alternative
+        self._largest = np.full(len(self._signs), -np.inf)
+        self._parts: list[tuple[Floats, NDArray[np.int64]]] = []  # (t, patterns that reach it)
+
+    def add(self, values: ArrayLike) -> None:
+        """Test ``values`` (n_subjects, m) less chance: the places after those of before."""
+        data = _checked(values)
+        width = max(1, _BLOCK_BYTES // (8 * 4 * min(len(self._signs), _PATTERNS)))
+        for lo in range(0, data.shape[1], width):
+            self._parts.append(self._flip(data[:, lo : lo + width]))
+
+    def _flip(self, data: Floats) -> tuple[Floats, NDArray[np.int64]]:
+        n = len(data)
+        square = (data**2).sum(axis=0)
+        t = _t(data.mean(axis=0), square, n)
+        limit, above = self._limit(t), np.zeros(len(t), np.int64)
+        for lo in range(0, len(self._signs), _PATTERNS):
+            signs = self._signs[lo : lo + _PATTERNS].astype(np.float64)
+            flipped = _tailed(_t(signs @ data / n, square, n), self._alternative)
+            above += (flipped >= limit).sum(axis=0)
+            own = np.fmax.reduce(flipped, axis=1)  # places without a number have no say
+            largest = self._largest[lo : lo + _PATTERNS]
+            np.fmax(largest, own, out=largest)
+        return t, above
+
+    def _limit(self, t: Floats) -> Floats:
+        """What a flipped statistic has to reach to count as no smaller than the measured one."""
+        measured = _tailed(t, self._alternative)
+        return np.where(measured > 0, measured * _SAME, measured / _SAME)
+
+    def result(self) -> SignFlipResult:
+        """Of all places, in the order they came."""
+        t = np.concatenate([part for part, _ in self._parts])
+        above = np.concatenate([count for _, count in self._parts])
+        total = len(self._signs)
+        below = np.searchsorted(np.sort(self._largest), self._limit(t), side="left")
+        extra = 0 if self._exact else 1  # the measured signs are among all, not among drawn ones
+        p, p_fwe = ((count + extra) / (total + extra) for count in (above, total - below))
+        undefined = np.isnan(t)
+        p[undefined], p_fwe[undefined] = np.nan, np.nan
+        return SignFlipResult(t=t, p=p, p_fwe=p_fwe, n_flips=total, exact=self._exact)
+
+
+def sign_patterns(n: int, n_flips: int, seed: int) -> tuple[NDArray[np.int8], bool]:
+    """((patterns, n) of -1 and 1, whether they are all): all 2**n, or ``n_flips`` drawn ones."""
+    if exact := n < 63 and 2**n <= n_flips:
+        bits = (np.arange(2**n)[:, np.newaxis] >> np.arange(n)) & 1
+    else:
+        bits = np.random.default_rng(seed).integers(0, 2, (n_flips, n), np.int8)
+    signs: NDArray[np.int8] = bits.astype(np.int8, copy=False)
+    signs *= -2
+    signs += 1
+    return signs, exact
+
+
+def least_p(n_subjects: int, n_flips: int = N_FLIPS) -> float:
+    """The smallest p that sign flips of so many subjects can give: few have few patterns."""
+    exact = n_subjects < 63 and 2**n_subjects <= n_flips
+    return 1 / 2**n_subjects if exact else 1 / (1 + n_flips)
 
 
 def false_discovery_rate(p: ArrayLike) -> Floats:
@@ -132,16 +194,3 @@ def _tailed(t: Floats, alternative: Alternative) -> Floats:
     if alternative == "two-sided":
         return np.abs(t)
     return t if alternative == "greater" else -t
-
-
-def _signs(n: int, total: int, exact: bool, seed: int, step: int) -> Iterator[Floats]:
-    """Yield (up to ``step``, n) of -1 and 1: all patterns, or ``total`` drawn ones."""
-    rng = np.random.default_rng(seed)
-    for first in range(0, total, step):
-        rows = min(step, total - first)
-        if exact:
-            numbers = np.arange(first, first + rows)[:, np.newaxis]
-            bits = (numbers >> np.arange(n)) & 1
-        else:
-            bits = rng.integers(0, 2, (rows, n))
-        yield 1.0 - 2.0 * bits.astype(np.float64)
