@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
+from threadpoolctl import threadpool_limits
 
 from raypipe.errors import InputError
 
@@ -19,9 +20,9 @@ Floats = NDArray[np.float64]
 Alternative = Literal["greater", "two-sided", "less"]
 
 N_FLIPS = 5000  # p is sure to 0.003 at 0.05, and 0.0002 at best
-_BLOCK_BYTES = 32 << 20  # of flipped statistics held at once
+_BLOCK_BYTES = 4 << 20  # of flipped statistics held at once
 _PATTERNS = 512  # sign patterns taken at once
-_SAME = 1 - 1e-9  # a statistic that differs by rounding counts as equal
+_SAME = 1e-12  # of u, which is -1 to 1: what differs by rounding counts as equal
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -80,6 +81,8 @@ def sign_flip(
 class SignFlips:
     """``sign_flip`` of places that come in parts, each part under the same sign patterns.
 
+    A place's squares do not change with its signs, so t rises with u, the mean over its root mean square,
+    and by one rule for all places: u is one product of matrices, and the highest u has the highest t.
     What is held is one number a place and a pattern, whatever the number of subjects.
     """
 
@@ -94,44 +97,45 @@ class SignFlips:
         self._signs, self._exact = sign_patterns(n_subjects, n_flips, seed)
         self._alternative: Alternative = alternative
         self._largest = np.full(len(self._signs), -np.inf)
-        self._parts: list[tuple[Floats, NDArray[np.int64]]] = []  # (t, patterns that reach it)
+        self._parts: list[
+            tuple[Floats, Floats, NDArray[np.int64]]
+        ] = []  # u, t, patterns that reach u
 
     def add(self, values: ArrayLike) -> None:
         """Test ``values`` (n_subjects, m) less chance: the places after those of before."""
         data = _checked(values)
-        width = max(1, _BLOCK_BYTES // (8 * 4 * min(len(self._signs), _PATTERNS)))
-        for lo in range(0, data.shape[1], width):
-            self._parts.append(self._flip(data[:, lo : lo + width]))
+        width = max(1, _BLOCK_BYTES // (8 * min(len(self._signs), _PATTERNS)))
+        # Products this thin gain nothing from threads: two that wait for each other took 8 times as long.
+        with threadpool_limits(1, "blas"):
+            for lo in range(0, data.shape[1], width):
+                self._parts.append(self._flip(data[:, lo : lo + width]))
 
-    def _flip(self, data: Floats) -> tuple[Floats, NDArray[np.int64]]:
-        n = len(data)
+    def _flip(self, data: Floats) -> tuple[Floats, Floats, NDArray[np.int64]]:
+        n, places = data.shape
         square = (data**2).sum(axis=0)
-        t = _t(data.mean(axis=0), square, n)
-        limit, above = self._limit(t), np.zeros(len(t), np.int64)
-        for lo in range(0, len(self._signs), _PATTERNS):
+        defined = square > 0  # and a number: the others have no t, and no say
+        scaled = data[:, defined] / np.sqrt(n * square[defined])
+        own = _tailed(scaled.sum(axis=0), self._alternative)
+        above = np.zeros(own.size, np.int64)
+        for lo in range(0, len(self._signs) if own.size else 0, _PATTERNS):
             signs = self._signs[lo : lo + _PATTERNS].astype(np.float64)
-            flipped = _tailed(_t(signs @ data / n, square, n), self._alternative)
-            above += (flipped >= limit).sum(axis=0)
-            own = np.fmax.reduce(flipped, axis=1)  # places without a number have no say
+            flipped = _tailed(signs @ scaled, self._alternative)
+            above += (flipped >= own - _SAME).sum(axis=0)
             largest = self._largest[lo : lo + _PATTERNS]
-            np.fmax(largest, own, out=largest)
-        return t, above
-
-    def _limit(self, t: Floats) -> Floats:
-        """What a flipped statistic has to reach to count as no smaller than the measured one."""
-        measured = _tailed(t, self._alternative)
-        return np.where(measured > 0, measured * _SAME, measured / _SAME)
+            np.maximum(largest, flipped.max(axis=1), out=largest)
+        u, reached = np.full(places, np.nan), np.zeros(places, np.int64)
+        u[defined], reached[defined] = own, above
+        return u, _t(data.mean(axis=0), square, n), reached
 
     def result(self) -> SignFlipResult:
         """Of all places, in the order they came."""
-        t = np.concatenate([part for part, _ in self._parts])
-        above = np.concatenate([count for _, count in self._parts])
+        u, t, above = (np.concatenate(part) for part in zip(*self._parts, strict=True))
         total = len(self._signs)
-        below = np.searchsorted(np.sort(self._largest), self._limit(t), side="left")
+        below = np.searchsorted(np.sort(self._largest), u - _SAME, side="left")
         extra = 0 if self._exact else 1  # the measured signs are among all, not among drawn ones
         p, p_fwe = ((count + extra) / (total + extra) for count in (above, total - below))
-        undefined = np.isnan(t)
-        p[undefined], p_fwe[undefined] = np.nan, np.nan
+        undefined = np.isnan(u)
+        t[undefined], p[undefined], p_fwe[undefined] = np.nan, np.nan, np.nan
         return SignFlipResult(t=t, p=p, p_fwe=p_fwe, n_flips=total, exact=self._exact)
 
 
