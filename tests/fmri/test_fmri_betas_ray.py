@@ -23,7 +23,7 @@ from raypipe.runner import LocalRunner
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_session", "no_page")]
 
 WAIT_S = 120.0
-SUBJECTS = ("01", "02", "03", "04", "05")
+SUBJECTS = ("01", "02", "03", "04")
 
 
 def records(run_dir: Path) -> dict[Path, int]:

@@ -61,7 +61,7 @@ class Stack:
         row = np.empty(last - first, np.float32)
         for number, chance in enumerate(self.chances):
             at = 4 * (number * self.width + first)
-            if read_full(self.fd, memoryview(row).cast("B"), at) < row.nbytes:
+            if read_full(self.fd, row.view(np.uint8).data, at) < row.nbytes:
                 raise InputError(f"the maps' file ends before byte {at + row.nbytes}; run again")
             np.subtract(row[place - first], chance, out=above[number], dtype=np.float64)
         return above
