@@ -28,9 +28,8 @@ def group_rows(records: Sequence[Mapping[str, Any]], *, seed: int = 0) -> list[d
     """A row for each (roi, target, score) of the records of done units, in their order.
 
     t, p : one-sided, score above chance; p_flip : by sign flips, p_flip_least the smallest that so many
-    subjects can give; q, q_flip : false discovery rate over
-    the rows of one score. NaN where fewer than two subjects have the score. Where all subjects agree
-    there is no t (NaN), and p is that by sign flips.
+    subjects can give; q, q_flip : false discovery rate over the rows of one score. NaN where fewer than
+    two subjects have the score. Where all subjects agree there is no t (NaN), and p is that by sign flips.
     """
     groups: dict[tuple[str, str, str], list[tuple[str, float, float]]] = {}
     for record in records:

@@ -20,7 +20,8 @@ from raypipe.fmri.searchlight.settle import save_map
 from raypipe.fmri.searchlight.stack import stacked
 from raypipe.fmri.searchlight.together import group_maps
 
-AFFINE = np.diag([2.0, 2.0, 2.0, 1.0])
+# Left to right runs against the index, and slices are tilted.
+AFFINE = np.array([[-2.0, 0, 0, 30], [0, 2.5, 0.3, -20], [0, -0.3, 3, 5], [0, 0, 0, 1]])
 
 
 def _subjects(run_dir: Path, n: int, shape: tuple[int, ...], seed: int = 0) -> list[dict[str, Any]]:
@@ -83,6 +84,11 @@ def test_group_maps_in_blocks_are_those_of_all_places_at_once(tmp_path: Path) ->
     q = stats.false_discovery_control(theirs.pvalue)
     np.testing.assert_allclose(10 ** -_group(tmp_path, "logq")[inside], q, rtol=1e-4)
     assert row["n_centres"] == inside.sum()
+    mean = nibabel.load(tmp_path / "maps/group_roi-V1_target-all_accuracy_searchlight.nii.gz")
+    np.testing.assert_allclose(mean.affine, AFFINE, rtol=1e-6)
+    top = np.unravel_index(np.nanargmax(np.asarray(mean.dataobj)), mean.shape)
+    at = [row[f"{axis}_mm"] for axis in "xyz"]
+    np.testing.assert_allclose(at, nibabel.affines.apply_affine(mean.affine, top), atol=0.01)
     assert row["p_flip_least"] == 1 / 5001
     assert row["above_fwe"] == int((whole.p_fwe < 0.05).sum())
 

@@ -99,6 +99,20 @@ def test_the_least_p_is_what_subjects_that_all_agree_get(n: int) -> None:
     assert (least_p(n) < 0.05) == (n >= 5), "fewer than five subjects cannot be significant"
 
 
+def test_where_nothing_is_one_study_in_twenty_finds_something() -> None:
+    """300 studies of eight subjects and 40 places that go together; scores are coarse, as accuracies."""
+    rng = np.random.default_rng(5)
+    found = {"p": 0, "p_fwe": 0}
+    for _ in range(300):
+        shared, own = rng.normal(size=(8, 1)), rng.normal(size=(8, 40))
+        values = np.round((shared + own) * 0.05, 2)
+        tested = sign_flip(values)
+        found["p_fwe"] += tested.p_fwe.min() < 0.05
+        found["p"] += tested.p[0] < 0.05
+    assert 3 <= found["p"] <= 28, "300 x 0.05, and three deviations either way"
+    assert 3 <= found["p_fwe"] <= 28
+
+
 def test_places_without_a_number_stay_without_and_harm_none() -> None:
     values = np.random.default_rng(4).normal(0.5, 1.0, size=(6, 3))
     holes = values.copy()
