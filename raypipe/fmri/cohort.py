@@ -15,20 +15,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from raypipe.fmri.group import false_discovery_rate, one_sample_t, sign_flip
+from raypipe.fmri.group import false_discovery_rate, least_p, one_sample_t, sign_flip
 from raypipe.fmri.ledger import write_whole
 from raypipe.report.saved import write_json
 
 LEAST = 2  # subjects for a test
+_SMALL, _SIGNIFICANT = 0.01, 0.05  # p values
 _AGREE = 1e-6  # scores that differ less are the same
 
 
 def group_rows(records: Sequence[Mapping[str, Any]], *, seed: int = 0) -> list[dict[str, Any]]:
     """A row for each (roi, target, score) of the records of done units, in their order.
 
-    t, p : one-sided, score above chance; p_flip : by sign flips; q, q_flip : false discovery rate over
-    the rows of one score. NaN where fewer than two subjects have the score. Where all subjects agree
-    there is no t (NaN), and p is that by sign flips.
+    t, p : one-sided, score above chance; p_flip : by sign flips, p_flip_least the smallest that so many
+    subjects can give; q, q_flip : false discovery rate over the rows of one score. NaN where fewer than
+    two subjects have the score. Where all subjects agree there is no t (NaN), and p is that by sign flips.
     """
     groups: dict[tuple[str, str, str], list[tuple[str, float, float]]] = {}
     for record in records:
@@ -47,6 +48,14 @@ def group_rows(records: Sequence[Mapping[str, Any]], *, seed: int = 0) -> list[d
     return rows
 
 
+def at_best(n_subjects: int) -> str:
+    """A sentence for the page where few subjects, by few sign patterns, keep p from being small."""
+    if n_subjects < LEAST or (p := least_p(n_subjects)) < _SMALL:
+        return ""
+    never = "" if p < _SIGNIFICANT else ", which is not below 0.05 whatever the data"
+    return f" Sign flips of {n_subjects} subjects give p = {p:.2g} at best{never}."
+
+
 def _row(
     roi: str, target: str, score: str, values: Sequence[tuple[str, float, float]], seed: int
 ) -> dict[str, Any]:
@@ -63,10 +72,12 @@ def _row(
         "t": math.nan,
         "p": math.nan,
         "p_flip": math.nan,
+        "p_flip_least": math.nan,
         "subjects": {subject: value for subject, value, _ in values},
     }
     if len(values) < LEAST:
         return row
+    row["p_flip_least"] = least_p(len(values))
     above = scores - chances
     if above.std() < _AGREE:
         # Coarse scores can agree to the digit: t divides by what rounding leaves, and its p would be 0.
@@ -105,6 +116,7 @@ def lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         if not math.isnan(row["p"]):
             text += ", all agree" if math.isnan(row["t"]) else f", t {row['t']:.2f}"
             text += f", p {row['p']:.2g}, sign flips {row['p_flip']:.2g}"
+            text += f" (at best {row['p_flip_least']:.2g})"
             text += f", FDR {row['q']:.2g}"
         told.append(text + ")")
     return told

@@ -6,21 +6,23 @@ subjects are the sample; what varies within one is settled before.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
+from threadpoolctl import threadpool_limits
 
 from raypipe.errors import InputError
 
 Floats = NDArray[np.float64]
 Alternative = Literal["greater", "two-sided", "less"]
 
-_BLOCK_BYTES = 64 << 20  # of permuted statistics held at once
-_SAME = 1 - 1e-9  # a statistic that differs by rounding counts as equal
+N_FLIPS = 5000  # p is sure to 0.003 at 0.05, and 0.0002 at best
+_BLOCK_BYTES = 4 << 20  # of flipped statistics held at once
+_PATTERNS = 512  # sign patterns taken at once
+_SAME = 1e-12  # of u, which is -1 to 1: what differs by rounding counts as equal
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -61,7 +63,7 @@ def sign_flip(
     values: ArrayLike,
     *,
     chance: float = 0.0,
-    n_flips: int = 5000,
+    n_flips: int = N_FLIPS,
     seed: int = 0,
     alternative: Alternative = "greater",
 ) -> SignFlipResult:
@@ -71,24 +73,88 @@ def sign_flip(
     and the measured one. values : (n_subjects, m) or (n_subjects,).
     """
     data = _checked(values) - chance
-    n, places = data.shape
-    square = (data**2).sum(axis=0)
-    t = _t(data.mean(axis=0), square, n)
-    measured = _tailed(t, alternative)
-    exact = n < 63 and 2**n <= n_flips
-    total = 2**n if exact else n_flips
-    above, above_all = np.zeros(places, np.int64), np.zeros(places, np.int64)
-    limit = np.where(measured > 0, measured * _SAME, measured / _SAME)
-    for signs in _signs(n, total, exact, seed, max(1, _BLOCK_BYTES // (8 * places))):
-        flipped = _tailed(_t(signs @ data / n, square, n), alternative)
-        above += (flipped >= limit).sum(axis=0)
-        largest = np.fmax.reduce(flipped, axis=1)  # places without a number have no say
-        above_all += (largest[:, np.newaxis] >= limit).sum(axis=0)
-    extra = 0 if exact else 1  # the measured signs are among all, not among drawn ones
-    undefined = np.isnan(t)
-    p, p_fwe = ((count + extra) / (total + extra) for count in (above, above_all))
-    p[undefined], p_fwe[undefined] = np.nan, np.nan
-    return SignFlipResult(t=t, p=p, p_fwe=p_fwe, n_flips=total, exact=exact)
+    flips = SignFlips(len(data), n_flips=n_flips, seed=seed, alternative=alternative)
+    flips.add(data)
+    return flips.result()
+
+
+class SignFlips:
+    """``sign_flip`` of places that come in parts, each part under the same sign patterns.
+
+    A place's squares do not change with its signs, so t rises with u, the mean over its root mean square,
+    and by one rule for all places: u is one product of matrices, and the highest u has the highest t.
+    What is held is one number a place and a pattern, whatever the number of subjects.
+    """
+
+    def __init__(
+        self,
+        n_subjects: int,
+        *,
+        n_flips: int = N_FLIPS,
+        seed: int = 0,
+        alternative: Alternative = "greater",
+    ) -> None:
+        self._signs, self._exact = sign_patterns(n_subjects, n_flips, seed)
+        self._alternative: Alternative = alternative
+        self._largest = np.full(len(self._signs), -np.inf)
+        self._parts: list[
+            tuple[Floats, Floats, NDArray[np.int64]]
+        ] = []  # u, t, patterns that reach u
+
+    def add(self, values: ArrayLike) -> None:
+        """Test ``values`` (n_subjects, m) less chance: the places after those of before."""
+        data = _checked(values)
+        width = max(1, _BLOCK_BYTES // (8 * min(len(self._signs), _PATTERNS)))
+        # Products this thin gain nothing from threads: two that wait for each other took 8 times as long.
+        with threadpool_limits(1, "blas"):
+            for lo in range(0, data.shape[1], width):
+                self._parts.append(self._flip(data[:, lo : lo + width]))
+
+    def _flip(self, data: Floats) -> tuple[Floats, Floats, NDArray[np.int64]]:
+        n, places = data.shape
+        square = (data**2).sum(axis=0)
+        defined = square > 0  # and a number: the others have no t, and no say
+        scaled = data[:, defined] / np.sqrt(n * square[defined])
+        own = _tailed(scaled.sum(axis=0), self._alternative)
+        above = np.zeros(own.size, np.int64)
+        for lo in range(0, len(self._signs) if own.size else 0, _PATTERNS):
+            signs = self._signs[lo : lo + _PATTERNS].astype(np.float64)
+            flipped = _tailed(signs @ scaled, self._alternative)
+            above += (flipped >= own - _SAME).sum(axis=0)
+            largest = self._largest[lo : lo + _PATTERNS]
+            np.maximum(largest, flipped.max(axis=1), out=largest)
+        u, reached = np.full(places, np.nan), np.zeros(places, np.int64)
+        u[defined], reached[defined] = own, above
+        return u, _t(data.mean(axis=0), square, n), reached
+
+    def result(self) -> SignFlipResult:
+        """Of all places, in the order they came."""
+        u, t, above = (np.concatenate(part) for part in zip(*self._parts, strict=True))
+        total = len(self._signs)
+        below = np.searchsorted(np.sort(self._largest), u - _SAME, side="left")
+        extra = 0 if self._exact else 1  # the measured signs are among all, not among drawn ones
+        p, p_fwe = ((count + extra) / (total + extra) for count in (above, total - below))
+        undefined = np.isnan(u)
+        t[undefined], p[undefined], p_fwe[undefined] = np.nan, np.nan, np.nan
+        return SignFlipResult(t=t, p=p, p_fwe=p_fwe, n_flips=total, exact=self._exact)
+
+
+def sign_patterns(n: int, n_flips: int, seed: int) -> tuple[NDArray[np.int8], bool]:
+    """((patterns, n) of -1 and 1, whether they are all): all 2**n, or ``n_flips`` drawn ones."""
+    if exact := n < 63 and 2**n <= n_flips:
+        bits = (np.arange(2**n)[:, np.newaxis] >> np.arange(n)) & 1
+    else:
+        bits = np.random.default_rng(seed).integers(0, 2, (n_flips, n), np.int8)
+    signs: NDArray[np.int8] = bits.astype(np.int8, copy=False)
+    signs *= -2
+    signs += 1
+    return signs, exact
+
+
+def least_p(n_subjects: int, n_flips: int = N_FLIPS) -> float:
+    """The smallest p that sign flips of so many subjects can give: few have few patterns."""
+    exact = n_subjects < 63 and 2**n_subjects <= n_flips
+    return 1 / 2**n_subjects if exact else 1 / (1 + n_flips)
 
 
 def false_discovery_rate(p: ArrayLike) -> Floats:
@@ -132,16 +198,3 @@ def _tailed(t: Floats, alternative: Alternative) -> Floats:
     if alternative == "two-sided":
         return np.abs(t)
     return t if alternative == "greater" else -t
-
-
-def _signs(n: int, total: int, exact: bool, seed: int, step: int) -> Iterator[Floats]:
-    """Yield (up to ``step``, n) of -1 and 1: all patterns, or ``total`` drawn ones."""
-    rng = np.random.default_rng(seed)
-    for first in range(0, total, step):
-        rows = min(step, total - first)
-        if exact:
-            numbers = np.arange(first, first + rows)[:, np.newaxis]
-            bits = (numbers >> np.arange(n)) & 1
-        else:
-            bits = rng.integers(0, 2, (rows, n))
-        yield 1.0 - 2.0 * bits.astype(np.float64)

@@ -29,8 +29,8 @@ from raypipe.fmri.units import RoiSpec, Target, Unit, slug
 from raypipe.read.bids import NATIVE, find_runs, tree_subjects
 from raypipe.read.confounds import confounds_files
 from raypipe.read.nifti import Scan, open_scan
-from raypipe.read.runfiles import RunFiles, bare, check_subjects, without_zeros
-from raypipe.read.runtable import read_run_table, table_subjects
+from raypipe.read.runfiles import RunFiles, bare, check_subjects
+from raypipe.read.runtable import choose_runs, table_subjects
 from raypipe.store.voxels import find
 
 RESULT_FORMAT = 2  # a higher one computes finished units anew
@@ -72,17 +72,10 @@ def subjects_of(cfg: FmriConfig) -> tuple[str, ...]:
 
 def runs_of(cfg: FmriConfig, subject: str) -> tuple[RunFiles, ...]:
     """The runs of ``subject`` that ``cfg`` asks for; raises InputError where there is none."""
+    if cfg.table is not None:
+        return choose_runs(cfg.table, subject, cfg.query)
     query = replace(cfg.query, subjects=(subject,))
-    if cfg.table is None:
-        return find_runs(_given(cfg.bids_dir), query, raw_root=cfg.raw_dir)
-    every = read_run_table(cfg.table, (subject,))
-    runs = [run for run in every if _asked_for(run, cfg)]
-    if not runs:
-        told = ", ".join(run.name for run in every[:8])
-        raise MissingInput(
-            f"subject {subject} has no run of that selection in {cfg.table}; it has: {told}"
-        )
-    return tuple(runs)
+    return find_runs(_given(cfg.bids_dir), query, raw_root=cfg.raw_dir)
 
 
 def look_at(
@@ -211,22 +204,17 @@ def run_stem(run: RunFiles, index: int) -> str:
 
 
 def _check_names(runs: Sequence[RunFiles]) -> None:
+    spaces: dict[str, set[str]] = {}
     stems = [run_stem(run, index) for index, run in enumerate(runs)]
+    for stem, run in zip(stems, runs, strict=True):
+        spaces.setdefault(stem, set()).add(run.space or NATIVE)
+        if len(spaces[stem]) > 1:
+            raise InputError(
+                f"{stem} is there in spaces {', '.join(sorted(spaces[stem]))}; choose one by --space"
+            )
     for stem in stems:
         if stems.count(stem) > 1:
             raise InputError(f"two runs are both {stem}; tell them apart by session, task or run")
-
-
-def _asked_for(run: RunFiles, cfg: FmriConfig) -> bool:
-    """As ``bids.find_runs`` chooses, for what a table says of its runs."""
-    query = cfg.query
-    numbers = [without_zeros(bare(name, "run")) for name in query.runs]
-    return (
-        (not query.sessions or run.session in [bare(name, "ses") for name in query.sessions])
-        and (not query.runs or without_zeros(run.run or "") in numbers)
-        and (query.task is None or run.task == bare(query.task, "task"))
-        and (query.space is None or run.space == bare(query.space, "space"))
-    )
 
 
 def _unit(subject: str, spec: RoiSpec, target: Target | None) -> Unit:
@@ -326,7 +314,8 @@ def _key(
         fields |= {
             "target": configs.to_dict(target),
             "decoding": configs.to_dict(cfg.decoding_of(target)),
-            "labels": [cfg.labels is not None, cfg.label_column, sorted(cfg.rest)],
+            # 2: a table of trials has each by itself in permutations; it was True before
+            "labels": [cfg.labels is not None and 2, cfg.label_column, sorted(cfg.rest)],
             "samples": [cfg.delay_s, cfg.each],
         }
         fields |= {"weight_maps": True} if cfg.weight_maps else {}  # keys of before stay

@@ -69,9 +69,10 @@ def _of_labels(
     n_volumes: Sequence[int],
     t_r_s: float | None,
 ) -> Design:
-    labels, numbers, first = [], [], 0
+    labels, numbers, first, alone = [], [], 0, True
     for run, n in zip(runs, n_volumes, strict=True):
         table = _table(cfg, column, run, n)
+        alone &= table.alone
         within = _numbered(table.runs)
         labels.append(table.labels)
         numbers.append(within + first)
@@ -82,6 +83,7 @@ def _of_labels(
         delay_volumes=_delay_volumes(cfg, t_r_s),
         rest=(*cfg.rest, *_NO_NUMBER),
         each=cfg.each,
+        alone=alone,
     )
 
 

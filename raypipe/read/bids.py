@@ -33,8 +33,8 @@ class BidsQuery:
     runs: tuple[str, ...] = ()
     """Runs, e.g. 1 2; 01 is the same as 1."""
     space: str | None = None
-    """Output space, e.g. MNI152NLin2009cAsym; native for scans whose name tells none; needed where there
-    are several."""
+    """Output space, e.g. MNI152NLin2009cAsym; native for scans whose name, or row of the table, tells none;
+    needed where there are several."""
     desc: str = "preproc"
     """Which derivative of the scan."""
 

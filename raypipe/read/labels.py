@@ -22,10 +22,14 @@ RUN_NAMES = ("run", "runs", "chunk", "chunks")
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class VolumeLabels:
-    """labels : (T,) str; runs : (T,) str, the run of each volume as the table calls it."""
+    """labels : (T,) str; runs : (T,) str, the run of each volume as the table calls it.
+
+    alone : each row is a trial of its own, which its column onset tells; a volume of a series is not
+    """
 
     labels: NDArray[np.str_]
     runs: NDArray[np.str_]
+    alone: bool = False
 
 
 def read_labels(path: Path, column: str | None = None) -> VolumeLabels:
@@ -43,7 +47,8 @@ def read_labels(path: Path, column: str | None = None) -> VolumeLabels:
     run_at = _place(header, RUN_NAMES, path)
     labels = np.array([row[at] for row in rows], dtype=np.str_)
     runs = [row[run_at] for row in rows] if run_at is not None else ["1"] * len(rows)
-    return VolumeLabels(labels=labels, runs=np.array(runs, dtype=np.str_))
+    names = np.array(runs, dtype=np.str_)
+    return VolumeLabels(labels=labels, runs=names, alone="onset" in header)
 
 
 def _table(path: Path, column: str | None) -> tuple[list[str], list[list[str]]]:

@@ -11,7 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from raypipe.errors import InputError, MissingInput
-from raypipe.read.runfiles import RunFiles, bare, check_distinct, check_subjects, number_key
+from raypipe.read.bids import NATIVE, BidsQuery
+from raypipe.read.runfiles import (
+    RunFiles,
+    bare,
+    check_distinct,
+    check_subjects,
+    number_key,
+    without_zeros,
+)
 
 _WORDS = ("session", "task", "run", "space")
 _FILES = ("mask", "confounds", "events")
@@ -36,6 +44,31 @@ def read_run_table(path: Path, subjects: Sequence[str] = ()) -> tuple[RunFiles, 
     ]
     check_distinct(runs, path)
     return tuple(runs)
+
+
+def choose_runs(path: Path, subject: str, query: BidsQuery) -> tuple[RunFiles, ...]:
+    """The runs of ``subject`` that ``query`` asks for, as ``bids.find_runs`` chooses in a tree.
+
+    A row that says nothing of its space is native. Raises MissingInput, naming what the subject has.
+    """
+    every = read_run_table(path, (subject,))
+    runs = tuple(run for run in every if _asked_for(run, query))
+    if not runs:
+        told = ", ".join(f"{run.name} (space {run.space or NATIVE})" for run in every[:8])
+        raise MissingInput(
+            f"subject {subject} has no run of that selection in {path}; it has: {told}"
+        )
+    return runs
+
+
+def _asked_for(run: RunFiles, query: BidsQuery) -> bool:
+    numbers = [without_zeros(bare(name, "run")) for name in query.runs]
+    return (
+        (not query.sessions or run.session in [bare(name, "ses") for name in query.sessions])
+        and (not query.runs or without_zeros(run.run or "") in numbers)
+        and (query.task is None or run.task == bare(query.task, "task"))
+        and (query.space is None or (run.space or NATIVE) == bare(query.space, "space"))
+    )
 
 
 def table_subjects(path: Path) -> tuple[str, ...]:

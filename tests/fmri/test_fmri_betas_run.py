@@ -231,7 +231,9 @@ def test_the_command_line_plans_and_runs(
 def test_what_a_model_cannot_do_is_said_when_it_is_asked(tmp_path: Path) -> None:
     for more, words in (
         ({"cache": False}, "needs the cache"),
-        ({"contrast": ("a - b",)}, "needs --method conditions"),
+        ({"contrast": ("a - b",)}, "is of conditions, the method is lss"),
+        ({"contrast": ("",), "method": "conditions"}, "contrast '' is not NAME="),
+        ({"contrast": ("a=",), "method": "conditions"}, "contrast 'a=' is not NAME="),
         ({"method": "conditions", "keep": ("a",)}, "is of trials"),
         ({"hrf": "fir"}, "no single value"),
         ({"method": "conditions", "contrast": ("a=x", "a=y")}, "given twice"),

@@ -1,4 +1,4 @@
-"""Every flag of `raypipe fmri roi` and `mvpa` with values that break its rule: one line, exit 2 or 3.
+"""Every flag of the fMRI commands with values that break its rule: one line, exit 2 or 3.
 
 The commands run in this process on two tiny subjects; what is refused is refused before a scan is read.
 """
@@ -15,6 +15,8 @@ from run_kit import make_data
 
 from raypipe.cli import main
 from raypipe.fmri.config import MvpaJobConfig, RoiConfig
+from raypipe.fmri.glm.job import BetasConfig
+from raypipe.fmri.searchlight.job import SearchlightJobConfig
 from raypipe.launch import LaunchConfig
 
 # Flag -> (its words on the command line, other flags beside it, what must be said); {data} is the folder.
@@ -167,6 +169,80 @@ MVPA: dict[str, list[tuple[list[str], str]]] = {
     ],
 }  # fmt: skip
 
+# What the spheres and their blocks add; all else is read by the class of mvpa.
+LIGHT: dict[str, list[tuple[list[str], str]]] = {
+    "radius_mm": [(["0"], "radius_mm 0.0 is not above 0"), (["nan"], "nan"), (["x"], "x")],
+    "centres_a_block": [(["0"], "centres_a_block 0 is below 1; 256 is usual"), (["1.5"], "1.5")],
+    "block_memory": [
+        (["x"], "size 'x' is not a number with a unit of bytes"),
+        (["0"], "block_memory '0' is 0; 256MiB is usual"),
+        (["-5"], "-5"),
+        (["2KiB"], "one sphere of 8 mm takes"),
+    ],
+    "sphere": [(["A=1,2,3"], "sphere A=1,2,3 is a region of fmri mvpa"), (["A=1,2"], "not NAME=x,y,z")],
+    "weight_maps": [([], "weight_maps are of regions"), (["maybe"], "maybe")],
+    "max_memory_per_process": [(["lots"], "'lots'"), (["400MiB"], "largest unit needs")],
+    "labels": [(["absent.txt"], "absent.txt do not exist"), (["{data}/runs.csv"], "runs.csv")],
+    "target": [
+        (["cat,horse"], "class 'horse' has no sample; there are cat, dog"),
+        (["number:trial_type"], "trial_type is no column of numbers"),
+    ],
+    "n_folds": [(["9", "--cv", "runs"], "the design has 3 run(s), cv runs needs 9"), (["1"], "below 2")],
+    "scores": [(["r"], "score r fits none of the targets all"), (["f1"], "unknown score 'f1'")],
+}  # fmt: skip
+
+_CONDITIONS = ("--method", "conditions")
+BETAS: dict[str, list[tuple[list[str], str]]] = {
+    "method": [(["glm"], "glm")],
+    "contrast": [
+        (["a - b"], "contrast 'a - b' is of conditions, the method is lss; leave it out"),
+        (["", *_CONDITIONS], "contrast '' is not NAME='face - house'"),
+        (["d=", *_CONDITIONS], "contrast 'd=' is not NAME='face - house'"),
+        (["a b=cat", "a-b=dog", *_CONDITIONS], "two would have the same files"),
+        (["cat - horse", *_CONDITIONS], "'cat - horse', is not made of the design's columns: cat, dog"),
+    ],
+    "keep": [
+        (["cow"], "unknown trial type 'cow'; nearest: "),
+        (["cat", *_CONDITIONS], "keep 'cat' is of trials; leave it out"),
+    ],
+    "others": [(["none"], "none"), (["all", "--method", "lsa"], "others all is of lss")],
+    "label_column": [(["colour"], "have no column colour; there are onset, duration, trial_type")],
+    "rest": [(["cat", "dog"], "has no event but cat, dog; leave the run out")],
+    "hrf": [(["gauss"], "gauss"), (["fir"], "hrf fir has no single value a trial or condition")],
+    "drift": [(["wavelet"], "wavelet")],
+    "drift_hz": [
+        (["0"], "drift_hz 0.0 is not above 0 and finite; 0.01 is usual"),
+        (["-0.01"], "drift_hz -0.01"),
+        (["inf"], "drift_hz inf"),
+        (["nan"], "drift_hz nan"),
+        (["0.02", "--drift", "none"], "drift_hz 0.02 says nothing to drift none"),
+        (["0.3"], "leave no noise"),
+    ],
+    "drift_order": [
+        (["-1", "--drift", "polynomial"], "drift_order -1 is below 0"),
+        (["2"], "drift_order 2 says nothing to drift cosine"),
+        (["1.5"], "1.5"),
+    ],
+    "slice_time_ref": [
+        (["1.5"], "slice_time_ref 1.5 is not within 0 to 1"),
+        (["-0.1"], "slice_time_ref -0.1"),
+        (["nan"], "slice_time_ref nan"),
+    ],
+    "noise": [(["ar2"], "ar2")],
+    "scaling": [(["psc"], "psc")],
+    "block_memory": [
+        (["x"], "size 'x' is not a number with a unit of bytes"),
+        (["0"], "block_memory '0' is below 1.00 MiB; 256MiB is usual"),
+        (["10KiB"], "block_memory '10KiB' is below 1.00 MiB"),
+    ],
+    "detrend": [([], "a model removes drift"), (["maybe"], "maybe")],
+    "standardize": [(["zscore_sample"], "a model removes drift"), (["z"], "z")],
+    "filter": [(["cosine", "--high-pass-hz", "0.01"], "a model removes drift"), (["fir"], "fir")],
+    "max_memory_per_process": [(["lots"], "'lots'"), (["400MiB"], "largest unit needs")],
+}  # fmt: skip
+
+MEMORY = ("largest unit needs", "one sphere of 8 mm takes")  # exit code 3
+
 # Needs a process without a session of Ray: tests/cluster/test_session_address.py.
 ELSEWHERE = {"address"}
 
@@ -180,9 +256,12 @@ def flags_of(cls: type) -> dict[str, Any]:
     return found
 
 
+OWN = {"roi": SHARED | ROI, "mvpa": MVPA, "searchlight": LIGHT, "betas": BETAS}
 TABLES = {
     "roi": (SHARED | ROI, flags_of(RoiConfig) | flags_of(LaunchConfig)),
     "mvpa": (SHARED | MVPA, flags_of(MvpaJobConfig) | flags_of(LaunchConfig)),
+    "searchlight": (SHARED | MVPA | LIGHT, flags_of(SearchlightJobConfig) | flags_of(LaunchConfig)),
+    "betas": (SHARED | BETAS, flags_of(BetasConfig) | flags_of(LaunchConfig)),
 }
 
 
@@ -196,8 +275,8 @@ def switches(flags: dict[str, Any]) -> dict[str, list[tuple[list[str], str]]]:
 def cases() -> list[Any]:
     found = []
     for kind, (table, flags) in TABLES.items():
-        for flag, tries in (table | switches(flags)).items():
-            shared = kind == "mvpa" and flag not in MVPA  # one class reads them for both commands
+        for flag, tries in (switches(flags) | table).items():
+            shared = flag not in OWN[kind]  # another command's class reads them, or its parent
             for words, said in tries[:1] if shared else tries:
                 name = f"{kind} {flag} {' '.join(words)}".replace("/", ":")
                 found.append(pytest.param(kind, flag, words, said, id=name))
@@ -231,7 +310,7 @@ def test_a_bad_value_is_told_in_one_line(
     places = {"data": str(data), "cwd": str(tmp_path)}
     given = {"table": [f"{data}/runs.csv"], "run_dir": ["run"], "runner": ["local"]}
     given |= {"roi": [f"yes={data}/rois/yes.nii.gz"], "cache_dir": ["cache"]}
-    given |= {"delay_s": ["0"]} if kind == "mvpa" else {}
+    given |= {"delay_s": ["0"]} if kind in ("mvpa", "searchlight") else {}
     given[flag] = [word.format(**places) for word in words]
     if flag.startswith("atlas"):
         del given["roi"]
@@ -239,7 +318,7 @@ def test_a_bad_value_is_told_in_one_line(
     code = main(["fmri", kind, *flags])
     err = capsys.readouterr().err
     last = [line for line in err.splitlines() if line.startswith("raypipe: ")]
-    assert code == (3 if said == "largest unit needs" else 2), err
+    assert code == (3 if said in MEMORY else 2), err
     assert len(last) == 1, err
     assert "fault of raypipe" not in err
     assert "---" not in last[0]

@@ -330,7 +330,8 @@ def test_what_a_searchlight_cannot_do_is_said_when_it_is_asked(tmp_path: Path) -
         ({"sphere": ("FFA=1,2,3",)}, "give --roi"),
         ({"cache": False}, "needs the cache"),
         ({"radius_mm": 0.0}, "radius_mm 0.0 is not above 0"),
-        ({"centres_a_block": 0}, "must be above 0"),
+        ({"centres_a_block": 0}, "centres_a_block 0 is below 1"),
+        ({"block_memory": "0"}, "block_memory '0' is 0"),
     ):
         with pytest.raises(ConfigError, match=words):
             config(tmp_path / "runs.csv", tmp_path / "run", **more)

@@ -6,13 +6,20 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
 from raypipe.errors import InputError
-from raypipe.fmri.cohort import group_rows, lines
-from raypipe.fmri.group import false_discovery_rate, one_sample_t, sign_flip
+from raypipe.fmri.cohort import at_best, group_rows, lines
+from raypipe.fmri.group import (
+    SignFlips,
+    false_discovery_rate,
+    least_p,
+    one_sample_t,
+    sign_flip,
+    sign_patterns,
+)
 
 
 @pytest.mark.parametrize("alternative", ["greater", "less", "two-sided"])
@@ -56,6 +63,54 @@ def test_drawn_sign_flips_come_near_all_of_them() -> None:
     np.testing.assert_allclose(drawn.p_fwe, every.p_fwe, atol=0.03)
     assert drawn.p.min() >= 1 / 4001
     np.testing.assert_array_equal(drawn.p, sign_flip(values, n_flips=4000, seed=3).p)
+
+
+@given(st.integers(2, 12), st.lists(st.integers(1, 30), min_size=1, max_size=5), st.integers(0, 99))
+@settings(max_examples=12, deadline=None)
+def test_places_may_come_in_parts(n: int, widths: list[int], seed: int) -> None:
+    """The same signs in each part, and the highest of all parts: also where signs are drawn."""
+    values = np.random.default_rng(seed).normal(0.2, 1.0, size=(n, sum(widths)))
+    parts = SignFlips(n, n_flips=300, seed=seed)
+    for part in np.split(values, np.cumsum(widths)[:-1], axis=1):
+        parts.add(part)
+    ours, whole = parts.result(), sign_flip(values, n_flips=300, seed=seed)
+    assert ours.exact == whole.exact == (2**n <= 300)
+    for name in ("t", "p", "p_fwe"):
+        np.testing.assert_allclose(getattr(ours, name), getattr(whole, name))
+    signs, _ = sign_patterns(n, 300, seed)
+    t = stats.ttest_1samp(values, 0).statistic
+    largest = [stats.ttest_1samp(values * one[:, None], 0).statistic.max() for one in signs[:20]]
+    reached = np.array(
+        [(np.array(largest) >= x - 1e-9).sum() for x in t]
+    )  # of 20, so no more than:
+    assert (reached <= np.round(ours.p_fwe * (len(signs) + (not ours.exact)))).all()
+
+
+@pytest.mark.parametrize("n", [2, 4, 5, 12, 13, 40, 63])
+def test_the_least_p_is_what_subjects_that_all_agree_get(n: int) -> None:
+    signs, exact = sign_patterns(n, 5000, 0)
+    assert signs.shape == ((2**n, n) if exact else (5000, n))
+    assert exact == (n <= 12)
+    assert set(np.unique(signs)) == {-1, 1}
+    if exact:
+        assert len(np.unique(signs, axis=0)) == 2**n
+    values = 1 + np.random.default_rng(n).normal(0, 0.01, size=(n, 1))
+    assert sign_flip(values).p[0] == least_p(n)
+    assert (least_p(n) < 0.05) == (n >= 5), "fewer than five subjects cannot be significant"
+
+
+def test_where_nothing_is_one_study_in_twenty_finds_something() -> None:
+    """300 studies of eight subjects and 40 places that go together; scores are coarse, as accuracies."""
+    rng = np.random.default_rng(5)
+    found = {"p": 0, "p_fwe": 0}
+    for _ in range(300):
+        shared, own = rng.normal(size=(8, 1)), rng.normal(size=(8, 40))
+        values = np.round((shared + own) * 0.05, 2)
+        tested = sign_flip(values)
+        found["p_fwe"] += tested.p_fwe.min() < 0.05
+        found["p"] += tested.p[0] < 0.05
+    assert 3 <= found["p"] <= 28, "300 x 0.05, and three deviations either way"
+    assert 3 <= found["p_fwe"] <= 28
 
 
 def test_places_without_a_number_stay_without_and_harm_none() -> None:
@@ -111,6 +166,11 @@ def test_subjects_that_agree_have_no_t_and_the_p_of_sign_flips() -> None:
         stats.ttest_1samp(scores["apart"], 0.5, alternative="greater").pvalue
     )
     assert np.isnan([chance["t"], chance["p"]]).all()
+    assert same["p_flip_least"] == apart["p_flip_least"] == least_p(7)
+    assert "7 subjects give p = " not in at_best(7), "0.0078 is small enough"
+    assert at_best(6) == " Sign flips of 6 subjects give p = 0.016 at best."
+    assert "0.062 at best, which is not below 0.05" in at_best(4)
+    assert at_best(1) == at_best(0) == ""
     told = lines([same, apart, chance])
     assert ", all agree, p 0.0078" in told[0]
     assert ", t " in told[1]

@@ -224,11 +224,11 @@ def test_weights_point_to_the_class_they_are_named_after(name: str, n_classes: i
 class OfTwoVoxels(RidgeClassifier):  # type: ignore[misc]
     """Chooses voxels, as some models do: its weights belong to no map."""
 
-    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> OfTwoVoxels:
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> OfTwoVoxels:  # noqa: N803
         super().fit(X[:, :2], y, sample_weight)
         return self
 
-    def decision_function(self, X: Any) -> Any:
+    def decision_function(self, X: Any) -> Any:  # noqa: N803
         return super().decision_function(X[:, :2])
 
 

@@ -47,7 +47,7 @@ class MemoryEfficientLoader:
     data      : fMRIPrep folder, table of runs, or {subject: file or files}; without it a subject is
         given as its file or files
     memory    : the memory options; by default those of this node and of RAYPIPE_… variables
-    query     : which sessions, task, runs and space of an fMRIPrep folder
+    query     : which sessions, task, runs and space of the folder or table
     cache_dir : where unpacked scans are kept for the next time (cache=False: nowhere);
         by default $RAYPIPE_CACHE_DIR, else ~/.cache/raypipe/voxels
     temp_dir  : for mapped temporary files; by default the system's

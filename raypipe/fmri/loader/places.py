@@ -18,7 +18,7 @@ from raypipe.fmri.masks import Grid, Voxels, mask_voxels
 from raypipe.read.bids import BidsQuery, find_runs
 from raypipe.read.nifti import Scan
 from raypipe.read.runfiles import RunFiles, bare
-from raypipe.read.runtable import read_run_table
+from raypipe.read.runtable import choose_runs
 
 Files = str | Path | Sequence[str | Path]
 Data = str | Path | Mapping[str, Files] | None
@@ -39,7 +39,7 @@ def subject_runs(
     root = Path(data)
     if root.is_dir():
         return find_runs(root, replace(query, subjects=(subject,)), raw_root=raw_dir)
-    return read_run_table(root, (bare(subject, "sub"),))
+    return choose_runs(root, bare(subject, "sub"), query)
 
 
 def _files(subject: str, files: Files) -> tuple[RunFiles, ...]:

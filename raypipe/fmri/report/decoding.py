@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from raypipe.fmri.cohort import at_best
 from raypipe.fmri.report import plots
 from raypipe.fmri.report.results import NAMES, Results, RoiScores, roi_scores
 from raypipe.report.blocks import Block, Card, Picture, Section, Table
@@ -60,7 +61,8 @@ def _picture(rows: Sequence[RoiScores], score: str, results: Results) -> Picture
     if any(row.band for row in rows):
         caption += (
             " Grey: where the mean of these subjects lies in 95 % of permutations of their labels"
-            " within runs; a filled point is a subject whose own permutation p is below 0.05."
+            " within runs, one drawn for each subject by itself; a filled point is a subject whose own"
+            " permutation p is below 0.05."
         )
     if any(np.isfinite(row.q) for row in rows):
         caption += " Right: false discovery rate of the subjects' t test against chance."
@@ -77,11 +79,13 @@ def _table(results: Results, target: str) -> Table:
     """All scores of ``target``; the group's test where there is one."""
     header = ["ROI", "score", "subjects", "mean", "sd", "chance", "t", "p", "q", "p, sign flips"]
     header.append("subjects with p < 0.05")
-    body = []
+    body, sizes = [], set[int]()
     for score in dict.fromkeys(name for unit in results.of(target) for name in unit["scores"]):
         for row in roi_scores(results, target, score):
             body.append([row.roi, NAMES.get(score, score), *_numbers(row)])
-    return Table(header, body, "All subjects together", numeric_from=2, folded=len(body) > 40)
+            sizes.add(len(row.values))
+    caption = "All subjects together." + at_best(min(sizes, default=0))
+    return Table(header, body, caption, numeric_from=2, folded=len(body) > 40)
 
 
 def _numbers(row: RoiScores) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from raypipe.fmri.cohort import at_best
 from raypipe.fmri.report.results import NAMES, Record, Results
 from raypipe.report.blocks import Block, Card, Note, Section, Table
 
@@ -59,7 +60,7 @@ def _group(rows: list[Record]) -> Table:
     caption = (
         "All subjects together, at the centre of highest mean score; p by sign flips of subjects and "
         "the count beside it are corrected for all centres. Where all subjects agree to the digit there "
-        "is no t."
+        "is no t." + at_best(min(row["n_subjects"] for row in rows))
     )
     return Table(header, body, caption, numeric_from=2)
 

@@ -22,6 +22,9 @@ from raypipe.report.saved import read_json, read_run
 Floats = NDArray[np.float64]
 Record = Mapping[str, Any]
 
+_DRAWS = (
+    20_000  # combinations of subjects' permutations: the band's edges are sure to 1 % of its width
+)
 #: Which score a page shows first, of those a target has.
 FIRST = ("accuracy", "balanced_accuracy", "roc_auc", "r", "r2")
 NAMES = {
@@ -152,18 +155,20 @@ def _of_roi(
 
 
 def mean_band(nulls: Sequence[Floats]) -> tuple[float, float] | None:
-    """2.5 and 97.5 percent of the subjects' mean, permutation i of each taken together.
+    """2.5 and 97.5 percent of the subjects' mean, each subject's permutation drawn by itself.
 
-    Subjects' labels are permuted independently, so any pairing of their permutations is as good.
-    None when a subject has none; of unequal numbers, the smallest counts.
+    Permutation i must not be taken of all subjects at once: where they share a design and the run's
+    seed it is the same permutation of the same labels, near the true ones in all of them or in none,
+    and their mean would spread too much (Stelzer 2013 draws as here). None when a subject has none.
     """
-    n = min((len(null) for null in nulls), default=0)
-    if n == 0:
+    known = [null[np.isfinite(null)] for null in nulls]
+    if not known or not all(null.size for null in known):
         return None
-    means = np.mean([null[:n] for null in nulls], axis=0)
-    means = means[np.isfinite(means)]
-    if not means.size:
-        return None
+    rng = np.random.default_rng(0)  # the same page from the same records
+    means = known[0]
+    if len(known) > 1:
+        drawn = (null[rng.integers(null.size, size=_DRAWS)] for null in known)
+        means = sum(drawn, np.zeros(_DRAWS)) / len(known)
     low, high = np.quantile(means, (0.025, 0.975))
     return float(low), float(high)
 

@@ -46,6 +46,8 @@ class SearchlightJobConfig(MvpaJobConfig):
                 "a searchlight reads each scan block by block, so it needs the cache; leave --no-cache "
                 "out, or give --cache-dir on a disk with room"
             )
+        if self.centres_a_block < 1:
+            raise ConfigError(f"centres_a_block {self.centres_a_block} is below 1; 256 is usual")
         if self.weight_maps:
             raise ConfigError("weight_maps are of regions; leave them out, or use fmri mvpa")
         self.light_of(self.targets()[0])
@@ -62,8 +64,14 @@ class SearchlightJobConfig(MvpaJobConfig):
             radius_mm=self.radius_mm,
             decode=self.decoding_of(target),
             centres_a_block=self.centres_a_block,
-            budget_bytes=parse_bytes(self.block_memory),
+            budget_bytes=self._budget_bytes(),
         )
+
+    def _budget_bytes(self) -> int:
+        found = parse_bytes(self.block_memory)
+        if found == 0:
+            raise ConfigError(f"block_memory {self.block_memory!r} is 0; 256MiB is usual")
+        return found
 
     def map_key(self, unit_key: str) -> str:
         """Of a map: of all that ``unit_key`` stands for, and the spheres; not of how work is cut."""

@@ -205,11 +205,12 @@ def _cache_bytes(cfg: SearchlightJobConfig, subject: SubjectInputs, lights: Sequ
 
 
 def _output_bytes(cfg: SearchlightJobConfig, light: Light) -> int:
-    """Of its blocks and maps, at most: compressed, maps of small regions are much smaller."""
+    """Of its blocks and maps, at most: compressed, maps of small regions are much smaller; and of its
+    row in the file where the group's maps are made."""
     scores = max(1, len(cfg.mvpa.scores))
     n, permutations = len(light.plan.centres), cfg.mvpa.n_permutations
     blocks = n * 8 * (2 + 2 * scores) + len(light.items) * (4096 + 8 * scores * permutations)
-    return blocks + 2 * scores * 4 * n
+    return blocks + (2 * scores + 1) * 4 * n
 
 
 def _in_order(lights: Sequence[Light]) -> list[LightItem]:

@@ -173,7 +173,7 @@ class _Limit:
         if need > budget and len(lump) == 1:
             raise MemoryBudgetExceeded(
                 f"one sphere of {self.config.radius_mm:g} mm takes {format_bytes(need)}, the budget "
-                f"is {format_bytes(budget)}; give more, or a smaller radius"
+                f"is {format_bytes(budget)}; give more (block-memory), or a smaller radius"
             )
         return need <= budget
 

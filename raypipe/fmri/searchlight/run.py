@@ -111,7 +111,8 @@ def _line(row: dict[str, Any]) -> str:
     where = ", ".join(f"{row[f'{axis}_mm']:.0f}" for axis in "xyz")
     return (
         f"{text}mean {row['mean']:.3f} at {where} mm (chance {row['chance']:.3f}, "
-        f"{row['n_subjects']} subjects, t {row['t']:.2f}, corrected p {row['p_flip']:.2g}); "
+        f"{row['n_subjects']} subjects, t {row['t']:.2f}, corrected p {row['p_flip']:.2g}, at best "
+        f"{row['p_flip_least']:.2g}); "
         f"{row['above_fwe']} of {row['n_centres']} centres at p < 0.05 corrected, "
         f"{row['above_fdr']} at FDR < 0.05"
     )
