@@ -1,20 +1,18 @@
-"""How much memory a worker of a plan takes at its peak, from shapes alone: no pixel is computed.
+"""How much memory a worker of a plan takes at its peak, known before a tile is computed.
 
-The model is run on tensors without values (torch's "meta" device) while the bytes that live at once are
-counted; windows and results follow from the grid; what the process holds anyway is read off this one.
+The model runs on two small images while the bytes that live at once are counted: they grow with the
+pixels, operation by operation. Windows and results follow from the grid; what the process holds anyway
+is read off this one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import nn
 
 from raypipe.errors import MemoryBudgetExceeded
 from raypipe.memory.policy import Limits
@@ -22,11 +20,9 @@ from raypipe.memory.probe import charge_bytes
 from raypipe.runner import LocalRunner, Prospect, Runner
 from raypipe.tile.engine import BLOCK
 from raypipe.tile.plan import TilePlan
-from raypipe.tile.probe import dtype_of
+from raypipe.tile.probe import Probe, dtype_of
 from raypipe.tile.worker import After
 from raypipe.units import format_bytes
-
-_REFUSALS = (RuntimeError, NotImplementedError, TypeError, ValueError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,30 +30,25 @@ class Forecast:
     """Bytes of one worker that computes ``batch`` windows at once.
 
     base : a process with the libraries and the weights; windows : read, read ahead and prepared;
-    network : at work, None where the model does not run without values (why_not); results : being
-    written, and blended; on_gpu : network, weights and one batch lie there
+    network : at work; results : being written, and blended; on_gpu : network, weights and one batch lie
+    there
     """
 
     batch: int
     base: int
     weights: int
     windows: int
-    network: int | None
+    network: int
     results: int
     on_gpu: bool
-    why_not: str = ""
 
     @property
-    def host_bytes(self) -> int | None:
-        """The peak that is held against the worker's budget; None when it is not known."""
-        if self.network is None:
-            return None
+    def host_bytes(self) -> int:
+        """The peak that is held against the worker's budget."""
         return self.base + self.windows + self.results + (0 if self.on_gpu else self.network)
 
     def words(self, budget_bytes: int) -> str:
         """In one line."""
-        if self.host_bytes is None or self.network is None:
-            return f"not predicted: the model does not run by shapes alone ({self.why_not})"
         share = self.host_bytes / budget_bytes
         text = (
             f"predicted peak {format_bytes(self.host_bytes)} a worker process, {share:.0%} of its budget of "
@@ -72,54 +63,56 @@ class Forecast:
 
 def forecast(plan: TilePlan, device: str, batch: int | None = None) -> Forecast:
     """Of a worker like this process, on ``device``; batch : windows at once, as ``plan`` says."""
-    batch = batch or plan.cfg.batch
-    model, dtype, on_gpu = plan.model, dtype_of(plan.model), not device.startswith("cpu")
-    network, channels, why_not = None, plan.spec.channels, ""
-    try:
-        after = plan.after if plan.cfg.blend is None else None
-        network, channels = live_bytes(
-            model, (batch, *plan.window_shape), dtype, after, on_gpu=on_gpu
-        )
-    except _REFUSALS as error:
-        why_not = " ".join(str(error).split())[:200]
+    batch, model = batch or plan.cfg.batch, plan.model
+    after = plan.after if plan.cfg.blend is None else None
+    network, channels = live_bytes(model, (batch, *plan.window_shape), after)
     return Forecast(
         batch=batch,
         base=charge_bytes(),
-        weights=sum(value.nbytes for _, value in _state(model)),
+        weights=sum(value.nbytes for value in (*model.parameters(), *model.buffers())),
         windows=_window_bytes(plan, batch),
         network=network,
         results=_result_bytes(plan, batch, channels),
-        on_gpu=on_gpu,
-        why_not=why_not,
+        on_gpu=not device.startswith("cpu"),
     )
 
 
 def live_bytes(
-    model: nn.Module,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    after: After | None = None,
-    *,
-    on_gpu: bool = False,
+    model: nn.Module, shape: tuple[int, ...], after: After | None = None
 ) -> tuple[int, int]:
-    """(most bytes of tensors that live at once, channels of the result) while ``model`` maps a batch of
-    ``shape``, without the batch and the weights. Raises what the model raises without values.
+    """(most bytes of tensors that live at once while ``model`` maps a batch of ``shape``, channels of its
+    result); without the batch, the weights, and what kernels take inside themselves.
+
+    What grows faster than the pixels, as attention does, is taken for less than it is. Raises as
+    `Probe.of`.
     """
+    batch, channels_in, *space = shape
+    with Probe.of(model, channels_in, len(space)) as probe:
+        pixels = [length * probe.base ** (len(space) - 1) for length in _lengths(probe)]
+        (few, channels), (more, _) = (_timeline(probe, n, after) for n in _lengths(probe))
+    if len(few) != len(more):  # it took another way through the model: a line through the two peaks
+        few, more = few.max(keepdims=True), more.max(keepdims=True)
+    slopes = (more - few) / (pixels[1] - pixels[0])
+    fixed = few - slopes * pixels[0]
+    return round(float(np.max(fixed + slopes * batch * math.prod(space)))), channels
+
+
+def _lengths(probe: Probe) -> tuple[int, int]:
+    return 2 * probe.base, 3 * probe.base
+
+
+def _timeline(probe: Probe, length: int, after: After | None) -> tuple[np.ndarray, int]:
+    """(bytes that live after each operation (operations,), channels of the result)."""
     from raypipe.train.footprint import LiveBytes
 
-    meta = {name: value.to("meta") for name, value in _state(model)}
-    image = torch.empty(shape, dtype=dtype, device="meta")
-    mode = LiveBytes(torch.device("meta"), [image, *meta.values()])
-    with torch.inference_mode(), mode:
-        out = functional_call(model, meta, (image,))
+    image, model = probe.image(0, length), probe.model
+    mode = LiveBytes(image.device, [image, *model.parameters(), *model.buffers()])
+    with mode:
+        out = model(image)
         channels = int(out.shape[1])
         if after is not None:
             out = after(out)
-    return max(mode.timeline, default=0), channels
-
-
-def _state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    return chain(model.named_parameters(), model.named_buffers())
+    return mode.taken_timeline(), channels
 
 
 def _window_bytes(plan: TilePlan, batch: int) -> int:
@@ -157,7 +150,7 @@ def require_memory(plan: TilePlan, device: str, budget_bytes: int) -> None:
     """Raises MemoryBudgetExceeded when one window alone outgrows a worker, naming tiles that fit."""
     limit = Limits.of(budget_bytes).hard_bytes
     need = forecast(plan, device, batch=1).host_bytes
-    if need is None or need <= limit:
+    if need <= limit:
         return
     fits = _that_fits(plan, device, limit)
     step = f"take --chunk-size {fits}, or" if fits else "it takes"
@@ -172,7 +165,6 @@ def _that_fits(plan: TilePlan, device: str, limit: int) -> int | None:
     """The largest half, quarter, ... of the longest tile that fits; None when none does."""
     chunk = min(plan.cfg.chunk_size, max(plan.grid.shape))
     while (chunk := chunk // 2) >= max(plan.field.align):
-        need = forecast(plan.resized(chunk), device, batch=1).host_bytes
-        if need is not None and need <= limit:
+        if forecast(plan.resized(chunk), device, batch=1).host_bytes <= limit:
             return chunk
     return None

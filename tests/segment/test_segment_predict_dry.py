@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -147,7 +148,7 @@ def test_a_run_leaves_what_made_it(given: tuple[Path, Path, Path]) -> None:
     assert record["model"]["threshold"] == load_model(run_dir)[1].threshold
     weights = xxhash.xxh3_128_hexdigest((run_dir / "best" / "model.pt").read_bytes())
     assert record["model"]["files"]["model.pt"]["xxh3_128"] == weights
-    assert record["versions"]["torch"] == torch.__version__
+    assert record["versions"]["torch"] == metadata.version("torch")
     assert record["tiles"]["all"] == record["result"]["tiles"] == TILES
     assert record["tiles"]["field"]["how"] == "measured"
     assert record["config"]["tile"]["chunk_size"] == 64

@@ -101,7 +101,10 @@ BAD: dict[str, list[tuple[list[str], str]]] = {
     "available_memory_buffer": [(["1.5"], "available_memory_buffer 1.5"), (["x"], "x")],
 }  # fmt: skip
 
-SWITCHES = {"overwrite", "dry_run", "verbose", "use_memmap", "shared_memory_parallel"}
+SWITCHES = {
+    "overwrite", "dry_run", "verbose", "use_memmap", "shared_memory_parallel", "cleanup_temp_files",
+    "monitor_memory_usage",
+}  # fmt: skip
 ELSEWHERE = {"address"}  # what Ray says of it is tests/cluster's
 
 
