@@ -268,11 +268,11 @@ def _open_zarr(path: Path) -> Any:
 
 def describe(source: Source) -> str:
     """``2 image(s) of 301x277, 1 channel(s), uint8; TIFF of axes IYX (2, 301, 277), 2 page(s) in …``."""
-    given = getattr(source, "array", getattr(source, "stack", None))
+    given: Any = getattr(source, "array", getattr(source, "stack", None))
     size = "x".join(map(str, source.space))
     text = f"{source.frames} image(s) of {size}, {source.channels} channel(s), {source.dtype.name}"
     named = f"axes {source.axes}" if isinstance(source, ArraySource) else ""
-    stack = getattr(given, "source", given)
+    stack: Any = getattr(given, "source", given)
     if hasattr(stack, "series_shape"):
         pages = sum(len(part.at) for part in stack.parts)
         named = (
