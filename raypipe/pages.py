@@ -20,11 +20,16 @@ def report(cfg: ReportConfig) -> Path:
 
 
 def _write(folder: Path) -> Path:
-    room = str(read_run(folder).get("kind", "")).partition(" ")[0]
+    kind = str(read_run(folder).get("kind", ""))
+    room = kind.partition(" ")[0]
     if room == "fmri":
         from raypipe.fmri.report import write_report
 
         return write_report(folder)
+    if kind == "segment predict":
+        from raypipe.segment import predict_page
+
+        return predict_page.write_report(folder)
     if room == "segment":
         from raypipe.segment import page
 

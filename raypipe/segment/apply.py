@@ -17,8 +17,8 @@ from raypipe.segment.labels import Target
 from raypipe.segment.metrics import predict_labels
 from raypipe.segment.saved import SavedModel
 from raypipe.tile import Field, TileConfig, process_large_image
-from raypipe.tile.engine import field_of
 from raypipe.tile.grid import reflected, round_up
+from raypipe.tile.plan import field_of
 
 # A U-Net of width 64 holds about 1.5 kB a pixel on the way: 1.5 GiB here.
 MOST_WHOLE_PIXELS = 1 << 20

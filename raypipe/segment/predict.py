@@ -2,23 +2,28 @@
 
 The result equals that of the whole image (``raypipe.tile`` says how, docs/tiles.md what it takes), is
 written as it comes, and the same command goes on after a crash. Normalisation and threshold are the
-run's own.
+run's own. What it will take is told by ``predict_plan``, what made it is kept by ``predict_record``.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from raypipe.errors import ConfigError, InputError
-from raypipe.runner import Runner
+from raypipe.runner import Prospect, Runner
+from raypipe.segment import predict_record
 from raypipe.segment.metrics import predict_labels
-from raypipe.segment.saved import SavedModel, load_model
-from raypipe.tile import Inferred, TileConfig, infer, open_source
+from raypipe.segment.predict_plan import check_output, dry_run_lines, make_ready, seats
+from raypipe.segment.saved import SavedModel
+from raypipe.tile import Inferred, TileConfig
+from raypipe.tile.engine import carry_out
+from raypipe.tile.forecast import budget_of, require_memory
 from raypipe.tile.worker import After
 from raypipe.units import format_seconds
 
@@ -29,12 +34,14 @@ What = Literal["labels", "probabilities", "logits"]
 class SegmentPredictConfig:
     """Apply a fitted network to an image or stack of any size."""
 
+    plans_memory: ClassVar[bool] = True  # a dry run says what fits, so it is told the budgets
+
     run_dir: Path
     """A folder made by segment fit."""
     input: Path
     """TIFF (a page an image), PNG, .npy or .zarr."""
     output: Path
-    """.tif, .ome.tif, .npy or .zarr, written tile by tile."""
+    """.tif, .ome.tif, .npy or .zarr, written tile by tile, in a folder that is there."""
     what: What = "labels"
     """labels (uint8, by the tuned threshold or the likeliest class), probabilities, or logits."""
     axes: str | None = None
@@ -43,6 +50,17 @@ class SegmentPredictConfig:
     """best has the highest validation Dice; last is where training ended."""
     tile: TileConfig = field(default_factory=TileConfig)
     """How it is cut and who computes it."""
+    report_dir: Path | None = None
+    """Folder for run.json, which says what made the result, and the memory of each process; by default
+    OUTPUT.predict."""
+    dry_run: bool = False
+    """Print what would be read and written, tiles, memory and disk, and stop; nothing is written."""
+
+    @property
+    def record_dir(self) -> Path:
+        """``report_dir``, or OUTPUT.predict beside the result; absolute."""
+        beside = self.output.with_name(f"{self.output.name}.predict")
+        return (self.report_dir or beside).absolute()
 
 
 @dataclass(frozen=True)
@@ -63,36 +81,36 @@ class Probabilities:
         return logits.softmax(1) if logits.shape[1] > 1 else logits.sigmoid()
 
 
-def predict(cfg: SegmentPredictConfig, runner: Runner | None) -> Inferred:
-    """Write ``cfg.what`` of every frame of ``cfg.input``.
+def predict(cfg: SegmentPredictConfig, runner: Runner | Prospect | None) -> Inferred | None:
+    """Write ``cfg.what`` of every frame of ``cfg.input``; None after a dry run, for which a prospect is
+    enough.
 
     Raises MissingInput, InputError (channels of another model; a network that tiles cannot give
-    exactly, unless --blend), and what ``raypipe.tile.infer`` raises.
+    exactly, unless --blend), MemoryBudgetExceeded (a tile that no worker can hold, found before the first
+    one), and what ``raypipe.tile.infer`` raises.
     """
     if runner is None:
         raise ConfigError("predict needs a runner; open one with raypipe.launch.open_runner")
-    module, saved = load_model(cfg.run_dir, cfg.checkpoint)
-    source = open_source(cfg.input.absolute(), 2, cfg.axes)
-    wanted = saved.spec.in_channels
-    if source.channels != wanted:
-        raise InputError(
-            f"input {cfg.input} has {source.channels} channel(s), the model of {cfg.run_dir} takes "
-            f"{wanted}; give --axes where the channels are elsewhere, or such an image"
-        )
-    found = infer(
-        source,
-        module,
-        cfg.output.absolute(),
-        cfg.tile,
-        runner,
-        keep_frames=source.frames > 1,
-        prepare=saved.prepare,
-        after=after_of(cfg.what, saved),
+    check_output(cfg.output.absolute())
+    predict_record.check_folder(cfg)
+    device, workers = seats(runner, cfg.tile)
+    ready = make_ready(cfg, runner, device, after_of)
+    if cfg.dry_run or isinstance(runner, Prospect):
+        print("\n".join(dry_run_lines(cfg, ready, runner, device, workers)))
+        return None
+    require_memory(ready.plan, device, budget_of(runner, workers))
+    needs = replace(runner.needs(cfg.tile.workers, device), run_dir=cfg.record_dir)
+    fields = predict_record.fields_of(cfg, ready, runner, needs)
+    found = carry_out(
+        ready.plan, runner, needs, begun=partial(predict_record.begin, cfg.record_dir, fields)
     )
+    predict_record.finish(cfg.record_dir, found)
     new = found.tiles - found.kept
     print(
         f"{cfg.output}: {found.dtype} {found.shape}, {new} tiles in {format_seconds(found.seconds)}"
     )
+    if new:
+        print(f"record: {cfg.record_dir}")
     return found
 
 

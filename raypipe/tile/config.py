@@ -40,6 +40,8 @@ class TileConfig:
             raise ConfigError(
                 f"chunk_size {self.chunk_size}, batch {self.batch}: both must be at least 1"
             )
+        if self.workers is not None and self.workers < 1:
+            raise ConfigError(f"workers {self.workers} is below 1; give 1 or more")
         if (self.halo is None) != (self.align is None) and self.blend is None:
             raise ConfigError(
                 f"halo {self.halo}, align {self.align}: state both, or neither to have them measured"

@@ -38,6 +38,15 @@ def _behind(given: Any) -> Iterator[str | os.PathLike[str]]:
         yield given.file.filename
 
 
+def check_place(source: Any, out: Path) -> None:
+    """Raises ConfigError where ``out`` cannot become a result: what is read, or a folder of another kind."""
+    check_apart(source, out)
+    if out.is_dir() and out.suffix != ".zarr":
+        raise ConfigError(
+            f"output {out} is a folder, a {out.suffix} is a file; give the name of a file in it"
+        )
+
+
 def check_apart(source: Any, out: Path) -> None:
     """Raises ConfigError when writing ``out`` would destroy what is read."""
     for path in files_of(source):

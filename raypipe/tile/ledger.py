@@ -67,11 +67,19 @@ class TileTarget:
 class TileRun:
     """One run's hold on a result. A context manager, which lets go; `open` first.
 
-    done : (frames * tiles,) bool; kept : how many an earlier run left.
+    done : (frames * tiles,) bool; kept : how many an earlier run left. about : facts for people, which
+    decide nothing.
     """
 
-    def __init__(self, spec: OutputSpec, identity: Mapping[str, Any], run_id: str) -> None:
+    def __init__(
+        self,
+        spec: OutputSpec,
+        identity: Mapping[str, Any],
+        run_id: str,
+        about: Mapping[str, Any] | None = None,
+    ) -> None:
         self.spec, self.paths, self.identity = spec, paths_of(spec.path), dict(identity)
+        self._about = dict(about or {})
         self.fingerprint = xxhash.xxh3_128_hexdigest(
             json.dumps(self.identity, sort_keys=True).encode()
         )
@@ -83,11 +91,10 @@ class TileRun:
         """Take the result over: new, resumed, or ``found`` finished (never to ``overwrite`` it).
         Raises StoreLocked, FingerprintMismatch, StoreError, NoSpace.
         """
-        if self._is_finished(overwrite):
+        if self.is_finished(overwrite=overwrite):
             self.found, self.done[:], self.kept = True, True, len(self.done)
             return
-        held = self.paths.partial.stat().st_blocks * 512 if self.paths.partial.is_file() else 0
-        require_space({self.paths.folder: max(0, self.spec.nbytes - held) + 100 * len(self.done)})
+        require_space({self.paths.folder: self.missing_bytes()})
         try:
             self._hold.lock()
             with explain_os_errors(self.paths.folder, self.spec.nbytes):
@@ -96,8 +103,16 @@ class TileRun:
             self._hold.back_out()
             raise
 
-    def _is_finished(self, overwrite: bool) -> bool:
-        fields = self._read_manifest()
+    def missing_bytes(self) -> int:
+        """What must still be free on the disk: for the result, less what an earlier run took, and for a
+        record of some 100 bytes a tile.
+        """
+        held = _held_bytes(self.paths.partial)
+        return max(0, self.spec.nbytes - held) + 100 * len(self.done)
+
+    def is_finished(self, *, overwrite: bool = False) -> bool:
+        """Whether nothing is left to do. Raises StoreError, FingerprintMismatch where `open` would."""
+        fields = read_manifest(self.paths.manifest)
         if fields is None:
             if self.spec.path.exists() and not overwrite:
                 raise StoreError(
@@ -115,15 +130,9 @@ class TileRun:
         same = fields.get("fingerprint") == self.fingerprint
         return not overwrite and same and fields.get("state") == DONE and self.spec.path.exists()
 
-    def _read_manifest(self) -> dict[str, Any] | None:
-        with contextlib.suppress(OSError, ValueError):
-            found = json.loads(self.paths.manifest.read_bytes())
-            return found if isinstance(found, dict) else None
-        return None
-
     def _begin(self, overwrite: bool) -> None:
         self._hold.take_over(None)
-        fields = self._read_manifest()
+        fields = read_manifest(self.paths.manifest)
         if (
             fields is None
             or fields.get("fingerprint") != self.fingerprint
@@ -146,7 +155,7 @@ class TileRun:
 
     def _recover(self) -> None:
         """Believe the records whose bytes are on the disk."""
-        claims = _claims(self.paths.journals(), self.fingerprint, len(self.done))
+        claims = claims_in(self.paths.journals(), self.fingerprint, len(self.done))
         if not claims:
             return
         output = open_output(self.spec, self.paths.partial)
@@ -165,7 +174,7 @@ class TileRun:
             "fingerprint": self.fingerprint,
             "identity": self.identity,
         }
-        fields |= {"shape": self.spec.shape, "dtype": self.spec.dtype}
+        fields |= {"shape": self.spec.shape, "dtype": self.spec.dtype, **self._about}
         write_atomic(self.paths.manifest, json.dumps(fields, indent=1).encode() + b"\n")
 
     @property
@@ -226,7 +235,16 @@ def checksum(data: np.ndarray) -> str:
     return xxhash.xxh3_64_hexdigest(np.ascontiguousarray(data).data)
 
 
-def _claims(journals: Iterable[Path], fingerprint: str, n_tiles: int) -> dict[int, set[str]]:
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """What ``out.tif.tiles.json`` says; None where there is none that can be read."""
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(path.read_bytes())
+        return found if isinstance(found, dict) else None
+    return None
+
+
+def claims_in(journals: Iterable[Path], fingerprint: str, n_tiles: int) -> dict[int, set[str]]:
+    """Tile -> checksums of it that whole records of this fingerprint say were committed."""
     claims: dict[int, set[str]] = {}
     for path in journals:
         for line in read_journal(path, fingerprint, JournalCount()):
@@ -234,6 +252,12 @@ def _claims(journals: Iterable[Path], fingerprint: str, n_tiles: int) -> dict[in
             if isinstance(number, int) and 0 <= number < n_tiles:
                 claims.setdefault(number, set()).add(str(value))
     return claims
+
+
+def _held_bytes(partial: Path) -> int:
+    """What an unfinished result takes on the disk; of a .zarr all its files."""
+    files = partial.rglob("*") if partial.is_dir() else [partial]
+    return sum(file.stat().st_blocks * 512 for file in files if file.is_file())
 
 
 def _discard(path: Path) -> None:

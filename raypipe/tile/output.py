@@ -22,7 +22,7 @@ from raypipe.errors import ConfigError, InputError
 from raypipe.store.durable import fsync_dir, pwrite_all
 from raypipe.store.space import preallocate
 from raypipe.tile.bigtiff import BigTiff
-from raypipe.tile.grid import Box, TileGrid
+from raypipe.tile.grid import Box, TileGrid, round_up
 
 KINDS = {".npy": "npy", ".tif": "tiff", ".tiff": "tiff", ".zarr": "zarr"}
 _MOST_TIFF_TILE = 512  # viewers read whole tiles
@@ -89,10 +89,14 @@ class OutputSpec:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it takes."""
+        """Bytes that it takes; of Zarr the most, without its metadata: chunks of zeros are not stored."""
         if self.kind == "tiff":
             return self.tiff.nbytes
-        return len(self.header) + math.prod(self.shape) * np.dtype(self.dtype).itemsize
+        itemsize = np.dtype(self.dtype).itemsize
+        if self.kind == "zarr":  # those at the end are stored whole
+            space = [round_up(axis.size, min(axis.tile, axis.size)) for axis in self.grid.axes]
+            return self.frames * self.channels * math.prod(space) * itemsize
+        return len(self.header) + math.prod(self.shape) * itemsize
 
 
 def tiff_tile(tiles: list[int]) -> int:

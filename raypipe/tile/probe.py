@@ -191,6 +191,10 @@ class _Swallowing(TorchDispatchMode):
         super().__init__()
         self.found = ""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch loads its compiler, 1.5 s and more, at the first operation
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         if name in _SWALLOW and not self.found:

@@ -63,8 +63,7 @@ class ArraySource:
                 f"axes {axes!r} do not fit an array of shape {shape}: one letter a dimension, and none "
                 "of them empty"
             )
-        if np.dtype(self.array.dtype).kind not in "fiub":
-            raise InputError(f"dtype {self.array.dtype} is no number; convert the image first")
+        _check_numbers(np.dtype(self.array.dtype))
 
     def _size(self, axis: str) -> int:
         return int(self.array.shape[self.axes.index(axis)]) if axis in self.axes else 1
@@ -170,6 +169,12 @@ class StackSource:
         return np.stack(planes, 1)
 
 
+def _check_numbers(dtype: np.dtype[Any]) -> None:
+    """Raises InputError: a model would be given the real part of a complex image without a word."""
+    if dtype.kind not in "fiub":
+        raise InputError(f"dtype {dtype} is no real number; convert the image first")
+
+
 def _range(span: slice) -> range:
     return range(span.start, span.stop)
 
@@ -187,6 +192,7 @@ def open_source(given: Any, dims: int, axes: str | None = None) -> Source:
     if hasattr(given, "series_shape"):
         given = _of_tiff(given, dims, axes)
     if callable(getattr(given, "read", None)) and len(given.shape) in (3, 4) and axes is None:
+        _check_numbers(np.dtype(given.dtype))
         return StackSource(given, volume=dims == 3)
     if callable(getattr(given, "read", None)) and axes is not None:
         raise ConfigError(
@@ -258,6 +264,22 @@ def _open_zarr(path: Path) -> Any:
     if not hasattr(found, "dtype"):
         raise InputError(f"{path} is a Zarr group; give the path of one of its arrays")
     return found
+
+
+def describe(source: Source) -> str:
+    """``2 image(s) of 301x277, 1 channel(s), uint8; TIFF of axes IYX (2, 301, 277), 2 page(s) in …``."""
+    given: Any = getattr(source, "array", getattr(source, "stack", None))
+    size = "x".join(map(str, source.space))
+    text = f"{source.frames} image(s) of {size}, {source.channels} channel(s), {source.dtype.name}"
+    named = f"axes {source.axes}" if isinstance(source, ArraySource) else ""
+    stack: Any = getattr(given, "source", given)
+    if hasattr(stack, "series_shape"):
+        pages = sum(len(part.at) for part in stack.parts)
+        named = (
+            f"TIFF of axes {getattr(source, 'axes', stack.axes)} {tuple(stack.series_shape)}, {pages} page(s)"
+            f" in {len(stack.parts)} file(s), read by {' and '.join(sorted(set(stack.way)))}"
+        )
+    return f"{text}; {named}" if named else text
 
 
 def read_window(source: Source, frame: int, box: Box) -> np.ndarray:

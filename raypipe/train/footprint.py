@@ -103,6 +103,10 @@ class LiveBytes(TorchDispatchMode):
         self._held: dict[int, tuple[int, Any]] = {}
         self._ignored = {tensor.untyped_storage()._cdata for tensor in ignored}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch loads its compiler, 1.5 s and more, at the first operation
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

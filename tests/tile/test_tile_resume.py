@@ -228,6 +228,20 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(small_di
     assert list(small_disk.iterdir()) == []
 
 
+def test_what_a_zarr_has_on_the_disk_is_not_asked_for_again(tmp_path: Path) -> None:
+    """A run that goes on where little is left free must not be refused."""
+    run(tmp_path / "out.zarr", Slow())
+    spec = OutputSpec(
+        path=tmp_path / "out.zarr", grid=TileGrid.of((500, 500), (70, 70), (1, 1), (1, 1)), frames=1,
+        channels=1, dtype="float32", keep_frames=False, keep_channels=False,
+    )  # fmt: skip
+    fresh = TileRun(spec, {}, "run")
+    assert fresh.missing_bytes() == 4 * 560 * 560 + 100 * 64  # chunks at the end are stored whole
+    (tmp_path / "out.zarr").rename(fresh.paths.partial)
+    stored = sum(p.stat().st_size for p in fresh.paths.partial.rglob("*") if p.is_file())
+    assert stored >= 4 * 560 * 560 and fresh.missing_bytes() == 100 * 64
+
+
 def opened(out: Path, *, overwrite: bool = False) -> TileRun:
     grid = TileGrid.of((50, 60), (20, 20), (0, 0), (1, 1))
     spec = OutputSpec(

@@ -1,0 +1,92 @@
+"""A worker of a tiled run is killed on real Ray: its tiles go to others, the result is the same."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import ray
+import torch
+from torch import Tensor, nn
+
+from raypipe.cluster.runner import RayRunner
+from raypipe.runner import LocalRunner
+from raypipe.tile.config import TileConfig
+from raypipe.tile.engine import carry_out
+from raypipe.tile.ledger import paths_of
+from raypipe.tile.plan import TilePlan, make_plan
+from raypipe.tile.source import open_source
+
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import tests
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
+PATIENCE_S = 60
+
+
+class Napping(nn.Module):
+    """A convolution that takes its time."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.seconds = nn.Conv2d(1, 1, 3, padding=1), seconds
+
+    def forward(self, x: Tensor) -> Tensor:
+        time.sleep(self.seconds if x.shape[-1] == x.shape[-2] else 0)
+        return self.conv(x)
+
+
+def plan(given: Path, out: Path, nap_s: float) -> TilePlan:
+    """49 tiles."""
+    cfg = TileConfig(chunk_size=70, workers=2, device="cpu", halo=1, align=1)
+    return make_plan(open_source(given, 2), Napping(nap_s), out, cfg, keep_frames=False)
+
+
+def writers(out: Path) -> list[int]:
+    """Workers that have recorded a tile."""
+    found = paths_of(out).journal.glob("*.jsonl")
+    return [int(p.name.split("-")[1]) for p in found if b'"tile"' in p.read_bytes()]
+
+
+def test_a_killed_workers_tiles_go_to_others(tmp_path: Path) -> None:
+    np.save(tmp_path / "in.npy", np.random.default_rng(0).random((500, 500), np.float32))
+    whole, out = tmp_path / "whole.tif", tmp_path / "out.tif"
+    local = LocalRunner()
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    carry_out(plan(tmp_path / "in.npy", whole, 0), local, local.needs(1, "cpu"))
+    torch.set_num_threads(before)
+    killed: list[int] = []
+
+    def kill() -> None:
+        deadline = time.monotonic() + PATIENCE_S
+        while not (found := writers(out)):
+            if time.monotonic() > deadline:
+                return
+            time.sleep(0.005)
+        assert "PooledWorker" in psutil.Process(found[0]).cmdline()[0]
+        os.kill(found[0], signal.SIGKILL)
+        killed.append(found[0])
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    events: list[str] = []
+    runner = RayRunner(joined=False, on_event=events.append)
+    needs = runner.needs(2, "cpu")
+    # One thread each, as there: the same sums.
+    needs = replace(needs, cpus=min(1.0, needs.cpus), run_dir=tmp_path / "run")
+    found = carry_out(plan(tmp_path / "in.npy", out, 0.05), runner, needs)
+    killer.join()
+    assert found.kept == 0 and any(
+        f"worker {pid} failed" in text for pid in killed for text in events
+    )
+    assert out.read_bytes() == whole.read_bytes()
+    logs = sorted(path.name for path in (tmp_path / "run" / "memory").glob("*.csv"))
+    assert logs[0] == "driver.csv" and any(str(killed[0]) in name for name in logs)
