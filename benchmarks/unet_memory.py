@@ -1,7 +1,7 @@
 """What the memory techniques save on a U-Net (64 to 1024 channels), and what they cost in time.
 
-Counted on tensors without memory (fake ones, of any size on any machine), by the counter of the
-memory planner (`raypipe.train.footprint.LiveBytes`), each storage once, over one training step that
+Counted on tensors without memory (`raypipe.train.shapes`, of any size on any machine), by the counter
+of the memory planner (`raypipe.train.footprint.LiveBytes`), each storage once, over one training step that
 is prepared by the loop's own sequence (`raypipe.train.precision.prepare`): what the forward leaves
 for the backward, and the step's highest point with weights, gradients and AdamW's moments.
 ``hooks`` beside it is what torch's own saved-tensor hooks see; of a recomputed block they see
@@ -33,16 +33,16 @@ import numpy as np
 import torch
 from common import emit, median, parser, say
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from raypipe.segment.loss import segmentation_loss
-from raypipe.segment.model import UNet, UNetConfig, checkpoint_blocks
+from raypipe.segment.model import UNet, UNetConfig, build_model, checkpoint_blocks
 from raypipe.stream import ArraySource, Cursor
 from raypipe.train import TrainConfig, WorkerContext
 from raypipe.train.engine import Engine
 from raypipe.train.feed import Micro
 from raypipe.train.footprint import LiveBytes, measure
 from raypipe.train.precision import prepare
+from raypipe.train.shapes import Shapes
 from raypipe.units import format_bytes
 
 SHAPES = {"": (8, 512, 512), "_384x512_b16": (16, 384, 512)}
@@ -70,14 +70,16 @@ class Counted:
 def count(
     shape: tuple[int, int, int], options: Mapping[str, Any], spec: UNetConfig | None = None
 ) -> Counted:
-    """One step on fake images ``shape`` (batch, height, width) with ``options`` of TrainConfig."""
+    """One step on images ``shape`` (batch, height, width) without values, with ``options`` of
+    TrainConfig.
+    """
     cfg = TrainConfig(**options)
     model = UNet(spec or UNetConfig())
     blocks = checkpoint_blocks(model) if cfg.checkpointing else ()
     prepared = prepare(model, blocks, cfg, WorkerContext(run_dir=Path()))
-    mode = FakeTensorMode()
-    _make_fake(model, mode)
-    with mode:
+    shapes = Shapes()
+    shapes.drop_values(model)
+    with shapes:
         optimizer = torch.optim.AdamW(model.parameters())
         batch = prepared.place({"image": torch.rand(shape[0], 1, *shape[1:])})
         mask = torch.zeros(shape, dtype=torch.uint8)
@@ -87,7 +89,7 @@ def count(
         optimizer.zero_grad(set_to_none=True)
         moments = [t for state in optimizer.state.values() for t in state.values()]
         static = [*model.parameters(), *model.buffers(), *moments, batch["image"], mask]
-        saved = _Saved(static)
+        saved = SavedBytes(static)
         with LiveBytes(torch.device("cpu"), static) as live:
             with saved.hooks(), prepared.autocast():
                 loss = segmentation_loss(prepared.model(batch["image"]), mask)
@@ -99,17 +101,7 @@ def count(
     return Counted(kept, saved.n_bytes, top + sum(t.nbytes for t in static))
 
 
-def _make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
-    """Take the weights' memory away, where they are: their shapes and strides stay."""
-    for part in model.modules():
-        for name, weight in part._parameters.items():
-            if weight is not None:
-                part._parameters[name] = nn.Parameter(mode.from_tensor(weight.detach()))
-        for name, buffer in part._buffers.items():
-            part._buffers[name] = mode.from_tensor(buffer)
-
-
-class _Saved:
+class SavedBytes:
     """Bytes of the storages that autograd saved, each once, without those of ``known``."""
 
     def __init__(self, known: Sequence[Tensor]) -> None:
@@ -130,7 +122,7 @@ class _Saved:
 
 @dataclass(frozen=True)
 class UNetTask:
-    """``raypipe.train.Task``: one foreground, from files of random images."""
+    """``raypipe.train.Task``: one foreground, from files of images and masks; ``rows`` of them train."""
 
     folder: Path
     spec: UNetConfig
@@ -145,7 +137,7 @@ class UNetTask:
         return np.arange(1)
 
     def build_model(self) -> nn.Module:
-        return UNet(self.spec)
+        return build_model(self.spec)
 
     def sources(self) -> Mapping[str, ArraySource]:
         return {n: ArraySource.npy(self.folder / f"{n}.npy") for n in ("image", "mask")}

@@ -23,7 +23,7 @@ from raypipe.stream.reading import Source
 
 # Of the CPUs that the Train workers leave: Ray Data's descriptors need a little too.
 SHARE = 0.8
-# Of a node's memory, unless --decode-threads says how many there are.
+# Of a node's memory, unless an option says how many there are.
 ROOM = 0.25
 
 
@@ -98,10 +98,10 @@ def _crew(
 ) -> Crew:
     # A quarter of an object store: half may hold rows from other nodes. A worker has two rings.
     store, readers = smallest_object_store() // 2, 2 * world * sources
-    smaller = "make the images smaller (--image-size)"
 
     def under_way(count: int) -> Share:
-        return divide(store, readers, source.row_bytes, batch_rows, makers=count, instead=smaller)
+        instead = source.terms.smaller
+        return divide(store, readers, source.row_bytes, batch_rows, makers=count, instead=instead)
 
     def budget(count: int) -> int:
         return budget_bytes(source, under_way(count).piece_rows, config.budget_bytes)

@@ -32,7 +32,7 @@ from raypipe.cluster.lost import ACTOR_LOST
 from raypipe.cluster.pieces import Pieces, Request
 from raypipe.errors import MemoryBudgetExceeded, RaypipeError, WorkerFailed
 from raypipe.memory.verdict import Verdict
-from raypipe.stream.decoding import Decoded
+from raypipe.stream.decoding import Decoded, Terms
 from raypipe.stream.mapped import MappedRows
 from raypipe.stream.reading import OpenRows, RowReader, Source
 
@@ -147,7 +147,7 @@ class Decoders:
                 cause = error.cause
                 if isinstance(cause, MemoryBudgetExceeded):
                     raise MemoryBudgetExceeded(
-                        f"decoding images {self._names(part.rows)}: {cause}"
+                        f"decoding {self._names(part.rows)}: {cause}"
                     ) from None
                 if isinstance(cause, RaypipeError):
                     raise cause from None  # Ray's own text would hide which image it was
@@ -160,8 +160,8 @@ class Decoders:
                 part.seat = self._replaced(part, first, verdict)
                 part.ref = part.seat.actor.decode.remote(part.rows)
         raise WorkerFailed(
-            f"decode actors died {MAX_TRIES} times with images {self._names(part.rows)}; if the "
-            "system ended them for memory give fewer --decode-threads, otherwise look at these images"
+            f"decode actors died {MAX_TRIES} times with {self._names(part.rows)}; if the system ended "
+            f"them for memory give fewer {self._terms.readers}, otherwise look at these {self._terms.row}s"
         )
 
     def _get(self, part: _Part, request: Request) -> np.ndarray:
@@ -174,12 +174,12 @@ class Decoders:
             self._hand_on(part)
             waited = time.monotonic() - began
             text = (
-                f"a decode actor has given nothing for {waited:.0f} s, of images "
+                f"a decode actor has given nothing for {waited:.0f} s, of "
                 f"{self._names(part.rows)}: its disk is slow, or the cluster has no CPU free for it"
             )
             if waited >= STALLED_S:
                 raise WorkerFailed(
-                    f"{text}; look at --data-dir there, or give fewer --decode-threads"
+                    f"{text}; look at {self._terms.data} there, or give fewer {self._terms.readers}"
                 )
             if waited >= next_word:
                 self._say(text)
@@ -204,8 +204,8 @@ class Decoders:
             if dead is part.seat:
                 if verdict is not None and dead.budget_bytes >= self._most_bytes:
                     raise MemoryBudgetExceeded(
-                        f"one of the images {self._names(part.rows)} takes more memory than a process may "
-                        f"have: {verdict.message()}; or make that image smaller"
+                        f"one of the {self._names(part.rows)} takes more memory than a process may "
+                        f"have: {verdict.message()}; or make that {self._terms.row} smaller"
                     )
                 self._say(f"a decode actor died ({why}); a new one takes its place")
                 more = 1 if verdict is None else 2
@@ -225,7 +225,13 @@ class Decoders:
         return _Seat(actor, label, budget_bytes, actor.ready.remote())
 
     def _names(self, rows: np.ndarray) -> str:
-        return f"{self.source.name_of(int(rows[0]))} to {self.source.name_of(int(rows[-1]))}"
+        """``images a.png to b.png``."""
+        first, last = (self.source.name_of(int(row)) for row in (rows[0], rows[-1]))
+        return f"{self._terms.row}s {first} to {last}"
+
+    @property
+    def _terms(self) -> Terms:
+        return self.source.terms
 
 
 def _end(seats: list[_Seat]) -> None:
@@ -260,8 +266,8 @@ class RowOpener:
             return self._otherwise(source) if self._otherwise else source.open()
         if source.fingerprint not in self._crews:
             raise WorkerFailed(
-                f"{source.path}: these images are not those that the driver planned decoders for; the "
-                "task's sources() must be the same there as on the workers"
+                f"{source.path}: these {source.terms.row}s are not those that the driver planned decoders "
+                "for; the task's sources() must be the same there as on the workers"
             )
         if source.fingerprint not in self._open:
             crew = self._crews[source.fingerprint]

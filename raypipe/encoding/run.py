@@ -7,7 +7,6 @@ model in it are refused. Training itself is ``raypipe.train``'s, by whatever run
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
@@ -29,12 +28,12 @@ from raypipe.report import build_report
 from raypipe.report.saved import RUN_FILE, read_run, write_json
 from raypipe.runner import Runner
 from raypipe.store import require_space
-from raypipe.train import FitResult, finished
-from raypipe.train.checkpoint import discard
-from raypipe.train.feed import check_resumable
+from raypipe.train import FitResult
+from raypipe.train.folder import FitFolder
 from raypipe.train.hold import hold_run
-from raypipe.train.planner import PLAN_FILE, saved_plan
 from raypipe.units import format_seconds
+
+SPLIT_FILE = "split.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,68 +98,56 @@ def _subjects(cfg: FitConfig) -> tuple[str, ...]:
 
 
 def _fit_subject(cfg: FitConfig, ready: Prepared, runner: Runner) -> SubjectFit:
-    done = _already_fitted(cfg, ready)
+    folder = FitFolder(
+        path=ready.run_dir,
+        kind="encode fit",
+        identity=ready.identity(),
+        task=ready.task,
+        train=cfg.train,
+        workers=cfg.workers,
+        resume=cfg.resume,
+        n_parameters=ready.n_parameters(),
+        noted=("val_r",),
+    )
+    if folder.earlier():
+        _save_split(ready)  # refuses another one
+    done = folder.finished()
     if done is not None:
         best = "" if done.best_epoch is None else f", best epoch {done.best_epoch + 1}"
         print(f"subject {ready.subject}: complete already, {done.epochs} epochs{best}")
         return SubjectFit(subject=ready.subject, run_dir=ready.run_dir, result=done)
-    record = _claim(cfg, ready, runner.memory)
+    record = _claim(cfg, ready, folder, runner.memory)
     absent = ready.split_data.subject.missing_families()
     if absent:
         print(f"subject {ready.subject}: no ROI masks of {', '.join(absent)}: readout without them")
     started = time.monotonic()
-    result = runner.fit(
-        ready.task,
-        cfg.train,
-        ready.run_dir,
-        workers=cfg.workers,
-        device=cfg.device,
-        resume=cfg.resume,
+    result = folder.fit(
+        record,
+        lambda: runner.fit(
+            ready.task,
+            cfg.train,
+            ready.run_dir,
+            workers=cfg.workers,
+            device=cfg.device,
+            resume=cfg.resume,
+        ),
     )
-    record |= {"memory_plan": saved_plan(ready.run_dir), "result": _result(result)}
-    write_json(ready.run_dir / RUN_FILE, record)
     print(_line(ready.subject, result, time.monotonic() - started))
     return SubjectFit(subject=ready.subject, run_dir=ready.run_dir, result=result)
 
 
-def _already_fitted(cfg: FitConfig, ready: Prepared) -> FitResult | None:
-    """The result of this very fit, if it is done; its run.json is then left as it stands.
-
-    Raises ConfigError when the folder holds another run.
-    """
-    run_file = ready.run_dir / RUN_FILE
-    if not (cfg.resume and run_file.exists()):
-        return None
-    earlier = read_run(ready.run_dir)
-    _check_same(earlier, ready)
-    names = ready.split_data.features.names
-    data.save_split(ready.split, names, ready.run_dir / "split.json")  # refuses another one
-    check_resumable(ready.task, cfg.train, cfg.workers, ready.run_dir)
-    done = finished(ready.run_dir, cfg.train, ready.n_parameters())
-    noted = (earlier.get("result") or {}).get("epochs")
-    if done is not None and noted != done.epochs:  # killed before it was written
-        write_json(run_file, {**earlier, "result": _result(done)})
-    return done
-
-
-def _claim(cfg: FitConfig, ready: Prepared, memory: ResolvedMemory) -> dict[str, Any]:
-    """Write run.json and split.json, unless the folder holds another run. Raises ConfigError."""
-    run_file = ready.run_dir / RUN_FILE
-    earlier = read_run(ready.run_dir) if run_file.exists() and cfg.resume else {}
-    if earlier:
-        _check_same(earlier, ready)
-    split_file = ready.run_dir / "split.json"
+def _claim(
+    cfg: FitConfig, ready: Prepared, folder: FitFolder, memory: ResolvedMemory
+) -> dict[str, Any]:
+    """Write split.json, unless the folder holds another run; what run.json shall say."""
+    folder.earlier()  # refuses another run's folder
     if not cfg.resume:
-        split_file.unlink(missing_ok=True)
-        # Before run.json vouches for other data: a crash in between must leave nothing to resume.
-        discard(ready.run_dir)
-        (ready.run_dir / PLAN_FILE).unlink(missing_ok=True)
-        for old in ("evaluation", "predictions"):  # of the weights that are gone
-            shutil.rmtree(ready.run_dir / old, ignore_errors=True)
-    record = run_record(cfg) | {
-        "kind": "encode fit",
+        (ready.run_dir / SPLIT_FILE).unlink(missing_ok=True)
+    folder.clear("evaluation", "predictions")  # of weights that are then gone
+    _save_split(ready)
+    ready.split_data.features.keep(ready.run_dir)
+    return run_record(cfg) | {
         "subject": ready.subject,
-        "identity": ready.identity(),
         "inputs": {
             "data_dir": str(cfg.data_dir.resolve()),
             "features_dir": cfg.features_dir and str(cfg.features_dir.resolve()),
@@ -171,17 +158,13 @@ def _claim(cfg: FitConfig, ready: Prepared, memory: ResolvedMemory) -> dict[str,
         "n_train": len(ready.split.train),
         "n_val": len(ready.split.val),
         "n_invalid": int((~ready.split_data.valid).sum()),
-        "n_parameters": ready.n_parameters(),
         "notes": _notes(cfg),
         "memory": memory.record(),
-        "result": earlier.get("result"),
     }
-    data.save_split(ready.split, ready.split_data.features.names, split_file)
-    if cfg.resume:  # a command that training would refuse must not overwrite run.json
-        check_resumable(ready.task, cfg.train, cfg.workers, ready.run_dir)
-    ready.split_data.features.keep(ready.run_dir)
-    write_json(run_file, record)
-    return record
+
+
+def _save_split(ready: Prepared) -> None:
+    data.save_split(ready.split, ready.split_data.features.names, ready.run_dir / SPLIT_FILE)
 
 
 def _notes(cfg: FitConfig) -> list[str]:
@@ -199,17 +182,6 @@ def _notes(cfg: FitConfig) -> list[str]:
         "The responses are planted, not measured: each vertex is a known function of the image plus"
         " noise of known size (planted.json), so the noise ceiling is exact.",
     ]
-
-
-def _check_same(found: Mapping[str, Any], ready: Prepared) -> None:
-    before, now = found.get("identity"), ready.identity()
-    if before == now:
-        return
-    differing = [key for key in now if not isinstance(before, dict) or before.get(key) != now[key]]
-    raise ConfigError(
-        f"{ready.run_dir} holds a run of other {', '.join(differing)}; a resumed run must keep them:"
-        " use a new run folder, or --no-resume to start over in this one"
-    )
 
 
 def _features_note(opened: data.SplitData) -> dict[str, Any]:
@@ -241,20 +213,6 @@ def _write_parent(cfg: FitConfig, run_dir: Path, folders: Mapping[str, Path]) ->
 
 def _names(folders: Mapping[str, Path]) -> dict[str, str]:
     return {subj: folder.name for subj, folder in folders.items()}
-
-
-def _result(result: FitResult) -> dict[str, Any]:
-    best = next((e for e in result.history if e["epoch"] == result.best_epoch), {})
-    return {
-        "best_epoch": result.best_epoch,
-        "best_val_loss": result.best_val_loss,
-        "best_val_r": best.get("val_r"),
-        "epochs": result.epochs,
-        "global_steps": result.global_steps,
-        "seconds": result.seconds,
-        "stopped": result.stopped,
-        "n_parameters": result.n_parameters,
-    }
 
 
 def _line(subject: str, result: FitResult, seconds: float) -> str:

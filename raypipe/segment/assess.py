@@ -29,6 +29,7 @@ from raypipe.runner import LocalRunner
 from raypipe.segment.apply import field_for, found_objects, logits_of, true_objects
 from raypipe.segment.config import SegmentEvaluateConfig
 from raypipe.segment.crops import Labelling
+from raypipe.segment.inputs import from_dict, kept_digest
 from raypipe.segment.instances import (
     THRESHOLDS,
     Matches,
@@ -40,7 +41,7 @@ from raypipe.segment.labels import IGNORE
 from raypipe.segment.metrics import MEASURES, PixelScores, image_scores
 from raypipe.segment.page import write_report
 from raypipe.segment.pictures import Picture
-from raypipe.segment.prepare import digest_of
+from raypipe.segment.prepare import digest_of, used
 from raypipe.segment.readers import Readers
 from raypipe.segment.run import PICTURES_FILE
 from raypipe.segment.saved import SavedModel, load_model
@@ -102,7 +103,7 @@ def _pictures(
     base = Path(record["inputs"]["folder"])
     new = cfg.data.resolve() if cfg.data else base
     new = new.parent if new.is_file() else new
-    pictures = [_picture(one, base, new) for one in saved]
+    pictures = [_moved(from_dict(one), base, new) for one in saved]
     splits = {p.split for p in pictures}
     split = cfg.split if cfg.split != "auto" else ("test" if "test" in splits else "val")
     chosen = [p for p in pictures if p.split == split]
@@ -114,8 +115,7 @@ def _pictures(
         for path in (p.image, p.mask):
             if not path.is_file():
                 raise MissingInput(f"{path} is not there; say where the data lie now with --data")
-    fitted = [p for side in ("train", "val") for p in pictures if p.split == side]
-    if split == "val" and digest_of(fitted) != record["identity"]["images and masks"]:
+    if split == "val" and _digest(run_dir, pictures) != record["identity"]["images and masks"]:
         raise InputError(
             f"files under {new} were changed since the fit in {run_dir}; put them back to score its"
             " validation pictures, or fit again"
@@ -123,14 +123,19 @@ def _pictures(
     return split, chosen
 
 
-def _picture(fields: dict[str, Any], old: Path, new: Path) -> Picture:
-    place = {k: Path(fields[k]) for k in ("image", "mask")}
-    moved = {k: new / p.relative_to(old) if p.is_relative_to(old) else p for k, p in place.items()}
-    spans = {k: (int(fields[k][0]), int(fields[k][1])) for k in ("rows", "cols")}
-    return Picture(
-        image=moved["image"], mask=moved["mask"], frame=fields["frame"], rows=spans["rows"],
-        cols=spans["cols"], split=fields["split"], channels=fields["channels"],
-    )  # fmt: skip
+def _digest(run_dir: Path, pictures: Sequence[Picture]) -> str:
+    """Of what was fitted, as it is now: of files that did not change it is kept."""
+    fitted = used(pictures)
+    return kept_digest(run_dir, fitted) or digest_of(fitted)
+
+
+def _moved(picture: Picture, old: Path, new: Path) -> Picture:
+    """``picture`` with its files below ``new`` that were below ``old``."""
+    image, mask = (
+        new / path.relative_to(old) if path.is_relative_to(old) else path
+        for path in (picture.image, picture.mask)
+    )
+    return replace(picture, image=image, mask=mask)
 
 
 def _evaluate(

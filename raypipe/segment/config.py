@@ -14,6 +14,7 @@ from typing import Literal
 from raypipe.errors import ConfigError
 from raypipe.memory.config import MemoryFlags
 from raypipe.segment.augment import AugmentConfig
+from raypipe.segment.channels import check_axes
 from raypipe.segment.instances import InstanceConfig
 from raypipe.segment.labels import Target, n_outputs
 from raypipe.segment.loss import LossConfig
@@ -30,6 +31,9 @@ class InputConfig:
     data: Path
     """Folder with {train,val,test}/{images,masks}, or a table with columns image, mask and, where
     wanted, split, frames, rows, cols (ranges such as 0:256)."""
+    axes: str | None = None
+    """A letter a dimension of the image files (TIFF), of F (frames) C Y X, e.g. CYX where pages are
+    channels; left out, files that say it (OME, ImageJ) are followed, and other pages are pictures."""
     target: Target = "foreground"
     """What masks say: object or not; object, its boundary or neither; or a class a value."""
     classes: int = 2
@@ -54,6 +58,8 @@ class InputConfig:
     """Threads that make crops (on Ray: actors); as many as suit when left out."""
 
     def __post_init__(self) -> None:
+        if self.axes is not None:
+            object.__setattr__(self, "axes", check_axes(self.axes))
         if self.crop < 8:
             raise ConfigError(f"crop {self.crop} is below 8 pixels; 128 to 512 are usual")
         if self.target == "classes" and self.classes < 2:

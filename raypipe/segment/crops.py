@@ -23,8 +23,11 @@ from raypipe.segment.labels import IGNORE, Target, to_plane
 from raypipe.segment.normalise import Normalisation
 from raypipe.segment.pictures import Picture
 from raypipe.segment.readers import Readers
-from raypipe.stream.decoding import RowDecoder, decode_rows
+from raypipe.stream.decoding import RowDecoder, Terms, decode_rows
 
+TERMS = Terms(
+    row="crop", readers="--readers", data="--data", smaller="make the crops smaller (--crop)"
+)
 # Epochs that have row numbers: more than any run, few enough for int64.
 _EPOCHS = 1 << 31
 
@@ -96,6 +99,11 @@ class CropSource:
     def path(self) -> Path:
         """Where the first of them comes from, for messages."""
         return self.pictures[0].image.parent
+
+    @property
+    def terms(self) -> Terms:
+        """Those of segmentation."""
+        return TERMS
 
     def name_of(self, row: int) -> str:
         """Its picture."""

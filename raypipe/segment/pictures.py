@@ -4,21 +4,23 @@
     DATA/images, DATA/masks                    no splits: divided by source image
     TABLE.csv: image,mask[,split][,frames][,rows][,cols]
 
-``frames``, ``rows`` and ``cols`` are Python-like ranges ("0:256", "256:", ":"), pixels of the image as
-it lies in the file. A region is where a picture begins and ends: nothing outside it is read, so two
-halves of one image may stand on two sides. Paths are relative to the table. Who is validated on, where
-nothing says so, is ``split``'s.
+Every page of a file is a picture, but for those that are channels of one (``channels``); a mask has a
+page a picture. ``frames``, ``rows`` and ``cols`` are Python-like ranges ("0:256", "256:", ":"), pixels of
+the image as it lies in the file. A region is where a picture begins and ends: nothing outside it is
+read, so two halves of one image may stand on two sides. Paths are relative to the table. Who is
+validated on, where nothing says so, is ``split``'s.
 """
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from raypipe.errors import InputError, MissingInput, UnknownName
 from raypipe.read.source2d import ImageSource, open_image
+from raypipe.segment.channels import open_pixels
 
 SPLITS = ("train", "val", "test")
 SUFFIXES = (".tif", ".tiff", ".png")
@@ -27,9 +29,10 @@ COLUMNS = ("image", "mask", "split", "frames", "rows", "cols")
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """One page and its mask, or a region of them: rows [lo, hi), cols [lo, hi) in pixels.
+    """One page (of one channel, or of several) and its mask, or a region of them: rows [lo, hi),
+    cols [lo, hi) in pixels.
 
-    split : "" where nothing says it
+    split : "" where nothing says it. axes : of the image's file, where they were named
     """
 
     image: Path
@@ -39,6 +42,7 @@ class Picture:
     cols: tuple[int, int]
     split: str
     channels: int
+    axes: str | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -69,16 +73,32 @@ class Listed:
     where: str = ""
 
 
-def find_pictures(data: Path) -> list[Picture]:
+def find_pictures(data: Path, axes: str | None = None) -> list[Picture]:
     """All pictures of ``data``, a folder or a table, in order of listing and page.
 
-    Raises MissingInput, UnknownName (split, column), InputError (shapes or pages of image and mask
-    that differ, a range outside its image, a mask that two files may be).
+    axes : as `raypipe.segment.channels.open_pixels`'. Raises as `list_files` and `open_listed`.
+    """
+    return open_listed(list_files(data), axes)
+
+
+def list_files(data: Path) -> list[Listed]:
+    """What ``data`` asks for; no image is opened.
+
+    Raises MissingInput, UnknownName (split, column), InputError (a mask that two files may be).
     """
     listed = list(_from_table(data) if data.is_file() else _from_folder(data))
     if not listed:
         raise MissingInput(f"{data} lists no image; give at least one image and its mask")
-    return [picture for one in listed for picture in _pages(one)]
+    return listed
+
+
+def open_listed(listed: Iterable[Listed], axes: str | None = None) -> list[Picture]:
+    """The pictures of ``listed``, in order of listing and page.
+
+    Raises MissingInput, InputError (shapes or pages of image and mask that differ, a range outside its
+    image), ConfigError (axes that do not fit).
+    """
+    return [picture for one in listed for picture in _pages(one, axes)]
 
 
 def _from_folder(data: Path) -> Iterator[Listed]:
@@ -163,13 +183,17 @@ def _line(path: Path, number: int, row: Mapping[str, str]) -> Listed:
     return Listed(folder / row["image"], folder / row["mask"], split, **ranges, where=where)
 
 
-def _pages(one: Listed) -> Iterator[Picture]:
-    """The pages of one line, each a picture."""
-    image, mask = (_opened(path, one) for path in (one.image, one.mask))
+def _pages(one: Listed, axes: str | None) -> Iterator[Picture]:
+    """The pictures of one line."""
+    for path in (one.image, one.mask):
+        if not path.is_file():
+            where = f" ({one.where})" if one.where else ""
+            raise MissingInput(f"{path} is not there{where}; mend the path")
+    image, mask = open_pixels(one.image, axes), open_image(one.mask, alone=False)
     if image.shape[:3] != mask.shape[:3] or len(mask.shape) != 3:
         raise InputError(
             f"{one.image} has shape {_shape(image)}, its mask {one.mask.name} {_shape(mask)} (pages, height,"
-            " width, channels); give a mask of one channel and as many pages and pixels"
+            f" width, channels); give a mask of one channel and as many pages and pixels{_hint(image, mask)}"
         )
     if mask.dtype.kind not in "uib" and mask.dtype.kind != "f":
         raise InputError(f"{one.mask} holds {mask.dtype}; a mask is of whole numbers")
@@ -181,17 +205,21 @@ def _pages(one: Listed) -> Iterator[Picture]:
     for frame in range(*frames):
         yield Picture(
             image=one.image.resolve(), mask=one.mask.resolve(), frame=frame, rows=rows, cols=cols,
-            split=one.split, channels=channels,
+            split=one.split, channels=channels, axes=axes,
         )  # fmt: skip
 
 
-def _opened(path: Path, one: Listed) -> ImageSource:
-    if not path.is_file():
-        raise MissingInput(
-            f"{path} is not there{f' ({one.where})' if one.where else ''}; mend the path"
-        )
-    # Of an OME-TIFF set each file's own pages: all of them in every file would stand on two sides.
-    return open_image(path, alone=False)
+def _hint(image: ImageSource, mask: ImageSource) -> str:
+    """What else may be meant where only the pages do not agree: pages that are, or are not, channels."""
+    n, n_masks = image.shape[0], mask.shape[0]
+    if len(mask.shape) != 3 or image.shape[1:3] != mask.shape[1:3]:
+        return ""
+    if n > n_masks and n % n_masks == 0 and len(image.shape) == 3:
+        named = "CYX" if n_masks == 1 else "FCYX or CFYX"
+        return f"; where its pages are channels, say --axes {named}"
+    if n_masks > n and len(image.shape) == 4 and n_masks == n * image.shape[3]:
+        return "; where its pages are pictures and no channels, say --axes FYX"
+    return ""
 
 
 def parse_range(text: str, n: int, what: str) -> tuple[int, int]:

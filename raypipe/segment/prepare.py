@@ -1,13 +1,16 @@
 """A fit made ready: pictures found and divided, normalisation measured, task built; nothing written.
 
 Every byte of the files is read, once or twice, a piece at a time: what a run is resumed on must be what
-it began with, and what pixels range over must be known before training.
+it began with, and what pixels range over must be known before training. A run that goes on does not read
+them again (``inputs``).
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +21,11 @@ from raypipe import config as configs
 from raypipe.errors import ConfigError, InputError
 from raypipe.segment.config import SegmentFitConfig
 from raypipe.segment.crops import CropSource, Labelling, grid_corners
+from raypipe.segment.inputs import Inputs, States, recall, states_of
 from raypipe.segment.labels import IGNORE
 from raypipe.segment.model import record
-from raypipe.segment.normalise import Normalisation, measure
-from raypipe.segment.pictures import Picture, find_pictures
+from raypipe.segment.normalise import measure
+from raypipe.segment.pictures import Listed, Picture, list_files, open_listed
 from raypipe.segment.readers import Readers
 from raypipe.segment.saved import SavedModel
 from raypipe.segment.split import divide
@@ -32,6 +36,11 @@ from raypipe.units import format_bytes
 
 _PIECE_BYTES = 4 << 20
 _STRIP_ROWS = 256
+# Of InputConfig: what the pictures, their splits and their normalisation depend on.
+_ASKED = (
+    *("axes", "split_by", "val_fraction", "split_seed"),
+    *("normalise", "low_percentile", "high_percentile"),
+)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -39,9 +48,14 @@ class Prepared:
     """One fit, checked, and nothing written yet."""
 
     run_dir: Path
-    pictures: tuple[Picture, ...]
+    inputs: Inputs
     task: SegmentTask
     saved: SavedModel
+
+    @property
+    def pictures(self) -> tuple[Picture, ...]:
+        """All of them, with their splits."""
+        return self.inputs.pictures
 
     def identity(self) -> dict[str, Any]:
         """What a resumed run must share with the one that it goes on from."""
@@ -58,6 +72,11 @@ class Prepared:
 
     def n_parameters(self) -> int:
         """Trainable numbers."""
+        return self._n_parameters
+
+    @cached_property
+    def _n_parameters(self) -> int:
+        # Once: to fill the default network takes a second.
         return sum(p.numel() for p in self.task.build_model().parameters())
 
     def disk_bytes(self, train: TrainConfig) -> int:
@@ -123,38 +142,79 @@ class Prepared:
 def prepare(cfg: SegmentFitConfig) -> Prepared:
     """Find, check and divide the pictures, and build the task; writes nothing.
 
-    Raises as `find_pictures`, `divide`, `measure`; ConfigError (crop and model do not fit),
+    Raises as `list_files`, `open_listed`, `divide`, `measure`; ConfigError (crop and model do not fit),
     InputError (no foreground to validate on, no class where one is named).
     """
-    inputs, readers = cfg.inputs, Readers()
-    pictures = divide(
-        find_pictures(inputs.data.resolve()),
-        by=inputs.split_by,
-        val_fraction=inputs.val_fraction,
-        seed=inputs.split_seed,
-    )
-    channels = _channels(pictures)
-    spec = cfg.network.spec(channels, inputs.outputs)
-    _check_crop(inputs.crop, int(getattr(spec, "multiple", 32)))
+    inputs, run_dir = cfg.inputs, cfg.run_dir.resolve()
     labelling = Labelling(
         target=inputs.target, classes=inputs.classes, ignore=cfg.loss.ignore_label
     )
-    _check_masks(pictures, labelling, readers)
-    normalisation = measure(
-        [p for p in pictures if p.split == "train"],
-        inputs.normalise,
-        low=inputs.low_percentile,
-        high=inputs.high_percentile,
-        readers=readers,
-    )
-    crops, n_train = _crops(cfg, pictures, labelling, normalisation)
+    one_channel = cfg.network.spec(1, inputs.outputs)  # before everything is read
+    _check_crop(inputs.crop, int(getattr(one_channel, "multiple", 32)))
+    found = _found(cfg, run_dir, list_files(inputs.data.resolve()), labelling)
+    spec = cfg.network.spec(found.pictures[0].channels, inputs.outputs)
+    crops, n_train = _crops(cfg, found, labelling)
     seed = cfg.train.seed
     task = SegmentTask(crops=crops, n_train=n_train, spec=spec, loss_config=cfg.loss, seed=seed)
     saved = SavedModel(
-        spec=spec, normalisation=normalisation, target=inputs.target, classes=inputs.classes,
+        spec=spec, normalisation=found.normalisation, target=inputs.target, classes=inputs.classes,
         ignore=cfg.loss.ignore_label, seed=seed,
     )  # fmt: skip
-    return Prepared(run_dir=cfg.run_dir.resolve(), pictures=tuple(pictures), task=task, saved=saved)
+    return Prepared(run_dir=run_dir, inputs=found, task=task, saved=saved)
+
+
+def _found(
+    cfg: SegmentFitConfig, run_dir: Path, listed: list[Listed], labelling: Labelling
+) -> Inputs:
+    """What the files say: kept from an earlier run of this folder, or read."""
+    how = cfg.inputs
+    asked = {
+        "listed": [[str(o.image), str(o.mask), o.split, o.frames, o.rows, o.cols] for o in listed],
+        **{name: getattr(how, name) for name in _ASKED},
+        "labels": configs.to_dict(labelling),
+    }
+    files = [path for one in listed for path in (one.image, one.mask)]
+    states = states_of(path.resolve() for path in files if path.is_file())
+    kept = recall(run_dir, asked, states) if cfg.resume else None
+    return kept or _read(cfg, listed, labelling, asked, states)
+
+
+def _read(
+    cfg: SegmentFitConfig,
+    listed: list[Listed],
+    labelling: Labelling,
+    asked: Mapping[str, Any],
+    states: States,
+) -> Inputs:
+    how, readers = cfg.inputs, Readers()
+    pictures = divide(
+        open_listed(listed, how.axes),
+        by=how.split_by,
+        val_fraction=how.val_fraction,
+        seed=how.split_seed,
+    )
+    _check_channels(pictures)
+    _check_masks(pictures, labelling, readers)
+    normalisation = measure(
+        [p for p in pictures if p.split == "train"],
+        how.normalise,
+        low=how.low_percentile,
+        high=how.high_percentile,
+        readers=readers,
+    )
+    return Inputs(
+        asked=asked,
+        states=states,
+        pictures=tuple(pictures),
+        normalisation=normalisation,
+        digest=digest_of(used(pictures)),
+    )
+
+
+def used(pictures: Iterable[Picture]) -> list[Picture]:
+    """Those that train, then those that validate."""
+    every = list(pictures)
+    return [p for split in ("train", "val") for p in every if p.split == split]
 
 
 def crops_of(picture: Picture, crop: int, coverage: float) -> int:
@@ -162,19 +222,14 @@ def crops_of(picture: Picture, crop: int, coverage: float) -> int:
     return max(1, round(coverage * picture.area / crop**2))
 
 
-def _crops(
-    cfg: SegmentFitConfig,
-    pictures: list[Picture],
-    labelling: Labelling,
-    normalisation: Normalisation,
-) -> tuple[CropSource, int]:
+def _crops(cfg: SegmentFitConfig, found: Inputs, labelling: Labelling) -> tuple[CropSource, int]:
     """The source of all samples, and how many of them train."""
     inputs, crop = cfg.inputs, cfg.inputs.crop
-    used = [p for split in ("train", "val") for p in pictures if p.split == split]
+    chosen = used(found.pictures)
     picture_of: list[int] = []
     corners: list[tuple[int, int]] = []
     n_train = 0
-    for place, picture in enumerate(used):
+    for place, picture in enumerate(chosen):
         if picture.split == "train":
             cells = [(-1, -1)] * crops_of(picture, crop, inputs.coverage)
             n_train += len(cells)
@@ -183,16 +238,16 @@ def _crops(
         picture_of += [place] * len(cells)
         corners += cells
     source = CropSource(
-        pictures=tuple(used),
+        pictures=tuple(chosen),
         picture_of=np.array(picture_of, np.int32),
         corner=np.array(corners, np.int64),
         crop=crop,
         labelling=labelling,
-        normalisation=normalisation,
+        normalisation=found.normalisation,
         augment=cfg.augmentation,
         seed=cfg.train.seed,
         readers=inputs.readers,
-        fingerprint=digest_of(used),
+        fingerprint=found.digest,
     )
     return source, n_train
 
@@ -207,7 +262,8 @@ def digest_of(pictures: list[Picture]) -> str:
                 seen[path] = len(seen)
                 _add_file(whole, path)
         places = seen[picture.image], seen[picture.mask]
-        part = (*places, picture.frame, picture.rows, picture.cols, picture.split)
+        part: tuple[Any, ...] = (*places, picture.frame, picture.rows, picture.cols, picture.split)
+        part += (picture.axes,) if picture.axes else ()
         whole.update(repr(part).encode())
     return whole.hexdigest()
 
@@ -218,8 +274,8 @@ def _add_file(whole: Any, path: Path) -> None:
             whole.update(piece)
 
 
-def _channels(pictures: list[Picture]) -> int:
-    """Of all pictures. Raises InputError when they differ."""
+def _check_channels(pictures: list[Picture]) -> None:
+    """Raise InputError where they differ."""
     first = pictures[0]
     for other in pictures:
         if other.channels != first.channels:
@@ -227,7 +283,6 @@ def _channels(pictures: list[Picture]) -> int:
                 f"{other.name} has {other.channels} channels, {first.name} {first.channels}; give images"
                 " of one kind"
             )
-    return first.channels
 
 
 def _check_crop(crop: int, multiple: int) -> None:

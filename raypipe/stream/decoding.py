@@ -11,6 +11,7 @@ import os
 import weakref
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -25,17 +26,32 @@ MOST_THREADS = 8
 _LOOK_EVERY_S = 0.5
 
 
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """What a job calls what its users can change, for messages.
+
+    row : one of what is made. readers, data : options. smaller : how rows get smaller.
+    """
+
+    row: str
+    readers: str
+    data: str
+    smaller: str
+
+
 @runtime_checkable
 class Decoded(Source, Protocol):
     """A source whose rows are made one at a time, the same in every process.
 
-    readers : threads, or decode actors; None for as many as suit. path : for messages.
+    readers : threads, or decode actors; None for as many as suit. path, terms : for messages.
     """
 
     @property
     def path(self) -> Path: ...
     @property
     def readers(self) -> int | None: ...
+    @property
+    def terms(self) -> Terms: ...
 
     def name_of(self, row: int) -> str:
         """What a person calls the row."""

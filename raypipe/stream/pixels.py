@@ -18,9 +18,15 @@ import numpy as np
 from raypipe.backbone.preprocess import Preprocess
 from raypipe.errors import BadImage, ConfigError, InputError
 from raypipe.read import Decoded, Undecodable, try_read_image
-from raypipe.stream.decoding import RowDecoder, decode_rows
+from raypipe.stream.decoding import RowDecoder, Terms, decode_rows
 
 DIGEST_BYTES = 16
+TERMS = Terms(
+    row="image",
+    readers="--decode-threads",
+    data="--data-dir",
+    smaller="make the images smaller (--image-size)",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +57,11 @@ class PixelSource:
     def path(self) -> Path:
         """Where the rows come from, for messages."""
         return self.folder
+
+    @property
+    def terms(self) -> Terms:
+        """Those of extraction."""
+        return TERMS
 
     @property
     def n_rows(self) -> int:

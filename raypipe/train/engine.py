@@ -10,6 +10,7 @@ Which rows, when to save and when to stop is ``loop``'s.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -42,13 +43,21 @@ class StepNotes:
 class Engine:
     """``task``'s model on this worker, its AdamW and its loss scaler."""
 
-    def __init__(self, task: Task, cfg: TrainConfig, ctx: WorkerContext) -> None:
+    def __init__(
+        self,
+        task: Task,
+        cfg: TrainConfig,
+        ctx: WorkerContext,
+        made: Callable[[nn.Module], None] = lambda module: None,
+    ) -> None:
+        """made : called with the prepared model before anything else holds its tensors."""
         self.task, self.cfg, self.ctx = task, cfg, ctx
         rng.seed_all(cfg.seed)  # the same weights on every rank
         module = task.build_model()
         blocks = task.checkpoint_blocks(module) if cfg.checkpointing else ()
         self.prepared = prepare(module, blocks, cfg, ctx)
         self.module = self.prepared.module
+        made(self.module)
         trainable = [p for p in self.module.parameters() if p.requires_grad]
         if not trainable:
             raise ConfigError("the task's model has no parameter to train")

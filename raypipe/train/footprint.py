@@ -10,13 +10,17 @@ Saved-tensor hooks are not enough here: they miss what a checkpointed block keep
 the gradients of activations, and temporaries. (The tests hold their count beside this one.)
 
 What a kernel takes inside itself is not seen; on CUDA the allocator's own peak is read beside, and
-the difference is added. Which techniques to measure, and the choice between them: ``planner``.
+the difference is added. On a CPU there is nothing of the kind to read, and a step of a large network
+takes a minute: so it is run there on tensors without memory (``shapes``), which gives the same counts
+in a second. Where a task looks at values, or has a frozen backbone, its real steps are run.
+
+Which techniques to measure, and the choice between them: ``planner``.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +39,7 @@ from raypipe.train.config import TrainConfig
 from raypipe.train.context import WorkerContext
 from raypipe.train.engine import Engine
 from raypipe.train.feed import Micro
+from raypipe.train.shapes import Shapes
 from raypipe.train.task import Task, frozen_tensors
 
 # Not one row: operations take short cuts at size 1 (nothing to copy, nothing to broadcast).
@@ -43,6 +48,9 @@ SIZES = (2, 3)
 _SMALL_BYTES = 64 << 20
 # "first" fills the gradients, "more" adds to them: a step of one micro batch has no "more".
 _ROW_PHASES = ("first", "more", "validate")
+
+# Row numbers and the batch of them.
+Piece = tuple[np.ndarray, dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -64,7 +72,8 @@ class Footprint:
     static_bytes : parameters, buffers, AdamW moments and frozen weights; phases : the lines that are
     the highest at some batch, by phase; batch_row_bytes : a row of each batch that is gathered
     ahead; outside : what the device's allocator held beyond all this (0 on the CPU); aligned :
-    whether both sizes ran the same operations (otherwise a line goes through the two peaks).
+    whether both sizes ran the same operations (otherwise a line goes through the two peaks);
+    ran : why steps were run for real where shapes alone would be quicker, if they were.
     """
 
     static_bytes: int
@@ -72,6 +81,7 @@ class Footprint:
     batch_row_bytes: int = 0
     outside: Line = field(default=Line(0, 0))
     aligned: bool = True
+    ran: str = ""
 
     def line(self, rows: int, *, accumulates: bool) -> Line:
         """The line that is the highest at ``rows`` rows: fixed bytes, and bytes a row there.
@@ -148,10 +158,46 @@ def measure(
     Draws from the global generators (see `raypipe.train.rng.preserved`). Raises what the task
     raises, and torch.OutOfMemoryError.
     """
-    frozen_tensors(task, device)  # loaded by now, whether or not another measurement did
+    # No fp16 step is skipped here; a compiled step is predicted as the plain one it replaces.
+    quiet = replace(cfg, init_scale=1.0, compile=False)
+    frozen = frozen_tensors(task, device)  # loaded by now, whether or not another measurement did
+    batches = list(_batches(task, device, open_rows))
+    why = "" if device.type != "cpu" else "a frozen backbone" if frozen else None
+    if why is None:
+        try:
+            return _by_shapes(task, quiet, batches)
+        except torch.OutOfMemoryError:
+            raise
+        # Whatever a model does that tensors without values cannot: its own faults show below.
+        except (RuntimeError, TypeError, ValueError) as error:
+            why = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
+    return replace(_by_steps(task, quiet, device, frozen, batches), ran=why)
+
+
+def _by_shapes(task: Task, cfg: TrainConfig, batches: Sequence[Piece]) -> Footprint:
+    # A loss scale is a value that each step asks for; either half type has the same bytes.
+    cfg = replace(cfg, amp="bf16") if cfg.amp == "fp16" else cfg
+    shapes = Shapes()
+    engine = Engine(task, cfg, WorkerContext(run_dir=Path()), made=shapes.drop_values)
+    bare = [(rows, {k: shapes.of(t) for k, t in batch.items()}) for rows, batch in batches]
+    with shapes:
+        return _measured(engine, [], 0, bare)
+
+
+def _by_steps(
+    task: Task,
+    cfg: TrainConfig,
+    device: torch.device,
+    frozen: Sequence[Tensor],
+    batches: Sequence[Piece],
+) -> Footprint:
+    # Both batches and the frozen weights are counted with the model.
+    before = _allocated(device) - sum(t.nbytes for t in frozen)
+    before -= sum(t.nbytes for _, b in batches for t in b.values())
     small = False
     try:
-        footprint = _measured(task, cfg, device, _allocated(device), open_rows)
+        engine = Engine(task, cfg, WorkerContext(run_dir=Path(), device=str(device)))
+        footprint = _measured(engine, frozen, before, batches)
         small = footprint.static_bytes < _SMALL_BYTES
         return footprint
     finally:
@@ -161,19 +207,11 @@ def measure(
 
 
 def _measured(
-    task: Task,
-    cfg: TrainConfig,
-    device: torch.device,
-    before: int,
-    open_rows: OpenRows | None,
+    engine: Engine, frozen: Sequence[Tensor], before: int, batches: Sequence[Piece]
 ) -> Footprint:
-    # No fp16 step is skipped here; a compiled step is predicted as the plain one it replaces.
-    quiet = replace(cfg, init_scale=1.0, compile=False)
-    engine = Engine(task, quiet, WorkerContext(run_dir=Path(), device=str(device)))
-    frozen = frozen_tensors(task, device)
-    before -= sum(tensor.nbytes for tensor in frozen)  # they are counted with the model
+    """before : bytes that the device's allocator held without all of this."""
+    device = engine.ctx.torch_device
     engine.module.train()
-    batches = list(_batches(task, device, open_rows))
     for _ in _phases(engine, *batches[0], update=True):
         pass  # moments, casts' caches and libraries come into being
     static = [*_static(engine), *frozen]
@@ -196,7 +234,7 @@ def _measured(
     return Footprint(
         static_bytes=sum(tensor.nbytes for tensor in static),
         phases={**lines, "update": (Line(float(passes[0]["update"].max()), 0.0),)},
-        batch_row_bytes=_batch_row_bytes(task, device),
+        batch_row_bytes=_batch_row_bytes(engine.task, device),
         outside=_through(*beyond, at_least=0),
         aligned=aligned,
     )
@@ -222,9 +260,7 @@ def _phases(
     yield "validate"
 
 
-def _batches(
-    task: Task, device: torch.device, open_rows: OpenRows | None
-) -> Iterator[tuple[np.ndarray, dict[str, Tensor]]]:
+def _batches(task: Task, device: torch.device, open_rows: OpenRows | None) -> Iterator[Piece]:
     """Real rows of training, `SIZES` of them (the same ones again where there are fewer)."""
     pieces = [np.resize(np.asarray(task.train_rows[:size]), size) for size in SIZES]
     with Gatherer(task.sources(), max(SIZES), device, depth=2, open_rows=open_rows) as gatherer:

@@ -129,8 +129,8 @@ class Plan:
         rows = cfg.batch_size
         outside = f", {format_bytes(self._context_bytes)} of CUDA's own" * bool(self._context_bytes)
         head = (
-            f"memory of a step, measured at {SIZES[0]} and {SIZES[1]} rows on {self.device};"
-            f" a worker's tensors{outside}"
+            f"memory of a step, measured at {SIZES[0]} and {SIZES[1]} rows on {self.device}"
+            f"{self._how}; a worker's tensors{outside}"
         )
         table = [("techniques", "fixed", "each row", f"peak at {rows}")]
         for p in self.predictions:
@@ -188,6 +188,14 @@ class Plan:
             f" {format_bytes(needs[name])} ({name}); give a budget of at least that, or make the"
             " model smaller"
         )
+
+    @property
+    def _how(self) -> str:
+        """What was run for it, where that is not plain."""
+        if self.device.startswith("cuda"):
+            return ""
+        ran = {p.footprint.ran for p in self.predictions if p.footprint} - {""}
+        return f" by real steps ({min(ran)})" if ran else " by shapes alone"
 
     def _set_of(self, cfg: TrainConfig) -> Techniques:
         return Techniques.of(cfg).possible(blocks=True, convolutions=self.convolutions)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import sys
@@ -10,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from raypipe.backbone import Preprocess
+from raypipe.backbone.options import FeatureOptions
 from raypipe.cluster import decoders
 from raypipe.cluster.budget import WorkerMemory, verdicts
 from raypipe.cluster.decode_actor import BASE_BYTES, PARTS, PICTURE_BYTES
@@ -36,8 +38,12 @@ from raypipe.cluster.pieces import Share
 from raypipe.errors import BadImage, ConfigError, InputError, MemoryBudgetExceeded, WorkerFailed
 from raypipe.memory.config import MemoryConfig, MemoryFlags, resolve
 from raypipe.memory.limits import node_limits
+from raypipe.segment.config import InputConfig
+from raypipe.segment.crops import TERMS as CROP_TERMS
 from raypipe.stream import ArraySource, Gatherer
+from raypipe.stream.decoding import Terms
 from raypipe.stream.mapped import MappedRows
+from raypipe.stream.pixels import TERMS as IMAGE_TERMS
 from raypipe.stream.pixels import PixelSource
 from raypipe.stream.scan import scan
 
@@ -125,13 +131,28 @@ class Deadly(PixelSource):
         os._exit(1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class DeadlyCrops(Deadly):
+    """The same under another job's names."""
+
+    @property
+    def terms(self) -> Terms:
+        return CROP_TERMS
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "option"), [(Deadly, "image", "--decode-threads"), (DeadlyCrops, "crop", "--readers")]
+)  # fmt: skip
 def test_images_that_end_every_actor_end_the_run(
-    source: PixelSource, monkeypatch: pytest.MonkeyPatch
+    source: PixelSource, monkeypatch: pytest.MonkeyPatch, kind: type[Deadly], row: str, option: str
 ) -> None:
     monkeypatch.setattr(decoders, "MAX_TRIES", 2)
     said: list[str] = []
-    reader = Decoders(Deadly(**vars(source)), Crew(1, 0.1, Share(4, 4)), say=said.append)
-    with pytest.raises(WorkerFailed, match=r"died 2 times with images 02\.png to 03\.png"):
+    reader = Decoders(kind(**vars(source)), Crew(1, 0.1, Share(4, 4)), say=said.append)
+    told = (
+        rf"died 2 times with {row}s 02\.png to 03\.png; .*fewer {option}, .* look at these {row}s"
+    )
+    with pytest.raises(WorkerFailed, match=told):
         reader.start(rows(2, 3))()
     assert len(said) == 2 and all("a new one takes its place" in text for text in said)
 
@@ -263,3 +284,10 @@ def test_shares_leave_room_for_others(free: float, world: int, wanted: int | Non
     assert count * cpus * world <= max(0.8 * free, 0.01 * world) + 1e-6
     if wanted is None:
         assert count <= MOST_THREADS
+
+
+def test_the_options_that_messages_name_are_the_jobs_own() -> None:
+    for terms, config in ((CROP_TERMS, InputConfig), (IMAGE_TERMS, FeatureOptions)):
+        names = {field.name for field in fields(config)}
+        options = {terms.readers, *re.findall(r"--[a-z-]+", terms.smaller)}
+        assert {option[2:].replace("-", "_") for option in options} <= names

@@ -18,6 +18,7 @@ from skimage.segmentation import find_boundaries
 from raypipe.errors import ConfigError, InputError, MissingInput, RaypipeError, UnknownName
 from raypipe.read.source2d import open_image
 from raypipe.segment import readers as readers_module
+from raypipe.segment.channels import open_pixels
 from raypipe.segment.labels import IGNORE, to_plane
 from raypipe.segment.normalise import Normalisation, measure
 from raypipe.segment.pictures import Picture, find_pictures, parse_range
@@ -215,11 +216,11 @@ def test_many_files_are_understood_once_each(
 ) -> None:
     opened: list[Path] = []
 
-    def count(path: Path, *, alone: bool) -> Any:
+    def count(path: Path, axes: str | None) -> Any:
         opened.append(path)
-        return open_image(path, alone=alone)
+        return open_pixels(path, axes)
 
-    monkeypatch.setattr(readers_module, "open_image", count)
+    monkeypatch.setattr(readers_module, "open_pixels", count)
     for number in range(200):
         save(tmp_path / f"{number}.tif", image())
     readers = Readers()

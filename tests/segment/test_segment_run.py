@@ -1,100 +1,26 @@
-"""Fit and evaluate for real, in this process: files, resuming, the choice of epoch, scores, refusals."""
+"""Fit for real, in this process: files, the choice of epoch, stopping and going on, refusals."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import tifffile
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from sklearn.metrics import f1_score
+from segment_runs import TRAIN, config, losses, records
 
 from raypipe.cli import main
-from raypipe.errors import (
-    ConfigError,
-    InputError,
-    Interrupted,
-    MemoryBudgetExceeded,
-    MissingInput,
-)
-from raypipe.pages import report
-from raypipe.report.commands import ReportConfig
+from raypipe.errors import ConfigError, Interrupted, MemoryBudgetExceeded
 from raypipe.runner import LocalRunner
-from raypipe.segment import apply, assess, run
-from raypipe.segment.assess import evaluate
-from raypipe.segment.config import (
-    InputConfig,
-    NetworkConfig,
-    SegmentEvaluateConfig,
-    SegmentFitConfig,
-)
-from raypipe.segment.planted import PlantedNucleiConfig, make_planted_nuclei
+from raypipe.segment.config import NetworkConfig
 from raypipe.segment.prepare import prepare
 from raypipe.segment.run import fit
 from raypipe.segment.saved import load_model
-from raypipe.tile import engine, measure
-from raypipe.train import TrainConfig, stop
+from raypipe.train import stop
 from raypipe.train.limit import BatchLimit
-
-TRAIN = TrainConfig(epochs=3, batch_size=4, lr=3e-3, schedule="constant", clip_norm=1.0)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def nuclei(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    cfg = PlantedNucleiConfig(n_train=3, n_val=1, n_test=2, size=70, seed=2)
-    return make_planted_nuclei(tmp_path_factory.mktemp("nuclei"), cfg)
-
-
-def config(nuclei: Path, run_dir: Path, **changes: Any) -> SegmentFitConfig:
-    inputs = InputConfig(data=nuclei, crop=32, **changes.pop("inputs", {}))
-    fields = {
-        "run_dir": run_dir,
-        "inputs": inputs,
-        "network": NetworkConfig(width=4, depth=3),
-        "train": TRAIN,
-        "device": "cpu",
-        **changes,
-    }
-    return SegmentFitConfig(**fields)
-
-
-@pytest.fixture(scope="module")
-def fitted(nuclei: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run_dir = tmp_path_factory.mktemp("run")
-    fit(config(nuclei, run_dir), LocalRunner())
-    return run_dir
-
-
-@pytest.fixture
-def no_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second of matplotlib a run, for tests that do not look at the page."""
-    for module in (run, assess):
-        monkeypatch.setattr(module, "write_report", lambda run_dir: run_dir / "report.html")
-
-
-def records(run_dir: Path, kind: str) -> list[dict[str, Any]]:
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [record for line in lines if (record := json.loads(line))["kind"] == kind]
-
-
-def losses(run_dir: Path) -> list[float]:
-    return [record["loss"] for record in records(run_dir, "step")]
 
 
 def test_the_best_epoch_is_that_of_the_highest_dice(fitted: Path) -> None:
@@ -111,94 +37,6 @@ def test_the_best_epoch_is_that_of_the_highest_dice(fitted: Path) -> None:
     losses_ = losses(fitted)
     assert np.mean(losses_[-3:]) < losses_[0]
     assert (fitted / "report.html").stat().st_size > 20_000
-
-
-def test_scores_are_those_of_a_plain_forward(fitted: Path, nuclei: Path) -> None:
-    summary = evaluate(SegmentEvaluateConfig(run_dir=fitted, device="cpu"))
-    assert summary["split"] == "test" and summary["n_pictures"] == 2
-    module, saved = load_model(fitted)
-    model = json.loads((fitted / "model.json").read_text())
-    low, high = model["normalisation"]["low"][0], model["normalisation"]["high"][0]
-    train = [tifffile.imread(p) for p in sorted((nuclei / "train/images").iterdir())]
-    assert low == np.percentile(np.stack(train), 1, method="lower")
-    assert high == np.percentile(np.stack(train), 99.8, method="lower")
-    found, truth = [], []
-    for number in range(2):
-        image = tifffile.imread(nuclei / f"test/images/nuclei_{number:03d}.tif").astype(float)
-        x = torch.from_numpy(np.pad((image - low) / (high - low), (0, 2), mode="reflect")).float()
-        with torch.no_grad():
-            p = torch.sigmoid(module(x[None, None])[0, 0, :70, :70]).numpy()
-        found.append((p >= saved.threshold).ravel())
-        truth.append(
-            tifffile.imread(nuclei / f"test/masks/nuclei_{number:03d}_mask.tif").ravel() > 0
-        )
-    pairs = list(zip(truth, found, strict=True))
-    assert summary["pixels"]["dice"] == pytest.approx(
-        f1_score(*map(np.concatenate, zip(*pairs, strict=True))), abs=1e-4
-    )
-    by_picture = [one["dice"] for one in summary["pictures"]]
-    np.testing.assert_allclose(by_picture, [f1_score(*pair) for pair in pairs], atol=1e-4)
-    masks = [tifffile.imread(p) for p in (nuclei / "test/masks").iterdir()]
-    assert summary["objects"]["n_true"] == sum(int(mask.max()) for mask in masks)
-    assert 0 < summary["objects"]["ap_50"] <= 1
-    page = report(ReportConfig(run=fitted)).read_text()
-    assert "Held-out pictures" in page and "nuclei_001" in page
-
-
-@pytest.mark.usefixtures("no_page")
-def test_data_that_moved_or_changed_are_found_or_refused(
-    fitted: Path, nuclei: Path, tmp_path: Path
-) -> None:
-    moved = Path(shutil.copytree(nuclei, tmp_path / "moved"))
-    here = evaluate(SegmentEvaluateConfig(run_dir=fitted, split="val", device="cpu"))
-    there = evaluate(SegmentEvaluateConfig(run_dir=fitted, split="val", data=moved, device="cpu"))
-    assert there["pixels"] == here["pixels"] and here["n_pictures"] == 1
-    image = moved / "val/images/nuclei_000.tif"
-    tifffile.imwrite(image, tifffile.imread(image) + 1)
-    with pytest.raises(InputError, match="changed since the fit"):
-        evaluate(SegmentEvaluateConfig(run_dir=fitted, split="val", data=moved, device="cpu"))
-    image.unlink()
-    with pytest.raises(MissingInput, match="say where the data lie now"):
-        evaluate(SegmentEvaluateConfig(run_dir=fitted, split="val", data=moved, device="cpu"))
-
-
-@pytest.mark.parametrize("height", [66, 2])
-def test_a_large_picture_scores_as_a_whole_one(
-    fitted: Path, nuclei: Path, monkeypatch: pytest.MonkeyPatch, height: int
-) -> None:
-    image = tifffile.imread(nuclei / "test/images/nuclei_000.tif")[None, :height]
-    module, saved = load_model(fitted)
-    whole = apply.logits_of(module, saved, image)
-    assert whole.shape == (1, 1, height, 70)
-    monkeypatch.setattr(apply, "MOST_WHOLE_PIXELS", 100)
-    monkeypatch.setattr(apply, "TILE", 16)
-    torch.testing.assert_close(apply.logits_of(module, saved, image), whole, rtol=0, atol=1e-5)
-
-
-@pytest.mark.usefixtures("no_page")
-def test_how_far_the_network_looks_is_measured_once(
-    fitted: Path, nuclei: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = evaluate(SegmentEvaluateConfig(run_dir=fitted, device="cpu"))
-    measured: list[int] = []
-
-    def count(model: Any, in_channels: int, dims: int = 2) -> Any:
-        measured.append(dims)
-        return measure(model, in_channels, dims)
-
-    monkeypatch.setattr(engine, "measure", count)
-    monkeypatch.setattr(apply, "MOST_WHOLE_PIXELS", 1000)
-    monkeypatch.setattr(apply, "TILE", 48)
-    tiled = evaluate(SegmentEvaluateConfig(run_dir=fitted, device="cpu"))
-    assert tiled["n_pictures"] == 2 and measured == [2]
-    assert tiled["pixels"] == pytest.approx(whole["pixels"], abs=1e-4)
-
-
-@given(st.integers(1, 70), st.integers(1, 70), st.sampled_from([1, 4, 16, 32]))
-def test_sides_are_mirrored_as_often_as_it_takes(h: int, w: int, multiple: int) -> None:
-    x = torch.arange(float(h * w)).reshape(1, 1, h, w)
-    wanted = np.pad(x[0, 0].numpy(), ((0, -h % multiple), (0, -w % multiple)), mode="reflect")
-    np.testing.assert_array_equal(apply.padded(x, multiple)[0, 0].numpy(), wanted)
 
 
 @pytest.mark.usefixtures("no_page")
@@ -307,27 +145,6 @@ def test_averaging_and_accumulation_change_no_step(nuclei: Path, tmp_path: Path)
     one, other = (losses(tmp_path / name) for name in ("whole", "halves"))
     assert len(one) == len(other)
     np.testing.assert_allclose(one[0], other[0], rtol=0.05)
-
-
-@pytest.mark.usefixtures("no_page")
-@pytest.mark.parametrize("target", ["boundary", "classes"])
-def test_several_classes(nuclei: Path, tmp_path: Path, target: Any) -> None:
-    data = nuclei
-    if target == "classes":
-        data = make_planted_nuclei(
-            tmp_path / "data", PlantedNucleiConfig(n_train=2, n_val=1, n_test=1, size=64)
-        )
-        for path in data.glob("*/masks/*"):
-            mask = tifffile.imread(path)
-            tifffile.imwrite(path, np.where(mask > 0, 1 + mask % 2, 0).astype(np.uint8))
-    cfg = config(data, tmp_path / "run", inputs={"target": target, "classes": 3},
-                 train=replace(TRAIN, epochs=1))  # fmt: skip
-    fit(cfg, LocalRunner())
-    summary = evaluate(SegmentEvaluateConfig(run_dir=tmp_path / "run", device="cpu"))
-    names = ("interior", "boundary") if target == "boundary" else ("class 1", "class 2")
-    assert {f"dice_{name}" for name in names} <= summary["pixels"].keys()
-    assert bool(summary["objects"]) == (target == "boundary")
-    assert load_model(tmp_path / "run")[1].threshold is None
 
 
 def test_a_dry_run_writes_nothing(

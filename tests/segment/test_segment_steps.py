@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from unet_bench import unet_memory
 
-from raypipe.segment.loss import segmentation_loss
-from raypipe.segment.model import UNetConfig, build_model, checkpoint_blocks
-from raypipe.stream import ArraySource, Cursor
+from raypipe.segment.model import UNetConfig, build_model
+from raypipe.stream import Cursor
 from raypipe.train import TrainConfig, WorkerContext
 from raypipe.train.engine import Engine
 from raypipe.train.feed import Micro
@@ -26,46 +24,9 @@ B, SIDE = 6, 16
 SPEC = UNetConfig(width=4, depth=3)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small tensors on many threads take longer than on one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@dataclass(frozen=True)
-class ImageTask:
-    """One foreground on random images."""
-
-    folder: Path
-
-    @property
-    def train_rows(self) -> np.ndarray:
-        return np.arange(B - 1)
-
-    @property
-    def val_rows(self) -> np.ndarray:
-        return np.arange(B - 1, B)
-
-    def build_model(self) -> nn.Module:
-        return build_model(SPEC, 4)
-
-    def sources(self) -> Mapping[str, ArraySource]:
-        return {n: ArraySource.npy(self.folder / f"{n}.npy") for n in ("image", "mask")}
-
-    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        return segmentation_loss(model(batch["image"]), batch["mask"])
-
-    def val_sums(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        return {"loss": self.loss(model, batch).sum()}
-
-    def val_metrics(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
-        return {"val_loss": float(sums["loss"])}
-
-    def checkpoint_blocks(self, model: nn.Module) -> Sequence[nn.Module]:
-        return checkpoint_blocks(model)
+def task(folder: Path = Path()) -> Any:
+    """One foreground on the images and masks in ``folder``."""
+    return unet_memory().UNetTask(folder, SPEC, B)
 
 
 def batch() -> dict[str, Tensor]:
@@ -79,7 +40,7 @@ def step(
 ) -> tuple[float, list[Tensor]]:
     """The loss's sum and the gradients of one step over B images in micro batches of ``sizes``."""
     cfg = TrainConfig(**options)
-    engine = Engine(ImageTask(Path()), cfg, WorkerContext(run_dir=Path()))
+    engine = Engine(task(), cfg, WorkerContext(run_dir=Path()))
     engine.module.train()
     if freeze:
         for part in engine.module.modules():
@@ -97,7 +58,7 @@ def step(
 
 def by_plain_loop(*, freeze: bool) -> tuple[float, list[Tensor]]:
     """The same by torch alone: the mean loss of the images, each computed by itself if frozen."""
-    model = build_model(SPEC, 4).train()
+    model = build_model(SPEC).train()
     images = batch()
     if freeze:
         for part in model.modules():
@@ -156,16 +117,9 @@ def test_a_technique_that_only_saves_memory_changes_no_numbers(options: dict[str
 def test_what_is_kept_is_what_the_drawing_says() -> None:
     """Bytes that torch saves, against a sum over the levels by hand."""
     model = build_model(SPEC, 0).train()
-    known = {t.untyped_storage()._cdata for t in [*model.parameters(), *model.buffers()]}
-    saved: dict[int, Tensor] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage()._cdata not in known:
-            saved[tensor.untyped_storage()._cdata] = tensor
-        return tensor
-
+    saved = unet_memory().SavedBytes([*model.parameters(), *model.buffers()])
     x = torch.randn(2, 1, SIDE, SIDE)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    with saved.hooks():
         model(x)
     expected = x.nbytes
     for level in range(SPEC.depth):
@@ -179,19 +133,10 @@ def test_what_is_kept_is_what_the_drawing_says() -> None:
         if level > 0:  # pooling: the places of its maxima, and the map it gave
             pooled = 2 * SPEC.channels(level - 1) * side**2
             expected += 8 * pooled + 4 * pooled
-    assert sum(t.untyped_storage().nbytes() for t in saved.values()) == expected
+    assert saved.n_bytes == expected
 
 
-def unet_memory() -> Any:
-    """The benchmark of that name."""
-    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-    try:
-        return importlib.import_module("unet_memory")
-    finally:
-        sys.path.pop(0)
-
-
-def test_the_benchmark_counts_fake_tensors_as_torch_counts_real_ones() -> None:
+def test_the_benchmark_counts_as_torchs_hooks_do() -> None:
     bench = unet_memory()
     sets = bench.SETS.items()
     found = {name: bench.count((4, 64, 64), options, SPEC) for name, options in sets}
@@ -202,11 +147,11 @@ def test_the_benchmark_counts_fake_tensors_as_torch_counts_real_ones() -> None:
 
 @pytest.mark.parametrize("name", ["fp32", "all"])
 def test_the_planner_foretells_the_count_of_a_larger_batch(name: str, tmp_path: Path) -> None:
-    """From 2 and 3 real rows, against a step of 24 fake ones."""
+    """From 2 and 3 rows, against a step of 24."""
     for key, tensor in batch().items():
         np.save(tmp_path / f"{key}.npy", tensor.numpy())
     bench, options = unet_memory(), unet_memory().SETS[name]
-    planned = measure(ImageTask(tmp_path), TrainConfig(**options), torch.device("cpu"))
+    planned = measure(task(tmp_path), TrainConfig(**options), torch.device("cpu"))
     training = {k: v for k, v in planned.phases.items() if k != "validate"}
     alone = replace(planned, phases=training, batch_row_bytes=0)
     given = 24 * (4 + 1) * SIDE**2  # the images and masks, which the plan counts elsewhere

@@ -1,0 +1,127 @@
+"""The folder of a fit: what it holds already, whether that is the same fit, and what came of it.
+
+Each room writes files of its own beside; what all need so that the same command goes on, and no other
+one writes over it, is here. run.json says what was asked and what came of it; it is written before
+training begins and again at its end. Who trains is ``raypipe.runner``'s.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raypipe.errors import ConfigError
+from raypipe.report.saved import RUN_FILE, read_run, write_json
+from raypipe.train.checkpoint import discard
+from raypipe.train.config import TrainConfig
+from raypipe.train.feed import check_resumable
+from raypipe.train.planner import PLAN_FILE, saved_plan
+from raypipe.train.result import FitResult, finished
+from raypipe.train.task import Task
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class FitFolder:
+    """One fit of ``task`` in ``path``.
+
+    kind : as run.json names it. identity : what a run that goes on must share with the one before it,
+    as plain values. noted : metrics of the best epoch that run.json repeats.
+    """
+
+    path: Path
+    kind: str
+    identity: Mapping[str, Any]
+    task: Task
+    train: TrainConfig
+    workers: int
+    resume: bool
+    n_parameters: int
+    noted: tuple[str, ...] = ()
+
+    def earlier(self) -> dict[str, Any]:
+        """run.json of the run that this one goes on from; empty where there is none.
+
+        Raises ConfigError when the folder holds another run.
+        """
+        if not (self.resume and (self.path / RUN_FILE).exists()):
+            return {}
+        found = read_run(self.path)
+        self._check_same(found)
+        return found
+
+    def finished(self) -> FitResult | None:
+        """The result of this very fit, if it is over. Raises ConfigError for another run's folder."""
+        earlier = self.earlier()
+        if not earlier:
+            return None
+        self._check_resumable()
+        done = finished(self.path, self.train, self.n_parameters)
+        told = (earlier.get("result") or {}).get("epochs")
+        if done is not None and told != done.epochs:  # killed before it was written
+            write_json(self.path / RUN_FILE, {**earlier, "result": self.summary(done)})
+        return done
+
+    def clear(self, *folders: str) -> None:
+        """Before anything is written: refuse what training would refuse, and where nothing is resumed
+        drop what is there, the results in ``folders`` too.
+        """
+        if self.resume:
+            self._check_resumable()
+            return
+        # Before run.json vouches for other data: a crash in between must leave nothing to resume.
+        discard(self.path)
+        (self.path / PLAN_FILE).unlink(missing_ok=True)
+        for old in folders:
+            shutil.rmtree(self.path / old, ignore_errors=True)
+
+    def fit(self, record: Mapping[str, Any], start: Callable[[], FitResult]) -> FitResult:
+        """Write ``record`` as run.json, train by ``start``, and add what came of it."""
+        record = {**record, "kind": self.kind, "identity": self.identity}
+        record |= {"n_parameters": self.n_parameters, "result": self.earlier().get("result")}
+        write_json(self.path / RUN_FILE, record)
+        result = start()
+        came = {"memory_plan": saved_plan(self.path), "result": self.summary(result)}
+        write_json(self.path / RUN_FILE, {**record, **came})
+        return result
+
+    def summary(self, result: FitResult) -> dict[str, Any]:
+        """``result`` for run.json."""
+        best = best_epoch(result)
+        return {
+            "best_epoch": result.best_epoch,
+            "best_val_loss": result.best_val_loss,
+            **{f"best_{name}": best.get(name) for name in self.noted},
+            "epochs": result.epochs,
+            "global_steps": result.global_steps,
+            "seconds": result.seconds,
+            "stopped": result.stopped,
+            "n_parameters": result.n_parameters,
+        }
+
+    def _check_resumable(self) -> None:
+        check_resumable(self.task, self.train, self.workers, self.path)
+
+    def _check_same(self, found: Mapping[str, Any]) -> None:
+        before = found.get("identity")
+        if found.get("kind") != self.kind:
+            raise ConfigError(
+                f"{self.path} holds a run of {found.get('kind') or 'another kind'}; use a new run folder"
+            )
+        if before == self.identity:
+            return
+        differing = [
+            key for key in self.identity
+            if not isinstance(before, dict) or before.get(key) != self.identity[key]
+        ]  # fmt: skip
+        raise ConfigError(
+            f"{self.path} holds a run of other {', '.join(differing)}; a resumed run must keep them:"
+            " use a new run folder, or --no-resume to start over in this one"
+        )
+
+
+def best_epoch(result: FitResult) -> Mapping[str, Any]:
+    """The metrics of the best epoch; empty before the first one is over."""
+    return next((e for e in result.history if e["epoch"] == result.best_epoch), {})
