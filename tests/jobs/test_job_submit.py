@@ -76,7 +76,9 @@ def head() -> Iterator[str]:
         ),
     ]
     log = (temp / "head.log").open("w")
-    process = subprocess.Popen([BIN / "ray", *args], env=clean_env(), stdout=log, stderr=log)
+    # Its end would wait up to 30 s for work to leave the node; nobody is left who has any.
+    env = clean_env(RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S="0")
+    process = subprocess.Popen([BIN / "ray", *args], env=env, stdout=log, stderr=log)
     address = f"http://127.0.0.1:{dashboard}"
     deadline = time.monotonic() + STEP_S
     while not _answers(dashboard):
