@@ -31,10 +31,9 @@ from raypipe.cluster.budget import (
 from raypipe.cluster.datasets import PlanDataConfig, plan_dataset, read_slices
 from raypipe.cluster.decode_plan import Crew, bytes_on_a_machine, plan_decoders
 from raypipe.cluster.decoders import RowOpener
-from raypipe.cluster.failures import NoSecondTry, our_error
+from raypipe.cluster.failures import NoSecondTry, batch_limit, our_error
 from raypipe.cluster.shards import Shards, open_shards
 from raypipe.cluster.torch_group import TorchGroup
-from raypipe.errors import MemoryBudgetExceeded
 from raypipe.memory.attend import FOLDER
 from raypipe.memory.guard import Guard
 from raypipe.memory.limits import node_limits
@@ -71,20 +70,6 @@ class TrainSetup:
     name: str
     shards: Shards | None = None
     decoders: Mapping[str, Crew] = field(default_factory=dict)
-
-    def batch_limit(self) -> int | None:
-        """Half the batch at which a worker of this call was last ended for its memory, or None.
-
-        Raises MemoryBudgetExceeded when that was one row, or when it had not come to its rows: the
-        next one would end at the same place.
-        """
-        ended = verdicts(self.memory, self.name)
-        if not ended:
-            return None
-        hopeless = next((verdict for verdict in ended if verdict.batch in (None, 1)), None)
-        if hopeless is not None:
-            raise MemoryBudgetExceeded(hopeless.message())
-        return min(verdict.batch or 1 for verdict in ended) // 2
 
 
 def train_on_ray(
@@ -163,7 +148,7 @@ def _trainer(
                 max_failures=MAX_FAILURES + setup.cfg.batch_size.bit_length(),
                 controller_failure_limit=MAX_START_TIMEOUTS,
             ),
-            callbacks=[NoSecondTry()],
+            callbacks=[NoSecondTry(setup.memory, setup.name)],
         ),
     )
 
@@ -191,7 +176,7 @@ def _fit_in_thread(trainer: TorchTrainer, tick: Callable[[], None]) -> FitResult
 def _train_worker(config: dict[str, Any]) -> FitResult:
     """Runs in each Train worker."""
     setup: TrainSetup = ray.get(config["setup"])
-    limit = setup.batch_limit()
+    limit = batch_limit(verdicts(setup.memory, setup.name))
     began = time.time()
     with _leases(setup) as guard:
         if _all(not is_younger(guard, began)) or not _gives_way(setup):
