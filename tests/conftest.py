@@ -29,6 +29,13 @@ settings.load_profile("raypipe")
 ROOT = Path(__file__).parents[1]
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """``-m ray`` leaves out files that hold no such test: importing them all takes a while."""
+    if config.option.markexpr != "ray" or collection_path.suffix != ".py":
+        return None
+    return "mark.ray" not in collection_path.read_text() or None
+
+
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """One Ray session for all tests marked ``ray``; started on first use."""

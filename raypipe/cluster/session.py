@@ -22,7 +22,7 @@ from raypipe.runner import Machines
 LOCAL_OBJECT_STORE_BYTES = 256 * 1024**2
 REACH_S = 20.0  # a head node that is up answers in milliseconds, also across a campus
 # Each start of Ray Train's workers starts a process beside them that looks for nodes about to be
-# taken away. Nobody takes this machine away, and its start was N s of theirs on two cores.
+# taken away. Nobody takes this machine away, and the process begins with 2 s of a core.
 WATCH_NODES = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 
 
