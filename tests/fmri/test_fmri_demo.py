@@ -47,9 +47,9 @@ def test_verdicts_are_of_accuracy_and_count_subjects() -> None:
     ]  # fmt: skip
 
 
-def _run(out: Path, **changed) -> None:
+def _run(out: Path) -> None:
     with open_runner(LaunchConfig(runner="local")) as runner:
-        demo(DemoConfig(job="fmri", out=out, **changed), runner)
+        demo(DemoConfig(job="fmri", out=out), runner)
 
 
 @pytest.mark.slow
@@ -70,4 +70,4 @@ def test_the_demo_fails_where_nothing_is_planted(tmp_path: Path, monkeypatch) ->
     nothing = functools.partial(job.PlantedFmriConfig, pattern_percent=0.0)
     monkeypatch.setattr(job, "PlantedFmriConfig", nothing)
     with pytest.raises(NotRecovered, match="occipital all is planted and was not found"):
-        _run(tmp_path, n_permutations=40)  # p down to 1/41: enough to find what would be there
+        _run(tmp_path)
