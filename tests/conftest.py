@@ -18,12 +18,22 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Ray warns of its own future; in its worker processes our "warnings are errors" does not hold.
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+# Several processes share the cores, each with threads for all of them: who waits shall sleep, not
+# spin on a core that another one could use. Read when torch is loaded, so before all imports.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # A busy machine is no finding: how long an example takes says nothing of what it shows.
 settings.register_profile("raypipe", deadline=None)
 settings.load_profile("raypipe")
 
 ROOT = Path(__file__).parents[1]
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """``-m ray`` leaves out files that hold no such test: importing them all takes a while."""
+    if config.option.markexpr != "ray" or collection_path.suffix != ".py":
+        return None
+    return "mark.ray" not in collection_path.read_text() or None
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from raypipe.cluster import datasets, pool, trainer
+from raypipe.cluster import datasets, pool, steps, trainer
 from raypipe.extract import plan
 from raypipe.memory import slot, watch
 from raypipe.store.commits import Commits, RowTable
@@ -76,7 +76,7 @@ def _commit_cell_bytes() -> float:
 
 
 def _descriptor_bytes() -> float:
-    table = datasets.step_table(StreamPlan(range(10**9), 0, BATCH * 1000, 1), 0, 1000, 0, 64)
+    table = steps.step_table(StreamPlan(range(10**9), 0, BATCH * 1000, 1), 0, 1000, 0, 64)
     return table.nbytes / 64
 
 

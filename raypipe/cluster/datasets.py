@@ -3,7 +3,8 @@
 A descriptor is one training step of one rank: (epoch, step, size of the whole step, this rank's
 rows). Ray's own split deals blocks to whichever worker asks first and drops rows to make the
 parts equal; here every rank gets a dataset of its own, cut by the plan, so no row is lost or
-repeated and the order does not depend on timing.
+repeated and the order does not depend on timing. What a descriptor is made of, and what makes it in
+a read task, is in ``steps``.
 """
 
 from __future__ import annotations
@@ -11,10 +12,9 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
-from itertools import islice
+from functools import partial
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import ray
 from ray.data import DataIterator, Datasource, ReadTask
@@ -22,6 +22,7 @@ from ray.data.block import BlockMetadata
 from ray.train import DataConfig
 
 from raypipe.cluster.session import before_end
+from raypipe.cluster.steps import SCHEMA, read_steps, table_slices
 from raypipe.errors import WorkerFailed
 from raypipe.stream import Cursor, StepSlice, StreamPlan
 
@@ -30,15 +31,6 @@ ROWS_PER_BLOCK = 65_536
 MAX_STEPS_PER_BLOCK = 512
 # Descriptors cost microseconds: the workers must not be kept waiting for a whole free core.
 READ_CPUS = 0.01
-
-SCHEMA = pa.schema(
-    [
-        ("epoch", pa.int64()),
-        ("step", pa.int64()),
-        ("global_rows", pa.int64()),
-        ("rows", pa.list_(pa.int64())),
-    ]
-)
 
 
 class PlanSource(Datasource):
@@ -71,28 +63,9 @@ class PlanSource(Datasource):
         return [self._read_task(lo, hi) for lo, hi in self.spans]
 
     def _read_task(self, lo: int, hi: int) -> ReadTask:
-        plan_ref, rank, world = self._plan_ref, self._rank, self._world
-
-        def read() -> Iterator[pa.Table]:
-            yield step_table(ray.get(plan_ref), rank, world, lo, hi)
-
+        read = partial(read_steps, self._plan_ref, self._rank, self._world, lo, hi)
         meta = BlockMetadata(num_rows=hi - lo, size_bytes=None, input_files=None, exec_stats=None)
         return ReadTask(read, meta, schema=SCHEMA)
-
-
-def step_table(plan: StreamPlan, rank: int, world: int, lo: int, hi: int) -> pa.Table:
-    """Global steps [lo, hi) of ``rank`` as a table of ``SCHEMA``."""
-    start = Cursor(*divmod(lo, plan.steps_per_epoch))
-    slices = list(islice(plan.slices(rank, world, start), hi - lo))
-    return pa.table(
-        {
-            "epoch": [part.epoch for part in slices],
-            "step": [part.step for part in slices],
-            "global_rows": [part.global_rows for part in slices],
-            "rows": [part.rows for part in slices],
-        },
-        schema=SCHEMA,
-    )
 
 
 def plan_dataset(plan: StreamPlan, rank: int, world: int, start: Cursor) -> ray.data.Dataset:
@@ -166,24 +139,6 @@ def _next_table(tables: Iterator[pa.Table]) -> pa.Table | None:
             "the session"
         )
     return next(tables, None)
-
-
-def table_slices(table: pa.Table) -> Iterator[StepSlice]:
-    """The steps of a table of ``SCHEMA``."""
-    rows = table["rows"].combine_chunks()
-    flat, bounds = rows.flatten().to_numpy(), np.cumsum([0, *rows.value_lengths().to_pylist()])
-    columns = zip(
-        table["epoch"].to_pylist(),
-        table["step"].to_pylist(),
-        table["global_rows"].to_pylist(),
-        bounds[:-1],
-        bounds[1:],
-        strict=True,
-    )
-    for epoch, step, global_rows, lo, hi in columns:
-        yield StepSlice(
-            epoch=epoch, step=step, global_rows=global_rows, rows=flat[lo:hi].astype(np.int64)
-        )
 
 
 def close_open_slices() -> None:

@@ -10,7 +10,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import ray
 
@@ -21,6 +21,9 @@ from raypipe.runner import Machines
 # would be taken from the page cache that the feature stores are read through.
 LOCAL_OBJECT_STORE_BYTES = 256 * 1024**2
 REACH_S = 20.0  # a head node that is up answers in milliseconds, also across a campus
+# Each start of Ray Train's workers starts a process beside them that looks for nodes about to be
+# taken away. Nobody takes this machine away, and the process begins with 2 s of a core.
+WATCH_NODES = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 
 
 @contextmanager
@@ -60,11 +63,24 @@ def open_session(address: str | None = None, *, verbose: bool = False) -> Iterat
             "RAY_ADDRESS, or drop both to run on this machine"
         ) from error
     try:
-        yield
+        with nullcontext() if named else _told(WATCH_NODES, "0"):
+            yield
     finally:
         for close in _before_end:
             close()
         ray.shutdown()
+
+
+@contextmanager
+def _told(name: str, value: str) -> Iterator[None]:
+    """``name`` in the environment for the length of the block; a value that the user set stays."""
+    ours = name not in os.environ
+    os.environ.setdefault(name, value)
+    try:
+        yield
+    finally:
+        if ours:
+            os.environ.pop(name, None)
 
 
 def _check_reachable(address: str) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import ray
 from ray import train as ray_train
-from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from raypipe.cluster.budget import (
@@ -31,8 +31,9 @@ from raypipe.cluster.budget import (
 from raypipe.cluster.datasets import PlanDataConfig, plan_dataset, read_slices
 from raypipe.cluster.decode_plan import Crew, bytes_on_a_machine, plan_decoders
 from raypipe.cluster.decoders import RowOpener
+from raypipe.cluster.failures import NoSecondTry, batch_limit, our_error
 from raypipe.cluster.shards import Shards, open_shards
-from raypipe.errors import MemoryBudgetExceeded, RaypipeError, WorkerFailed
+from raypipe.cluster.torch_group import TorchGroup
 from raypipe.memory.attend import FOLDER
 from raypipe.memory.guard import Guard
 from raypipe.memory.limits import node_limits
@@ -69,20 +70,6 @@ class TrainSetup:
     name: str
     shards: Shards | None = None
     decoders: Mapping[str, Crew] = field(default_factory=dict)
-
-    def batch_limit(self) -> int | None:
-        """Half the batch at which a worker of this call was last ended for its memory, or None.
-
-        Raises MemoryBudgetExceeded when that was one row, or when it had not come to its rows: the
-        next one would end at the same place.
-        """
-        ended = verdicts(self.memory, self.name)
-        if not ended:
-            return None
-        hopeless = next((verdict for verdict in ended if verdict.batch in (None, 1)), None)
-        if hopeless is not None:
-            raise MemoryBudgetExceeded(hopeless.message())
-        return min(verdict.batch or 1 for verdict in ended) // 2
 
 
 def train_on_ray(
@@ -145,6 +132,7 @@ def _trainer(
     return TorchTrainer(
         _train_worker,
         train_loop_config={"setup": ray.put(setup)},
+        torch_config=TorchGroup(),
         scaling_config=ScalingConfig(
             num_workers=workers,
             use_gpu=use_gpu,
@@ -160,7 +148,7 @@ def _trainer(
                 max_failures=MAX_FAILURES + setup.cfg.batch_size.bit_length(),
                 controller_failure_limit=MAX_START_TIMEOUTS,
             ),
-            callbacks=[_NoSecondTry()],
+            callbacks=[NoSecondTry(setup.memory, setup.name)],
         ),
     )
 
@@ -181,56 +169,14 @@ def _fit_in_thread(trainer: TorchTrainer, tick: Callable[[], None]) -> FitResult
         thread.join(POLL_S)
         tick()
     if "error" in box:
-        raise _our_error(box["error"])
+        raise our_error(box["error"])
     return box["result"].return_value
-
-
-class _NoSecondTry(UserCallback):
-    """Ends training at the first error that raypipe raised itself: another try would end alike.
-
-    What a callback raises in the controller is final; other failures are retried by Ray Train.
-    """
-
-    def after_exception(self, run_context: object, worker_exceptions: dict[int, Exception]) -> None:
-        for rank in sorted(worker_exceptions):
-            ours = _ours_within(worker_exceptions[rank])
-            if ours is not None:
-                raise ours
-
-
-def _ours_within(error: BaseException | None) -> RaypipeError | None:
-    """The raypipe error that Ray's wrappers hold, if there is one."""
-    for _ in range(10):
-        if error is None or isinstance(error, RaypipeError):
-            return error
-        inner = (getattr(error, "controller_failure", None), getattr(error, "cause", None))
-        error = next(
-            (e for e in (*inner, error.__cause__) if e is not None and e is not error), None
-        )
-    return None
-
-
-def _our_error(error: BaseException) -> BaseException:
-    """The raypipe error inside Ray Train's, or WorkerFailed naming the first cause."""
-    ours = _ours_within(error)
-    if ours is not None:
-        return ours
-    failures = getattr(error, "worker_failures", None) or {}
-    first = failures[min(failures)] if failures else error
-    lines = [line.strip() for line in str(first).splitlines() if line.strip()]
-    failed = WorkerFailed(
-        "training failed for good, after every restart, last with: "
-        f"{lines[-1] if lines else type(first).__name__}; its checkpoints are kept: mend the cause "
-        "and run the same command again"
-    )
-    failed.__cause__ = error
-    return failed
 
 
 def _train_worker(config: dict[str, Any]) -> FitResult:
     """Runs in each Train worker."""
     setup: TrainSetup = ray.get(config["setup"])
-    limit = setup.batch_limit()
+    limit = batch_limit(verdicts(setup.memory, setup.name))
     began = time.time()
     with _leases(setup) as guard:
         if _all(not is_younger(guard, began)) or not _gives_way(setup):

@@ -6,7 +6,8 @@
 
 A folder is written under another name, flushed to disk, then renamed; meta.json holds size and xxh3
 of each file, so a torn or bit-rotten one is seen. Both .pt files hold plain tensors and values and
-are loaded with ``weights_only=True``. What goes into them is `raypipe.train.engine`'s.
+are loaded with ``weights_only=True``. What goes into them is `raypipe.train.engine`'s. torch comes
+with the first one that is written or loaded: a process that asks where a run stands waits for none.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 import xxhash
-from torch import Tensor
 
 from raypipe.errors import MissingInput, NoSpace, StoreCorrupt
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _log = logging.getLogger(__name__)
 _META = "meta.json"
@@ -45,6 +47,8 @@ class Found:
 
     def load(self, name: str) -> Any:
         """The content of ``NAME.pt``, on the CPU."""
+        import torch
+
         return torch.load(self.path / f"{name}.pt", map_location="cpu", weights_only=True)
 
 
@@ -187,6 +191,8 @@ def _inspect(path: Path) -> tuple[dict[str, Any] | None, str]:
 
 
 def _write(path: Path, content: Any) -> dict[str, Any]:
+    import torch
+
     with path.open("wb") as file:
         torch.save(content, file)
         file.flush()
@@ -242,6 +248,8 @@ def _full(run_dir: Path, needed: int, free: int) -> str:
 
 def _tensor_bytes(content: Any) -> int:
     """Bytes of all tensors in nested dicts and lists."""
+    from torch import Tensor
+
     if isinstance(content, Tensor):
         return content.nbytes
     parts = content.values() if isinstance(content, Mapping) else content

@@ -11,6 +11,8 @@ from typing import Any
 
 os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+# Ray looks five times, 3 s apart, before it takes a node for lost; how long it takes is not ours.
+os.environ["RAY_health_check_period_ms"] = "500"  # noqa: SIM112
 
 import ray
 from ray.cluster_utils import Cluster
@@ -22,7 +24,7 @@ from raypipe.errors import MemoryBudgetExceeded
 
 GIB = 1024**3
 CAPACITY = 6 * GIB  # the nodes are of one machine, and each of them knows that
-NODE = {"num_cpus": 1, "object_store_memory": 80 * 1024**2}
+NODE = {"num_cpus": 1, "object_store_memory": 80 * 1024**2, "include_dashboard": False}
 
 
 class Worker:

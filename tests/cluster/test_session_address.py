@@ -1,14 +1,18 @@
-"""A cluster that does not answer is told at once, by its address; Ray itself would try for minutes."""
+"""A cluster that does not answer is told at once, by its address; Ray itself would try for minutes.
+
+And what Ray is told of a session of our own, no other hears of.
+"""
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 
 import pytest
 import ray
 
-from raypipe.cluster.session import open_session
+from raypipe.cluster.session import WATCH_NODES, open_session
 from raypipe.errors import InputError
 
 
@@ -43,3 +47,21 @@ def test_an_address_of_the_environment_too(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{free_port()}")
     with pytest.raises(InputError, match="correct --address or RAY_ADDRESS"), open_session():
         pass
+
+
+@pytest.mark.parametrize(
+    ("named", "set_by_user", "said"),
+    [(False, None, "0"), (False, "1", "1"), (True, None, None), (True, "1", "1")],
+)
+def test_only_this_machine_is_not_watched_for_being_taken_away(
+    named: bool, set_by_user: str | None, said: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.delenv(WATCH_NODES, raising=False)
+    if set_by_user:
+        monkeypatch.setenv(WATCH_NODES, set_by_user)
+    monkeypatch.setattr(ray, "init", lambda **options: None)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    with open_session("auto" if named else None):
+        assert os.environ.get(WATCH_NODES) == said
+    assert os.environ.get(WATCH_NODES) == set_by_user

@@ -23,14 +23,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from train_helpers import ToyTask, config, write_toy
 
-from raypipe.cluster.datasets import (
-    close_open_slices,
-    plan_dataset,
-    read_slices,
-    step_table,
-)
+from raypipe.cluster.datasets import close_open_slices, plan_dataset, read_slices
 from raypipe.cluster.runner import RayRunner, wait_for_room
 from raypipe.cluster.shards import open_shards
+from raypipe.cluster.steps import step_table
 from raypipe.errors import ConfigError, DeviceUnavailable, Interrupted, StoreError, WorkerFailed
 from raypipe.runner import LocalRunner
 from raypipe.store import adopt, discard_store, plan_adoption, stand_in

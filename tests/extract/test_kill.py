@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import signal
@@ -10,8 +11,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +40,11 @@ def committed(path: Path) -> int:
     """Cells that journals of ``path`` record; 0 before the first."""
     journals = path.with_name("train.journal").glob("*.jsonl")
     return sum(max(0, len(file.read_bytes().splitlines()) - 1) for file in journals)
+
+
+def owner_of(path: Path) -> int:
+    """The process that says it holds the store at ``path``."""
+    return int(json.loads(path.with_name("train.owner.json").read_bytes())["pid"])
 
 
 def wait_for(condition: Callable[[], object], what: str) -> None:
@@ -73,15 +80,78 @@ def on_session(cfg: ExtractConfig) -> None:
     extract(cfg, RayRunner(joined=False, on_event=print))
 
 
+@dataclass(frozen=True)
+class Started:
+    """The command line at work, in a process group of its own."""
+
+    cfg: ExtractConfig
+    path: Path
+    process: subprocess.Popen[str]
+
+    @classmethod
+    def of(cls, cfg: ExtractConfig, *more: str) -> Started:
+        process = subprocess.Popen(
+            command(cfg, *more),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            preexec_fn=_heed_sigint,
+        )
+        return cls(cfg, shard(cfg.output_dir, cfg.data_dir), process)
+
+    def end(self) -> str:
+        """Wait for its end; what it said."""
+        return self.process.communicate(timeout=RUN_S)[1]
+
+
+def _heed_sigint() -> None:
+    """A shell starts background jobs with SIGINT ignored, and the suite may be one."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def when_each_has_committed(runs: Sequence[Started], then: Callable[[Started], None]) -> None:
+    """``then`` with each run at its own first commit; they are under way at the same time."""
+    waiting = list(runs)
+
+    def one_more() -> bool:
+        for run in [run for run in waiting if committed(run.path)]:
+            then(run)
+            waiting.remove(run)
+        return not waiting
+
+    wait_for(one_more, "the first commit")
+
+
+# Beside another run each has to find room for its worker, on small machines too.
+BESIDE = ("--max-memory-per-process", "2GiB")
+
+
 @pytest.fixture(scope="module")
-def unbroken_shard(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def beginning(images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Started, Started]:
+    """Two runs that start together: nobody disturbs the first, the second's driver is killed."""
+    configs = [
+        ExtractConfig(
+            data_dir=images,
+            output_dir=tmp_path_factory.mktemp(name),
+            backbone="resnet18",
+            weights="random:0",
+            batch_size=4,
+        )
+        for name in ("unbroken", "killed")
+    ]
+    whole, killed = (Started.of(cfg, *BESIDE) for cfg in configs)
+    when_each_has_committed([killed], lambda run: run.process.kill())
+    killed.end()
+    said = whole.end()
+    assert whole.process.returncode == 0, said
+    return whole, killed
+
+
+@pytest.fixture(scope="module")
+def unbroken_shard(beginning: tuple[Started, Started]) -> Path:
     """The store of a run that nobody disturbed, by the command line."""
-    out = tmp_path_factory.mktemp("unbroken")
-    cfg = ExtractConfig(
-        data_dir=images, output_dir=out, backbone="resnet18", weights="random:0", batch_size=4
-    )
-    subprocess.run(command(cfg), check=True, capture_output=True, timeout=RUN_S)
-    return shard(out, images)
+    return beginning[0].path
 
 
 @pytest.fixture(scope="module")
@@ -113,75 +183,51 @@ def test_a_killed_actor_is_replaced_and_the_bytes_are_the_same(
     assert verify(path).ok
 
 
-def test_a_killed_driver_leaves_a_store_that_the_same_command_finishes(
-    config: MakeConfig, unbroken: bytes
+def test_a_killed_drivers_store_is_finished_by_the_same_command_and_no_other_meanwhile(
+    beginning: tuple[Started, Started], unbroken: bytes
 ) -> None:
-    cfg = config()
-    path = shard(cfg.output_dir, cfg.data_dir)
-    driver = subprocess.Popen(
-        command(cfg), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    """The one that finishes it owns it: another run fails at once and names the owner."""
+    killed = beginning[1]
+    assert killed.process.returncode == -signal.SIGKILL
+    assert not killed.path.exists(), "an unfinished store must not stand under its final name"
+    assert committed(killed.path)
+    assert owner_of(killed.path) == killed.process.pid, "the dead one's claim is still there"
+    again = Started.of(killed.cfg, *BESIDE)
+    wait_for(lambda: owner_of(killed.path) == again.process.pid, "the next run's claim")
+    again.process.send_signal(signal.SIGSTOP)  # it keeps the store while the other one looks
+    other = subprocess.run(
+        command(killed.cfg, "--runner", "local"), capture_output=True, text=True, timeout=RUN_S
     )
-    wait_for(lambda: committed(path), "the first commit")
-    os.kill(driver.pid, signal.SIGKILL)
-    driver.wait(timeout=RUN_S)
-    assert not path.exists(), "an unfinished store must not stand under its final name"
-    assert committed(path)
-    again = subprocess.run(command(cfg), capture_output=True, text=True, timeout=RUN_S)
-    assert again.returncode == 0, again.stderr
-    kept = re.search(r"(\d+) of 48 rows are committed already", again.stderr)
-    assert kept, again.stderr
+    again.process.send_signal(signal.SIGCONT)
+    assert other.returncode == StoreLocked.exit_code
+    assert str(again.process.pid) in other.stderr
+    said = again.end()
+    assert again.process.returncode == 0, said
+    kept = re.search(r"(\d+) of 48 rows are committed already", said)
+    assert kept, said
     assert 0 < int(kept[1]) < 48, "the kill must fall inside the run, or nothing was shown"
-    assert path.read_bytes() == unbroken
-    assert verify(path).ok
-
-
-def _heed_sigint() -> None:
-    """A shell starts background jobs with SIGINT ignored, and the suite may be one."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    assert killed.path.read_bytes() == unbroken
+    assert verify(killed.path).ok
 
 
 @pytest.mark.usefixtures("ray_session")
-@pytest.mark.parametrize("to_all", [False, True], ids=["the driver", "its whole group"])
-def test_ctrl_c_exits_130_and_resumes(config: MakeConfig, unbroken: bytes, to_all: bool) -> None:
-    """A terminal sends it to every process of the group."""
-    cfg = config()
-    path = shard(cfg.output_dir, cfg.data_dir)
-    driver = subprocess.Popen(
-        command(cfg),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=_heed_sigint,
+def test_ctrl_c_exits_130_and_resumes(config: MakeConfig, unbroken: bytes, tmp_path: Path) -> None:
+    """To the driver alone; and as a terminal sends it, to every process of the group."""
+    alone, group = (
+        Started.of(config(output_dir=tmp_path / name), *BESIDE) for name in ("alone", "group")
     )
-    wait_for(lambda: committed(path), "the first commit")
-    if to_all:
-        os.killpg(driver.pid, signal.SIGINT)
-    else:
-        driver.send_signal(signal.SIGINT)
-    _, stderr = driver.communicate(timeout=RUN_S)
-    assert driver.returncode == 130, stderr
-    assert "the same command resumes" in stderr
-    on_session(cfg)
-    assert path.read_bytes() == unbroken
 
+    def interrupt(run: Started) -> None:
+        (os.kill if run is alone else os.killpg)(run.process.pid, signal.SIGINT)
 
-def test_a_second_run_on_one_store_fails_at_once_and_names_the_owner(config: MakeConfig) -> None:
-    cfg = config()
-    path = shard(cfg.output_dir, cfg.data_dir)
-    with subprocess.Popen(
-        command(cfg), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as first:
-        wait_for(lambda: path.with_name("train.owner.json").exists(), "the first run's claim")
-        first.send_signal(signal.SIGSTOP)  # it keeps the store for as long as the second one looks
-        second = subprocess.run(
-            command(cfg, "--runner", "local"), capture_output=True, text=True, timeout=RUN_S
-        )
-        first.send_signal(signal.SIGCONT)
-        assert second.returncode == StoreLocked.exit_code
-        assert str(first.pid) in second.stderr
-        assert first.wait(timeout=RUN_S) == 0
-    assert verify(path).ok
+    when_each_has_committed([alone, group], interrupt)
+    for run in (alone, group):
+        said = run.end()
+        assert run.process.returncode == 130, said
+        assert "the same command resumes" in said
+        assert not run.path.exists(), "it must fall inside the run"
+        on_session(run.cfg)
+        assert run.path.read_bytes() == unbroken
 
 
 @pytest.mark.usefixtures("ray_session")
@@ -200,24 +246,20 @@ def test_a_disk_that_fills_up_in_the_run_exits_3_and_resumes(
 ) -> None:
     """The data are preallocated: what meets the full disk is a journal."""
     place = mount("tmpfs", "size=8m")
-    cfg = config(output_dir=place / "features")
-    path = shard(cfg.output_dir, cfg.data_dir)
-    run = subprocess.Popen(
-        command(cfg), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    wait_for(lambda: path.with_name("train.npy.partial").exists(), "preallocation")
+    run = Started.of(config(output_dir=place / "features"))
+    wait_for(lambda: run.path.with_name("train.npy.partial").exists(), "preallocation")
     filler = place / "filler"
     with filler.open("wb", buffering=0) as file, suppress(OSError):
         while True:
             file.write(bytes(4096))
-    _, stderr = run.communicate(timeout=RUN_S)
-    assert run.returncode == 3, stderr
-    assert "bytes" in stderr.splitlines()[-1]
-    assert "free" in stderr.splitlines()[-1]
-    assert not path.exists()
+    said = run.end()
+    assert run.process.returncode == 3, said
+    assert "bytes" in said.splitlines()[-1]
+    assert "free" in said.splitlines()[-1]
+    assert not run.path.exists()
     filler.unlink()
-    on_session(cfg)
-    assert path.read_bytes() == unbroken
+    on_session(run.cfg)
+    assert run.path.read_bytes() == unbroken
 
 
 def test_numpy_alone_reads_the_store(unbroken_shard: Path, tmp_path: Path) -> None:

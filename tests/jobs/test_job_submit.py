@@ -11,6 +11,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -74,7 +76,9 @@ def head() -> Iterator[str]:
         ),
     ]
     log = (temp / "head.log").open("w")
-    process = subprocess.Popen([BIN / "ray", *args], env=clean_env(), stdout=log, stderr=log)
+    # Its end would wait up to 30 s for work to leave the node; nobody is left who has any.
+    env = clean_env(RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S="0")
+    process = subprocess.Popen([BIN / "ray", *args], env=env, stdout=log, stderr=log)
     address = f"http://127.0.0.1:{dashboard}"
     deadline = time.monotonic() + STEP_S
     while not _answers(dashboard):
@@ -110,7 +114,7 @@ def flags(images: Path, out: Path) -> list[str]:
     return [
         *("--data-dir", str(images), "--output-dir", str(out), "--subj", "03"),
         *("--backbone", "resnet18", "--weights", "random:0", "--batch-size", "4"),
-        *("--device", "cpu"),
+        *("--device", "cpu", "--max-memory-per-process", "2GiB"),  # two find room, anywhere
     ]
 
 
@@ -131,24 +135,42 @@ def submit(head: str, *command: str) -> subprocess.CompletedProcess[str]:
         time.sleep(1)
 
 
-def test_a_submitted_extraction_has_the_digests_of_the_command_line(
-    head: str, images: Path, tmp_path: Path
-) -> None:
-    by_job, by_cli = tmp_path / "job", tmp_path / "cli"
-    done = submit(head, "python", "jobs/extract.py", *flags(images, by_job))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "succeeded" in done.stdout
-    cli = [sys.executable, "-m", "raypipe", "extract", *flags(images, by_cli)]
-    subprocess.run(cli, env=clean_env(), check=True, capture_output=True, timeout=STEP_S, cwd=ROOT)
-    assert digests(by_job) == digests(by_cli)
-    assert sorted(digests(by_job)) == [
+@dataclass(frozen=True)
+class Ends:
+    """How three commands ended that ran at the same time: none of them waits for another."""
+
+    job: Path
+    cli: Path
+    submitted: subprocess.CompletedProcess[str]
+    failing: subprocess.CompletedProcess[str]
+
+
+@pytest.fixture(scope="module")
+def ends(head: str, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Ends:
+    """An extraction as a job, one of a subject that is not there, and one by the command line."""
+    job, cli, bad = (tmp_path_factory.mktemp(name) for name in ("job", "cli", "bad"))
+    unknown = [arg if arg != "03" else "07" for arg in flags(images, bad)]
+    argv = [sys.executable, "-m", "raypipe", "extract", *flags(images, cli)]
+    with ThreadPoolExecutor(2) as beside:
+        submitted, failing = (
+            beside.submit(submit, head, "python", "jobs/extract.py", *given)
+            for given in (flags(images, job), unknown)
+        )
+        env = clean_env()
+        subprocess.run(argv, env=env, check=True, capture_output=True, timeout=STEP_S, cwd=ROOT)
+        return Ends(job, cli, submitted.result(), failing.result())
+
+
+def test_a_submitted_extraction_has_the_digests_of_the_command_line(ends: Ends) -> None:
+    assert ends.submitted.returncode == 0, ends.submitted.stdout + ends.submitted.stderr
+    assert "succeeded" in ends.submitted.stdout
+    assert digests(ends.job) == digests(ends.cli)
+    assert sorted(digests(ends.job)) == [
         "resnet18_layer4/03/synt.npy",
         "resnet18_layer4/03/train.npy",
     ]
 
 
-def test_a_failing_job_says_why_in_its_log(head: str, images: Path, tmp_path: Path) -> None:
-    bad = [arg if arg != "03" else "07" for arg in flags(images, tmp_path)]
-    done = submit(head, "python", "jobs/extract.py", *bad)
-    assert done.returncode == 1, "Ray passes any failure on as 1"
-    assert "unknown subject 'subj07'" in done.stdout + done.stderr
+def test_a_failing_job_says_why_in_its_log(ends: Ends) -> None:
+    assert ends.failing.returncode == 1, "Ray passes any failure on as 1"
+    assert "unknown subject 'subj07'" in ends.failing.stdout + ends.failing.stderr
