@@ -33,7 +33,19 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
     """``-m ray`` leaves out files that hold no such test: importing them all takes a while."""
     if config.option.markexpr != "ray" or collection_path.suffix != ".py":
         return None
-    return "mark.ray" not in collection_path.read_text() or None
+    return not _names_ray(collection_path) or None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where all files are read: a mark that ``-m ray`` would not find is an error."""
+    hidden = {item.path for item in items if item.get_closest_marker("ray")}
+    for path in hidden:
+        if not _names_ray(path):
+            raise pytest.UsageError(f"{path} has Ray tests; write their mark as pytest.mark.ray")
+
+
+def _names_ray(path: Path) -> bool:
+    return "mark.ray" in path.read_text()
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """What a failed training comes to: an error of raypipe's own ends it at once, as a worker does that
 was ended for its memory where no smaller batch could help; all else is tried again.
 
-The controller of Ray Train loads this module before it starts a worker: it imports no torch.
+The controller of Ray Train loads this module; it imports no torch.
 """
 
 from __future__ import annotations

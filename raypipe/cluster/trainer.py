@@ -33,7 +33,6 @@ from raypipe.cluster.decode_plan import Crew, bytes_on_a_machine, plan_decoders
 from raypipe.cluster.decoders import RowOpener
 from raypipe.cluster.failures import NoSecondTry, batch_limit, our_error
 from raypipe.cluster.shards import Shards, open_shards
-from raypipe.cluster.torch_group import TorchGroup
 from raypipe.memory.attend import FOLDER
 from raypipe.memory.guard import Guard
 from raypipe.memory.limits import node_limits
@@ -132,7 +131,6 @@ def _trainer(
     return TorchTrainer(
         _train_worker,
         train_loop_config={"setup": ray.put(setup)},
-        torch_config=TorchGroup(),
         scaling_config=ScalingConfig(
             num_workers=workers,
             use_gpu=use_gpu,
