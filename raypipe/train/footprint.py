@@ -12,7 +12,7 @@ the gradients of activations, and temporaries. (The tests hold their count besid
 What a kernel takes inside itself is not seen; on CUDA the allocator's own peak is read beside, and
 the difference is added. On a CPU there is nothing of the kind to read, and a step of a large network
 takes a minute: so it is run there on tensors without memory (``shapes``), which gives the same counts
-in a second. Where a task looks at values, or has a frozen backbone, its real steps are run.
+in a second. Where rows are small, a task looks at values, or a backbone is frozen, real steps are run.
 
 Which techniques to measure, and the choice between them: ``planner``.
 """
@@ -44,6 +44,9 @@ from raypipe.train.task import Task, frozen_tensors
 
 # Not one row: operations take short cuts at size 1 (nothing to copy, nothing to broadcast).
 SIZES = (2, 3)
+# Numbers in a row from which shapes are quicker on a CPU: each operation on them costs about 0.3 ms,
+# whatever its size (a toy encoder took 11 s by shapes, 0.8 s for real).
+SHAPES_FROM = 1 << 14
 # A sweep of Python's objects takes 0.2 s: not for less than this.
 _SMALL_BYTES = 64 << 20
 # "first" fills the gradients, "more" adds to them: a step of one micro batch has no "more".
@@ -162,8 +165,8 @@ def measure(
     quiet = replace(cfg, init_scale=1.0, compile=False)
     frozen = frozen_tensors(task, device)  # loaded by now, whether or not another measurement did
     batches = list(_batches(task, device, open_rows))
-    why = "" if device.type != "cpu" else "a frozen backbone" if frozen else None
-    if why is None:
+    why = _why_real(batches, frozen)
+    if device.type == "cpu" and not why:
         try:
             return _by_shapes(task, quiet, batches)
         except torch.OutOfMemoryError:
@@ -171,7 +174,16 @@ def measure(
         # Whatever a model does that tensors without values cannot: its own faults show below.
         except (RuntimeError, TypeError, ValueError) as error:
             why = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
-    return replace(_by_steps(task, quiet, device, frozen, batches), ran=why)
+    ran = why if device.type == "cpu" else ""
+    return replace(_by_steps(task, quiet, device, frozen, batches), ran=ran)
+
+
+def _why_real(batches: Sequence[Piece], frozen: Sequence[Tensor]) -> str:
+    """Why steps on the CPU are better run for real; "" when they are not."""
+    if frozen:
+        return "a frozen backbone"
+    numbers = sum(tensor[0].numel() for tensor in batches[0][1].values())
+    return "rows are small" if numbers < SHAPES_FROM else ""
 
 
 def _by_shapes(task: Task, cfg: TrainConfig, batches: Sequence[Piece]) -> Footprint:

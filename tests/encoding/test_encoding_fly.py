@@ -294,6 +294,7 @@ def test_the_planner_counts_the_frozen_weights(fly: Fly) -> None:
         )
         for stored in (False, True)
     ]
+    assert found[0].ran == "a frozen backbone"
     weights = 4 * 11_689_512  # ResNet-18's parameters; its buffers are 38 KB more
     more = found[0].static_bytes - found[1].static_bytes
     assert weights <= more < weights + 100_000

@@ -5,7 +5,7 @@ really computed, and the choices that come of it.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from raypipe.segment.config import InputConfig, NetworkConfig, SegmentFitConfig
 from raypipe.segment.model import UNetConfig
 from raypipe.segment.planted import PlantedNucleiConfig, make_planted_nuclei
 from raypipe.segment.prepare import prepare
-from raypipe.train import TrainConfig
+from raypipe.train import TrainConfig, footprint
 from raypipe.train.footprint import LiveBytes, measure
 from raypipe.train.planner import Plan, predict
 
@@ -28,6 +28,14 @@ BENCH = unet_memory()
 CPU = torch.device("cpu")
 SPEC = UNetConfig(width=8, depth=3)
 ROWS, SIDE = 12, 32
+
+
+@pytest.fixture(autouse=True, scope="module")
+def shapes_of_small_rows() -> Iterator[None]:
+    """Else these rows would be computed."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(footprint, "SHAPES_FROM", 0)
+        yield
 
 
 @pytest.fixture(scope="module")
