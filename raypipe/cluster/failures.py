@@ -57,12 +57,19 @@ class NoSecondTry(UserCallback):
     def _verdicts(self) -> list[Verdict]:
         """On all who died, the one of this moment among them if it comes in time."""
         deadline = time.monotonic() + VERDICT_WAIT_S
-        while len(found := verdicts(self._memory, self._name)) == self._known:
+        while len(found := self._read()) == self._known:
             if time.monotonic() > deadline:
                 break
             time.sleep(VERDICT_LOOK_S)
         self._known = len(found)
         return found
+
+    def _read(self) -> list[Verdict]:
+        """None where the run's folder cannot be read now: the workers that begin anew look again."""
+        try:
+            return verdicts(self._memory, self._name)
+        except OSError:
+            return []
 
 
 def _ours_within(error: BaseException | None) -> RaypipeError | None:

@@ -116,6 +116,8 @@ def _fit_subject(cfg: FitConfig, ready: Prepared, runner: Runner) -> SubjectFit:
         best = "" if done.best_epoch is None else f", best epoch {done.best_epoch + 1}"
         print(f"subject {ready.subject}: complete already, {done.epochs} epochs{best}")
         return SubjectFit(subject=ready.subject, run_dir=ready.run_dir, result=done)
+    if not cfg.resume:  # what cannot start must not cost the old weights
+        runner.needs(cfg.workers, runner.resolve_device(cfg.device))
     record = _claim(cfg, ready, folder, runner.memory)
     absent = ready.split_data.subject.missing_families()
     if absent:

@@ -113,7 +113,8 @@ class SignFlips:
     def _flip(self, data: Floats) -> tuple[Floats, Floats, NDArray[np.int64]]:
         n, places = data.shape
         square = (data**2).sum(axis=0)
-        defined = square > 0  # and a number: the others have no t, and no say
+        # The others have no t, and no say.
+        defined = (square > 0) & np.isfinite(square)
         scaled = data[:, defined] / np.sqrt(n * square[defined])
         own = _tailed(scaled.sum(axis=0), self._alternative)
         above = np.zeros(own.size, np.int64)
@@ -123,9 +124,10 @@ class SignFlips:
             above += (flipped >= own - _SAME).sum(axis=0)
             largest = self._largest[lo : lo + _PATTERNS]
             np.maximum(largest, flipped.max(axis=1), out=largest)
-        u, reached = np.full(places, np.nan), np.zeros(places, np.int64)
+        u, t, reached = np.full(places, np.nan), np.full(places, np.nan), np.zeros(places, np.int64)
         u[defined], reached[defined] = own, above
-        return u, _t(data.mean(axis=0), square, n), reached
+        t[defined] = _t(data[:, defined].mean(axis=0), square[defined], n)
+        return u, t, reached
 
     def result(self) -> SignFlipResult:
         """Of all places, in the order they came."""

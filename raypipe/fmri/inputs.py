@@ -24,7 +24,7 @@ from raypipe.fmri.masks import Grid
 from raypipe.fmri.mvpa import Design, make_folds
 from raypipe.fmri.plan import ScanFacts, UnitFacts
 from raypipe.fmri.rois import Regions, common, find_regions, roi_files
-from raypipe.fmri.samples import design_of, label_files
+from raypipe.fmri.samples import design_of, has_onsets, label_files
 from raypipe.fmri.units import RoiSpec, Target, Unit, slug
 from raypipe.read.bids import NATIVE, find_runs, tree_subjects
 from raypipe.read.confounds import confounds_files
@@ -314,11 +314,12 @@ def _key(
         fields |= {
             "target": configs.to_dict(target),
             "decoding": configs.to_dict(cfg.decoding_of(target)),
-            # 2: a table of trials has each by itself in permutations; it was True before
-            "labels": [cfg.labels is not None and 2, cfg.label_column, sorted(cfg.rest)],
+            "labels": [cfg.labels is not None, cfg.label_column, sorted(cfg.rest)],
             "samples": [cfg.delay_s, cfg.each],
         }
         fields |= {"weight_maps": True} if cfg.weight_maps else {}  # keys of before stay
+        # Rows with an onset were permuted in stretches of one label once.
+        fields |= {"rows": "trials"} if any(has_onsets(cfg, run) for run in runs) else {}
     text = json.dumps(fields, sort_keys=True, default=str)
     return str(xxhash.xxh3_128_hexdigest(text.encode()))
 

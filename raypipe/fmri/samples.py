@@ -6,14 +6,14 @@ Volumes are counted over all scans of a subject put end to end. The design itsel
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from raypipe.errors import InputError, MissingInput
+from raypipe.errors import ConfigError, InputError, MissingInput
 from raypipe.fmri.config import MvpaJobConfig
 from raypipe.fmri.mvpa import Design, design_of_events, design_of_volumes
 from raypipe.fmri.rois import filled
@@ -50,6 +50,14 @@ def runs_within(cfg: MvpaJobConfig, run: RunFiles, n_volumes: int) -> NDArray[np
     return _numbered(_table(cfg, cfg.label_column, run, n_volumes).runs)
 
 
+def has_onsets(cfg: MvpaJobConfig, run: RunFiles) -> bool:
+    """Whether rows of the run's own label table may be trials."""
+    return (
+        cfg.labels is not None
+        and read_labels(label_files(cfg, run), cfg.label_column).onsets is not None
+    )
+
+
 def label_files(cfg: MvpaJobConfig, run: RunFiles) -> Path:
     """The file that decides the labels of ``run``. Raises MissingInput when it has none."""
     if cfg.labels is not None:
@@ -69,22 +77,48 @@ def _of_labels(
     n_volumes: Sequence[int],
     t_r_s: float | None,
 ) -> Design:
-    labels, numbers, first, alone = [], [], 0, True
+    labels, numbers, first = [], [], 0
+    trials: dict[bool, RunFiles] = {}
     for run, n in zip(runs, n_volumes, strict=True):
         table = _table(cfg, column, run, n)
-        alone &= table.alone
+        trials[are_trials(table, t_r_s)] = run
         within = _numbered(table.runs)
         labels.append(table.labels)
         numbers.append(within + first)
         first += int(within.max()) + 1
+    _check_trials(cfg, trials)
     return design_of_volumes(
         np.concatenate(labels),
         np.concatenate(numbers),
         delay_volumes=_delay_volumes(cfg, t_r_s),
         rest=(*cfg.rest, *_NO_NUMBER),
         each=cfg.each,
-        alone=alone,
+        trials=True in trials,
     )
+
+
+def are_trials(table: VolumeLabels, t_r_s: float | None) -> bool:
+    """Whether a row is a trial, as of betas: it says when it began, and rows are not just a TR apart."""
+    if table.onsets is None:
+        return False
+    steps = [np.diff(table.onsets[table.runs == run]) for run in np.unique(table.runs)]
+    apart = np.concatenate(steps)
+    volumes = t_r_s is not None and apart.size > 0 and np.allclose(apart, t_r_s, atol=0.01 * t_r_s)
+    return not volumes
+
+
+def _check_trials(cfg: MvpaJobConfig, trials: Mapping[bool, RunFiles]) -> None:
+    """trials : whether its rows are -> a run. Raises InputError for both, ConfigError for a delay."""
+    if len(trials) == 2:
+        raise InputError(
+            f"labels of {trials[True].name} have a trial a row (column onset), those of "
+            f"{trials[False].name} a volume a row; give all runs alike"
+        )
+    if True in trials and cfg.delay_s:
+        raise ConfigError(
+            f"delay_s {cfg.delay_s} is of volumes, labels of {trials[True].name} have a trial a row "
+            "(column onset); give --delay-s 0 for betas, or take that column out if rows are volumes"
+        )
 
 
 def _table(cfg: MvpaJobConfig, column: str | None, run: RunFiles, n_volumes: int) -> VolumeLabels:

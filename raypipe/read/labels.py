@@ -7,6 +7,7 @@ Labels of events instead of volumes are ``events.py``.
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +25,12 @@ RUN_NAMES = ("run", "runs", "chunk", "chunks")
 class VolumeLabels:
     """labels : (T,) str; runs : (T,) str, the run of each volume as the table calls it.
 
-    alone : each row is a trial of its own, which its column onset tells; a volume of a series is not
+    onsets : (T,) seconds of the column onset, NaN where it has no number; None where there is none
     """
 
     labels: NDArray[np.str_]
     runs: NDArray[np.str_]
-    alone: bool = False
+    onsets: NDArray[np.float64] | None = None
 
 
 def read_labels(path: Path, column: str | None = None) -> VolumeLabels:
@@ -48,7 +49,16 @@ def read_labels(path: Path, column: str | None = None) -> VolumeLabels:
     labels = np.array([row[at] for row in rows], dtype=np.str_)
     runs = [row[run_at] for row in rows] if run_at is not None else ["1"] * len(rows)
     names = np.array(runs, dtype=np.str_)
-    return VolumeLabels(labels=labels, runs=names, alone="onset" in header)
+    onset_at = _place(header, ("onset",), path)
+    onsets = None if onset_at is None else np.array([_seconds(row[onset_at]) for row in rows])
+    return VolumeLabels(labels=labels, runs=names, onsets=onsets)
+
+
+def _seconds(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def _table(path: Path, column: str | None) -> tuple[list[str], list[list[str]]]:

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from raypipe.errors import ConfigError, InputError
-from raypipe.runner import Prospect, Runner
+from raypipe.runner import LocalRunner, Prospect, Runner
 from raypipe.segment import predict_record
 from raypipe.segment.metrics import predict_labels
 from raypipe.segment.predict_plan import check_output, dry_run_lines, make_ready, seats
 from raypipe.segment.saved import SavedModel
 from raypipe.tile import Inferred, TileConfig
 from raypipe.tile.engine import carry_out
-from raypipe.tile.forecast import budget_of, require_memory
+from raypipe.tile.forecast import budget_of, is_known, require_memory
 from raypipe.tile.worker import After
 from raypipe.units import format_seconds
 
@@ -98,13 +98,15 @@ def predict(cfg: SegmentPredictConfig, runner: Runner | Prospect | None) -> Infe
     if cfg.dry_run or isinstance(runner, Prospect):
         print("\n".join(dry_run_lines(cfg, ready, runner, device, workers)))
         return None
-    require_memory(ready.plan, device, budget_of(runner, workers))
+    if is_known(runner):
+        apart = not isinstance(runner, LocalRunner)
+        require_memory(ready.plan, device, budget_of(runner, workers), apart=apart)
     needs = replace(runner.needs(cfg.tile.workers, device), run_dir=cfg.record_dir)
     fields = predict_record.fields_of(cfg, ready, runner, needs)
     found = carry_out(
         ready.plan, runner, needs, begun=partial(predict_record.begin, cfg.record_dir, fields)
     )
-    predict_record.finish(cfg.record_dir, found)
+    predict_record.finish(cfg.record_dir, found, ready.plan.identity)
     new = found.tiles - found.kept
     print(
         f"{cfg.output}: {found.dtype} {found.shape}, {new} tiles in {format_seconds(found.seconds)}"

@@ -21,7 +21,7 @@ from raypipe.runner import LocalRunner, Prospect, Runner
 from raypipe.segment.saved import SavedModel, load_model
 from raypipe.tile import Source, TileConfig, open_source
 from raypipe.tile.engine import run_of
-from raypipe.tile.forecast import budget_of, forecast
+from raypipe.tile.forecast import budget_of, forecast, is_known
 from raypipe.tile.look import Left, disk_words, known_field, look
 from raypipe.tile.output import kind_of
 from raypipe.tile.plan import TilePlan, make_plan
@@ -134,7 +134,11 @@ def dry_run_lines(
     tile = " x ".join(str(axis.tile) for axis in plan.grid.axes)
     halo = " x ".join(str(axis.halo) for axis in plan.grid.axes)
     window = " x ".join(map(str, plan.grid.window))
-    memory = forecast(plan, device).words(budget_of(runner, workers))
+    memory = forecast(plan, device, apart=not isinstance(runner, LocalRunner)).words(
+        budget_of(runner, workers)
+    )
+    if not is_known(runner):
+        memory += "; that is of a node like this one, each node has its own"
     return [
         f"input    {cfg.input}: {describe(plan.source)}",
         f"model    {cfg.run_dir} {cfg.checkpoint}{epoch}: {saved.spec.name}{threshold}",

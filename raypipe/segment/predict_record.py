@@ -116,10 +116,15 @@ def begin(folder: Path, fields: Mapping[str, Any], run: TileRun) -> None:
     _write(folder, {**fields, "kept": run.kept, "earlier": earlier})
 
 
-def finish(folder: Path, found: Inferred) -> None:
-    """Add the result, unless it is there: a run that found all done has made nothing."""
+def finish(folder: Path, found: Inferred, identity: Mapping[str, Any]) -> None:
+    """Add the result, unless it is there: a run that found all done has made nothing.
+
+    identity : of the result; a record of another one that was left here is not given it
+    """
     fields = _read(folder)
     if fields is None or fields["result"] is not None:
+        return
+    if fields["identity"] != identity:
         return
     computed = found.tiles - found.kept
     peaks = {h.name: int(h.peak_bytes[h.at_peak]) for h in read_histories(folder / FOLDER)}

@@ -84,6 +84,8 @@ def _fit(cfg: SegmentFitConfig, ready: Prepared, runner: Runner) -> FitResult:
     if done is not None:
         print(f"complete already: {_line(done)}")
         return done
+    if not cfg.resume:  # what cannot start must not cost the old weights
+        runner.needs(cfg.workers, runner.resolve_device(cfg.device))
     record = _claim(cfg, ready, folder, runner.memory)
     started = time.monotonic()
     result = folder.fit(

@@ -27,6 +27,9 @@ from raypipe.units import format_bytes
 # The kernels that oneDNN compiles, and the arenas of threads. Without it three U-Nets on a CPU, of width
 # 8, 16 and 64, peaked 42, 27 and 48 MiB above what is counted; with it none did.
 KERNEL_BYTES = 48 << 20
+# A worker process before the weights, at most: torch and Ray loaded take some 300 MiB. The process that
+# asks may be a notebook that holds much more.
+WORKER_BYTES = 512 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,15 +69,21 @@ class Forecast:
         return f"{text}; {gpu} on the GPU, without CUDA's own"
 
 
-def forecast(plan: TilePlan, device: str, batch: int | None = None) -> Forecast:
-    """Of a worker like this process, on ``device``; batch : windows at once, as ``plan`` says."""
+def forecast(
+    plan: TilePlan, device: str, batch: int | None = None, *, apart: bool = False
+) -> Forecast:
+    """Of a worker on ``device``, which is this process, or another (``apart``).
+
+    batch : windows at once, as ``plan`` says
+    """
     batch, model = batch or plan.cfg.batch, plan.model
     after = plan.after if plan.cfg.blend is None else None
     network, channels = live_bytes(model, (batch, *plan.window_shape), after)
+    weights = sum(value.nbytes for value in (*model.parameters(), *model.buffers()))
     return Forecast(
         batch=batch,
-        base=charge_bytes(),
-        weights=sum(value.nbytes for value in (*model.parameters(), *model.buffers())),
+        base=min(charge_bytes(), WORKER_BYTES + weights) if apart else charge_bytes(),
+        weights=weights,
         windows=_window_bytes(plan, batch),
         network=network,
         results=_result_bytes(plan, batch, channels),
@@ -151,13 +160,20 @@ def budget_of(runner: Runner | Prospect, workers: int) -> int:
     return min(config.budget_bytes, share)
 
 
-def require_memory(plan: TilePlan, device: str, budget_bytes: int) -> None:
+def is_known(runner: Runner | Prospect) -> bool:
+    """Whether ``budget_of`` says what workers get. On a cluster that was joined each has a share of the
+    node it comes to, which only that node knows.
+    """
+    return isinstance(runner, LocalRunner) or not runner.machines.grows
+
+
+def require_memory(plan: TilePlan, device: str, budget_bytes: int, *, apart: bool = False) -> None:
     """Raises MemoryBudgetExceeded when one window alone outgrows a worker, naming tiles that fit."""
     limit = Limits.of(budget_bytes).hard_bytes
-    need = forecast(plan, device, batch=1).host_bytes
+    need = forecast(plan, device, batch=1, apart=apart).host_bytes
     if need <= limit:
         return
-    fits = _that_fits(plan, device, limit)
+    fits = _that_fits(plan, device, limit, apart)
     step = f"take --chunk-size {fits}, or" if fits else "it takes"
     raise MemoryBudgetExceeded(
         f"chunk_size {plan.cfg.chunk_size}: one window of {'x'.join(map(str, plan.grid.window))} pixels "
@@ -166,10 +182,11 @@ def require_memory(plan: TilePlan, device: str, budget_bytes: int) -> None:
     )
 
 
-def _that_fits(plan: TilePlan, device: str, limit: int) -> int | None:
+def _that_fits(plan: TilePlan, device: str, limit: int, apart: bool) -> int | None:
     """The largest half, quarter, ... of the longest tile that fits; None when none does."""
     chunk = min(plan.cfg.chunk_size, max(plan.grid.shape))
-    while (chunk := chunk // 2) >= max(plan.field.align):
-        if forecast(plan.resized(chunk), device, batch=1).host_bytes <= limit:
+    least = max(plan.field.align) if plan.cfg.blend is None else 2 * plan.cfg.overlap
+    while (chunk := chunk // 2) >= least:
+        if forecast(plan.resized(chunk), device, batch=1, apart=apart).host_bytes <= limit:
             return chunk
     return None

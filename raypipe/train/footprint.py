@@ -172,7 +172,7 @@ def measure(
         except torch.OutOfMemoryError:
             raise
         # Whatever a model does that tensors without values cannot: its own faults show below.
-        except (RuntimeError, TypeError, ValueError) as error:
+        except Exception as error:
             why = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
     ran = why if device.type == "cpu" else ""
     return replace(_by_steps(task, quiet, device, frozen, batches), ran=ran)

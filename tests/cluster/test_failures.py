@@ -86,3 +86,19 @@ def test_the_limit_is_half_the_smallest_batch() -> None:
     assert batch_limit([]) is None
     assert batch_limit([ENDED]) == 4
     assert batch_limit([ENDED, replace(ENDED, batch=4), ENDED]) == 2
+
+
+def test_a_folder_that_cannot_be_read_ends_no_training(
+    memory: WorkerMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a network disk whose server comes back: the workers that begin anew look again."""
+
+    def stale(*_: object) -> None:
+        raise OSError(116, "Stale file handle")
+
+    callback = told(memory, replace(ENDED, batch=1))
+    with monkeypatch.context() as patched:
+        patched.setattr(failures, "verdicts", stale)
+        callback.after_exception(None, DEATH)
+    with pytest.raises(MemoryBudgetExceeded):
+        callback.after_exception(None, DEATH)

@@ -128,3 +128,18 @@ def test_a_full_disk_is_told_and_no_common_centre_is_said(
 
 def _full(fd: int, path: Path, size_bytes: int) -> str:
     raise NoSpace(f"{path} is full")
+
+
+def test_all_at_chance_is_nothing_found(tmp_path: Path) -> None:
+    """A third is no float32: rounded, it lies above chance in every subject."""
+    grid, rng = Grid(shape=(4, 4, 4), affine=AFFINE), np.random.default_rng(0)
+    for number in range(6):
+        values = rng.normal(0.4, 0.1, 64)
+        values[7] = 1 / 3
+        image = map_image(values, np.arange(64), grid, outside=float("nan"))
+        (tmp_path / "maps").mkdir(exist_ok=True)
+        nibabel.save(image, tmp_path / "maps" / f"sub-{number}_searchlight.nii.gz")
+    with stacked(_files(tmp_path), [1 / 3] * 6, scratch=tmp_path, block_bytes=1 << 20) as stack:
+        above = np.concatenate(list(stack.blocks()), axis=1)
+    assert (above[:, 7] == 0).all()
+    assert np.isnan(sign_flip(above).p_fwe[7])

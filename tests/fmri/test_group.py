@@ -175,3 +175,11 @@ def test_subjects_that_agree_have_no_t_and_the_p_of_sign_flips() -> None:
     assert ", all agree, p 0.0078" in told[0]
     assert ", t " in told[1]
     assert ", p " not in told[2]
+
+
+def test_a_place_that_is_no_number_has_no_say_in_the_others() -> None:
+    data = np.random.default_rng(0).normal(0.3, 1, (6, 5))
+    with_inf = np.column_stack([data, [np.inf, 1, 1, 1, 1, 1]])
+    alone, beside = sign_flip(data), sign_flip(with_inf)
+    np.testing.assert_array_equal(beside.p_fwe[:5], alone.p_fwe)
+    assert np.isnan(beside.p[5]) and np.isnan(beside.p_fwe[5])

@@ -27,7 +27,7 @@ from raypipe.segment.config import SegmentEvaluateConfig
 from raypipe.segment.planted import PlantedNucleiConfig, make_planted_nuclei
 from raypipe.segment.run import fit
 from raypipe.segment.saved import load_model
-from raypipe.tile import engine, measure
+from raypipe.tile import measure, plan
 
 
 def test_scores_are_those_of_a_plain_forward(fitted: Path, nuclei: Path) -> None:
@@ -103,7 +103,7 @@ def test_how_far_the_network_looks_is_measured_once(
         measured.append(dims)
         return measure(model, in_channels, dims)
 
-    monkeypatch.setattr(engine, "measure", count)
+    monkeypatch.setattr(plan, "measure", count)
     monkeypatch.setattr(apply, "MOST_WHOLE_PIXELS", 1000)
     monkeypatch.setattr(apply, "TILE", 48)
     tiled = evaluate(SegmentEvaluateConfig(run_dir=fitted, device="cpu"))

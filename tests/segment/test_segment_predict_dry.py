@@ -176,6 +176,17 @@ def test_the_record_is_not_needed_and_not_replaced(given: tuple[Path, Path, Path
     assert not folder.exists()
 
 
+def test_a_record_of_another_result_is_left_alone(given: tuple[Path, Path, Path]) -> None:
+    """Of a run that ended before its result, which another command then made."""
+    assert predict(*given, *STATED) == 0
+    path = given[2].with_name("out.ome.tif.predict") / "run.json"
+    fields = json.loads(path.read_text())
+    fields["identity"]["model"], fields["result"] = "another", None
+    path.write_text(json.dumps(fields))
+    assert predict(*given, *STATED) == 0
+    assert json.loads(path.read_text())["result"] is None
+
+
 def test_an_unfinished_result_may_be_moved_with_its_record(
     given: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from raypipe.errors import MemoryBudgetExceeded
 from raypipe.memory.config import resolve
 from raypipe.runner import LocalRunner, Machines, Prospect
+from raypipe.tile import forecast as forecast_module
 from raypipe.tile.config import TileConfig
-from raypipe.tile.forecast import budget_of, forecast, live_bytes, require_memory
+from raypipe.tile.forecast import budget_of, forecast, is_known, live_bytes, require_memory
 from raypipe.tile.plan import TilePlan, make_plan
 from raypipe.tile.source import ArraySource
 
@@ -120,3 +121,30 @@ def test_workers_on_one_machine_share_it() -> None:
     prospect = Prospect(memory=memory, machines=Machines(nodes=(("", 64),)))
     assert budget_of(prospect, 64) == min(budget, capacity // 64)
     assert budget_of(prospect, 1) == min(budget, capacity)
+
+
+def test_a_worker_apart_does_not_hold_what_a_notebook_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = plan_of(seeded(UNet), tmp_path / "out.npy")
+    monkeypatch.setattr(forecast_module, "charge_bytes", lambda: 12 << 30)
+    here, apart = forecast(plan, "cpu"), forecast(plan, "cpu", apart=True)
+    assert here.base == 12 << 30 and apart.base < 1 << 30
+    assert here.host_bytes - apart.host_bytes == here.base - apart.base
+    require_memory(plan, "cpu", 2 << 30, apart=True)
+    with pytest.raises(MemoryBudgetExceeded):
+        require_memory(plan, "cpu", 2 << 30)
+
+
+def test_nodes_of_a_joined_cluster_have_budgets_of_their_own() -> None:
+    memory = resolve()
+    assert is_known(LocalRunner(memory))
+    for grows in (False, True):
+        machines = Machines(nodes=(("head", 2), ("node", 64)), grows=grows)
+        assert is_known(Prospect(memory=memory, machines=machines)) is not grows
+
+
+def test_with_blending_the_refusal_is_of_memory(tmp_path: Path) -> None:
+    plan = plan_of(seeded(UNet), tmp_path / "out.npy", blend="linear", overlap=200, chunk_size=500)
+    with pytest.raises(MemoryBudgetExceeded, match="it takes a larger --max-memory"):
+        require_memory(plan, "cpu", 512 << 20)

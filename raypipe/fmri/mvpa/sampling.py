@@ -26,13 +26,13 @@ def design_of_volumes(
     delay_volumes: int,
     rest: Sequence[str] = ("rest",),
     each: Each = "volume",
-    alone: bool = False,
+    trials: bool = False,
 ) -> Design:
     """A design of one label a volume; volumes labelled ``rest`` are no samples.
 
     labels, runs : (T,); the volume v takes the label of v - delay_volumes if that is in its run
     each : a sample a volume, or a sample a stretch of one label (a block)
-    alone : each volume is a trial (betas): two of one label in a row are no block, and their labels
+    trials : each volume is one (betas): two of one label in a row are no block, and their labels
     are permuted one by one
     """
     names, numbers = np.asarray(labels), np.asarray(runs, np.int64)
@@ -53,7 +53,7 @@ def design_of_volumes(
     labels_of = (
         names[shown].astype(np.str_) if names.dtype.kind in "USO" else names[shown].astype(float)
     )
-    blocks = (target if alone else _stretches(names, numbers))[shown]
+    blocks = (target if trials else _stretches(names, numbers))[shown]
     one_each = Design(
         labels=labels_of,
         runs=numbers[volumes],

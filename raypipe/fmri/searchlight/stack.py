@@ -25,9 +25,12 @@ from raypipe.store.space import explain_os_errors, preallocate
 
 Floats = NDArray[np.float64]
 
-BLOCK_BYTES = (
-    32 << 20
-)  # of a block's values as float64, and the three copies that tests make of them
+# Of a block's values as float64, and the three copies that tests make of them.
+BLOCK_BYTES = 32 << 20
+
+
+# A score at a chance of 1/3 is 1e-8 off it as float32, in all subjects on the same side.
+_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -64,6 +67,7 @@ class Stack:
             if read_full(self.fd, row.view(np.uint8).data, at) < row.nbytes:
                 raise InputError(f"the maps' file ends before byte {at + row.nbytes}; run again")
             np.subtract(row[place - first], chance, out=above[number], dtype=np.float64)
+        above[np.abs(above) < _ROUNDING] = 0.0
         return above
 
 

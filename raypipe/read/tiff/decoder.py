@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import tifffile
 
-from raypipe.errors import InputError
+from raypipe.errors import InputError, RaypipeError
 from raypipe.read.tiff.complaints import complaints
 from raypipe.read.tiff.ifd import JPEG_TABLES, Directory, TiffBytes
 from raypipe.read.tiff.part import Part
@@ -111,8 +111,11 @@ def build_decoder(part: Part) -> Decoder:
                 grid=_grid(page),
                 stored=part.stored,
             )
-    except (tifffile.TiffFileError, ValueError, OSError) as error:
-        why = " ".join(str(error).split())
+    except (RaypipeError, MemoryError):
+        raise
+    # On damaged tags tifffile raises nearly anything, a TypeError for instance.
+    except Exception as error:
+        why = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{part.path} cannot be read ({why}); copy it again") from error
 
 

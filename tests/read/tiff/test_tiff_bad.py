@@ -14,17 +14,24 @@ from hypothesis import strategies as st
 from tiff_kit import KINDS, directory, values, write_pages
 
 from raypipe.errors import InputError
-from raypipe.read.tiff import load_tiff_stack, open_tiff
+from raypipe.read.tiff import decoder, load_tiff_stack, open_tiff
 from raypipe.read.tiff.kept import kept
 
 CUT = ["contiguous", "deflate", "LZW", "tiled, deflate", "pages apart", "pages evenly apart"]
 CUT += ["BigTIFF, deflate", "OME", "OME, deflate", "ImageJ", "big-endian", "RGB in planes, tiled"]
 
 
+class Files(dict[str, tuple[str, bytes, np.ndarray]]):
+    """Not printed whole where an example fails."""
+
+    def __repr__(self) -> str:
+        return f"{len(self)} files"
+
+
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> dict[str, tuple[str, bytes, np.ndarray]]:
+def whole(tmp_path_factory) -> Files:
     """Name and bytes of a file of each kind, and what tifffile reads from it."""
-    made = {}
+    made = Files()
     for name in CUT:
         kind = KINDS[name]
         path = kind.write(tmp_path_factory.mktemp("kind"), values(kind.shape, kind.dtype))
@@ -76,6 +83,19 @@ def test_a_damaged_head_is_an_input_error(tmp_path, whole, name, flips):
         assert "\n" not in str(error)
     except MemoryError:
         pass  # the head now tells of a strip of terabytes: nothing says that there is none
+
+
+def test_whatever_tifffile_raises_on_damaged_tags_is_an_input_error(tmp_path, monkeypatch):
+    """Seen: a TypeError, where a tag that it divides by held two values."""
+    path = KINDS["deflate"].write(tmp_path, values())
+
+    def divide(*_):
+        return 8 / (1, 2)
+
+    monkeypatch.setattr(decoder, "key_page", divide)
+    with pytest.raises(InputError) as error:
+        np.asarray(load_tiff_stack(path))
+    one_line(error, str(path), "unsupported operand", "copy it again")
 
 
 def test_a_damaged_strip_is_named(tmp_path):
