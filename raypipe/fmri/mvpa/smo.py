@@ -1,10 +1,9 @@
 """A linear support vector machine on a given Gram matrix, for many label vectors; compiled.
 
 scikit-learn's SVC spends most of a small fit on checks, copies and its kernel cache. On one Gram matrix a
-fold, of 1000 voxels, it gains 4.9 to 5.6 times over refitting scaler and SVC at 216 samples (4.4 to 4.7
-over the SVC alone) where this gains 12 to 15; 7.5 and 10 at 432; 6 alike at 864 (benchmarks/fmri.py,
-perm_svc_*). A permutation test is to be 5 times faster at least, and at the usual size of a study the
-library alone is on that line: so this is kept.
+fold, of 1000 voxels, it gains 4.9 to 6.8 times over refitting scaler and SVC at 216 samples, where this
+gains 12 to 18; 4.8 and 5.1 at 864 (benchmarks/fmri.py, perm_svc_*). A permutation test is to be 5 times
+faster at least, and the library alone is on that line: so this is kept.
 It is the same problem by the same algorithm as LIBSVM's: sequential minimal optimisation with second-order
 choice of the pair (Fan, Chen and Lin 2005), shrinking, inner products in float32, the same start and
 tolerance. So it goes the same way and ends in the same place, not only near the same optimum, but where two
