@@ -35,6 +35,7 @@ from raypipe.errors import (
     NoSpace,
     StoreLocked,
     UnknownName,
+    WorkerFailed,
 )
 from raypipe.memory.config import MemoryFlags
 from raypipe.memory.guard import InProcessGuard
@@ -408,14 +409,6 @@ def test_a_refused_command_leaves_the_record_alone(
     assert (tmp_path / "run.json").read_bytes() == before
 
 
-def test_starting_over_leaves_nothing_to_resume_when_it_fails(world: World, tmp_path: Path) -> None:
-    fit(config(world, tmp_path), LocalRunner())
-    other = {"encoder": ModelConfig(d_model=16, heads=4, ffn=16, dropout=0.0)}
-    with pytest.raises(ConfigError, match="--runner ray"):
-        fit(config(world, tmp_path, resume=False, workers=2, **other), LocalRunner())
-    assert not [*tmp_path.glob("last*"), *tmp_path.glob("best*")]
-
-
 class Within(LocalRunner):
     """Does ``act`` before it trains."""
 
@@ -426,6 +419,27 @@ class Within(LocalRunner):
     def fit(self, *args: Any, **options: Any) -> Any:
         self.act()
         return super().fit(*args, **options)
+
+
+def test_starting_over_leaves_nothing_to_resume_when_it_fails(world: World, tmp_path: Path) -> None:
+    def lost() -> None:
+        raise WorkerFailed("the worker is gone")
+
+    fit(config(world, tmp_path), LocalRunner())
+    other = {"encoder": ModelConfig(d_model=16, heads=4, ffn=16, dropout=0.0)}
+    with pytest.raises(WorkerFailed):
+        fit(config(world, tmp_path, resume=False, **other), Within(lost))
+    assert not [*tmp_path.glob("last*"), *tmp_path.glob("best*")]
+
+
+def test_starting_over_that_is_refused_costs_no_weights(world: World, tmp_path: Path) -> None:
+    fit(config(world, tmp_path), LocalRunner())
+    before = sorted(tmp_path.glob("best*"))
+    with pytest.raises(ConfigError, match="--runner ray"):
+        fit(config(world, tmp_path, resume=False, workers=2), LocalRunner())
+    assert before and sorted(tmp_path.glob("best*")) == before
+    (again,) = fit(config(world, tmp_path), LocalRunner()).subjects
+    assert again.result.epochs == 3
 
 
 def test_a_fit_of_all_and_one_of_a_subject_keep_each_other_out(
