@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import tifffile
-import torch
 
-from raypipe.errors import ConfigError, DeviceUnavailable, StoreCorrupt
+from raypipe.errors import ConfigError, StoreCorrupt
 from raypipe.runner import LocalRunner
 from raypipe.segment import assess, prepare
 from raypipe.segment.assess import evaluate
@@ -78,11 +77,10 @@ def test_nothing_is_read_again_when_nothing_changed(
         fit(replace(fitted, resume=False), LocalRunner())
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is at hand")
 def test_what_cannot_start_costs_no_weights(fitted: SegmentFitConfig) -> None:
     before = (fitted.run_dir / "best" / "meta.json").read_bytes()
-    with pytest.raises(DeviceUnavailable):
-        fit(replace(fitted, resume=False, device="cuda"), LocalRunner())
+    with pytest.raises(ConfigError, match="--runner ray"):
+        fit(replace(fitted, resume=False, workers=2), LocalRunner())
     assert (fitted.run_dir / "best" / "meta.json").read_bytes() == before
 
 

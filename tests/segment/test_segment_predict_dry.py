@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 import shutil
+import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -122,19 +123,18 @@ def test_a_stated_field_is_not_measured(
     assert said["network"] == "radius 24 x 24, align 4 x 4 pixels, stated"
 
 
-def test_it_starts_no_ray(
-    given: tuple[Path, Path, Path],
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    if "ray" in sys.modules and sys.modules["ray"].is_initialized():
-        pytest.skip("Ray runs already, for tests that need it: a dry run asks it")
+def test_it_starts_no_ray(given: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     args = arguments(*given, *STATED, "--dry-run", "--workers", "2")
     args[args.index("local")] = "ray"
-    assert main(args) == 0
-    assert "workers  2 on cpu, ray" in capsys.readouterr().out
-    assert not sys.modules["ray"].is_initialized()
+    code = (
+        f"import sys; from raypipe.cli import main; code = main({args!r})\n"
+        "assert not ('ray' in sys.modules and sys.modules['ray'].is_initialized()), 'Ray was started'\n"
+        "sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "workers  2 on cpu, ray" in done.stdout
 
 
 def test_a_run_leaves_what_made_it(given: tuple[Path, Path, Path]) -> None:
