@@ -26,9 +26,11 @@ from raypipe.cluster.steps import SCHEMA, read_steps, table_slices
 from raypipe.errors import WorkerFailed
 from raypipe.stream import Cursor, StepSlice, StreamPlan
 
-# One block carries many steps: a block costs a task and a round trip, a step a few hundred bytes.
-ROWS_PER_BLOCK = 65_536
-MAX_STEPS_PER_BLOCK = 512
+# One block carries many steps: a block costs a task and a round trip, a step a few hundred bytes. Ray
+# Data makes blocks as far ahead as its part of the object store holds, with a core of its own beside
+# the training: fewer, larger ones cost less. The first ones are waited for: they are small.
+FIRST_ROWS_PER_BLOCK, MAX_ROWS_PER_BLOCK = 1 << 16, 1 << 20
+FIRST_STEPS_PER_BLOCK, MAX_STEPS_PER_BLOCK = 1 << 9, 1 << 13
 # Descriptors cost microseconds: the workers must not be kept waiting for a whole free core.
 READ_CPUS = 0.01
 
@@ -42,7 +44,8 @@ class PlanSource(Datasource):
         self._epochs, self._steps = plan.epochs, plan.steps_per_epoch
         self._rank, self._world, self._start = rank, world, start
         per_rank = max(1, plan.rows_per_step // world)
-        self._per_block = max(1, min(MAX_STEPS_PER_BLOCK, ROWS_PER_BLOCK // per_rank))
+        self._first_block = max(1, min(FIRST_STEPS_PER_BLOCK, FIRST_ROWS_PER_BLOCK // per_rank))
+        self._max_block = max(1, min(MAX_STEPS_PER_BLOCK, MAX_ROWS_PER_BLOCK // per_rank))
 
     def get_name(self) -> str:
         return f"StreamPlan[{self._rank}/{self._world}]"
@@ -53,11 +56,12 @@ class PlanSource(Datasource):
     @property
     def spans(self) -> list[tuple[int, int]]:
         """[first, last) global step numbers of each block, epoch after epoch without a seam."""
-        first = self._start.epoch * self._steps + self._start.step
-        total = self._epochs * self._steps
-        return [
-            (lo, min(lo + self._per_block, total)) for lo in range(first, total, self._per_block)
-        ]
+        at, total = self._start.epoch * self._steps + self._start.step, self._epochs * self._steps
+        found, size = [], self._first_block
+        while at < total:
+            found.append((at, min(at + size, total)))
+            at, size = at + size, min(2 * size, self._max_block)
+        return found
 
     def get_read_tasks(self, parallelism: int, *args: Any, **kwargs: Any) -> list[ReadTask]:
         return [self._read_task(lo, hi) for lo, hi in self.spans]

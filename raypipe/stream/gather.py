@@ -162,12 +162,15 @@ class Gatherer:
         incoming = self._ahead.through(iter(row_arrays))
         # A caller that is lent batches holds one while it asks for the next: one fewer in flight.
         most = len(self._slots) - isinstance(self._turns, Pool)
+        # Until the first is there, only one more is read: who looks at one batch gets it sooner, and
+        # two batches' memory is touched. Readers are asked for all of them: they take long.
+        under_way = most if self._readers or isinstance(self._turns, Ring) else min(most, 2)
         pending = self._pending
         self._busy = True
         try:
             while True:
                 # In a ring the slot that the caller held is free now: all of them may be pending.
-                while len(pending) < most:
+                while len(pending) < under_way:
                     rows = next(incoming, None)
                     if rows is None:
                         break
@@ -177,6 +180,7 @@ class Gatherer:
                 if not pending:
                     return
                 pending[0].wait()
+                under_way = most
                 yield self._hand_out(pending.popleft())
         finally:
             abandon(pending)
