@@ -1,10 +1,11 @@
 """Extraction and training on 1 to 4 simulated nodes, whose workers sleep instead of computing.
 
-    python benchmarks/scale.py [--step-ms 150] [--batches 90] [--steps 30] [--epochs 3]
+    python benchmarks/scale.py [--step-ms 300] [--batches 90] [--steps 30] [--epochs 3]
 
 The nodes are Ray's `cluster_utils.Cluster` on this one machine, each with a CPU (one worker), an
 object store and raypipe's memory actor; batches are of 16 rows and take --step-ms, as on a GPU, so
-what is lost is raypipe's and Ray's doing. See scale_extract and scale_train for what is real.
+what is lost is raypipe's and Ray's doing, and that four nodes share the cores of one machine: some 15 ms
+a step on two cores, whatever --step-ms. See scale_extract and scale_train for what is real.
 
 efficiency_K          : the lower of the next two
 extract_efficiency_K, train_efficiency_K : rows/s on K nodes over K times those on one
@@ -61,7 +62,7 @@ def cluster() -> Iterator[Cluster]:
 
 def main() -> None:
     parser = common.parser(__doc__)
-    parser.add_argument("--step-ms", type=float, default=150.0, help="that a batch takes")
+    parser.add_argument("--step-ms", type=float, default=300.0, help="that a batch takes")
     parser.add_argument("--batches", type=int, default=90, help="to extract, a node")
     parser.add_argument("--steps", type=int, default=30, help="of training, an epoch")
     parser.add_argument("--epochs", type=int, default=3, help="of training, after the first")
