@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
@@ -21,6 +22,9 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 # Several processes share the cores, each with threads for all of them: who waits shall sleep, not
 # spin on a core that another one could use. Read when torch is loaded, so before all imports.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Beside another worker of pytest-xdist each core has its process: further threads only change places.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A busy machine is no finding: how long an example takes says nothing of what it shows.
 settings.register_profile("raypipe", deadline=None)
@@ -42,6 +46,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for path in hidden:
         if not _names_ray(path):
             raise pytest.UsageError(f"{path} has Ray tests; write their mark as pytest.mark.ray")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What was imported stays: every collection of garbage, and code under memory pressure asks for
+    many, would look through millions of objects again.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def _names_ray(path: Path) -> bool:
