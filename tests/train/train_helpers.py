@@ -214,10 +214,27 @@ def _worker(rank: int, world: int, store: str, work: Callable[[int, int], None])
         dist.destroy_process_group()
 
 
+def begin(
+    work: Callable[[int, int], None], tmp_path: Path, world: int, method: str
+) -> Callable[[], None]:
+    """Start ``work(rank, world)`` in ``world`` processes joined by gloo; what it gives waits for them.
+
+    method : "fork" has all that is imported at once, and is for processes without threads.
+    """
+    store = tmp_path / f"rendezvous-{len(list(tmp_path.glob('rendezvous-*')))}"
+    given = (world, str(store), work)
+    context = mp.start_processes(_worker, given, nprocs=world, join=False, start_method=method)
+
+    def wait() -> None:
+        while not context.join():
+            pass
+
+    return wait
+
+
 def spawn(work: Callable[[int, int], None], tmp_path: Path, world: int = 2) -> None:
     """Run ``work(rank, world)`` in ``world`` new processes joined by gloo."""
-    store = tmp_path / f"rendezvous-{len(list(tmp_path.glob('rendezvous-*')))}"
-    mp.spawn(_worker, args=(world, str(store), work), nprocs=world, join=True)
+    begin(work, tmp_path, world, "spawn")()
 
 
 class FakeGuard:
