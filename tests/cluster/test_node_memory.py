@@ -5,7 +5,6 @@ from __future__ import annotations
 import mmap
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -31,7 +30,6 @@ from raypipe.memory.verdict import Verdict, read_all
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import tests
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
-
 GIB, MIB = 1024**3, 1024**2
 CAPACITY = 8 * GIB
 CALL_S = 60
@@ -347,25 +345,3 @@ def test_an_actor_that_nobody_needs_ends_itself() -> None:
     folder = node_folder("idle")
     until(lambda: not Path(f"/proc/{pid}").exists())
     assert not folder.exists()
-
-
-# ---- clusters of their own: a process a test, for they cannot share the session
-
-
-def script(name: str, *args: str, timeout_s: float = 200) -> str:
-    environ = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-    path = Path(__file__).with_name(name)
-    done = subprocess.run(
-        [sys.executable, str(path), *args],
-        env=environ, capture_output=True, text=True, timeout=timeout_s,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
-
-
-def test_a_late_node_gets_its_actor_and_a_lost_one_breaks_no_other(tmp_path: Path) -> None:
-    assert "all good" in script("node_memory_cluster.py", str(tmp_path))
-
-
-def test_rays_monitor_ends_the_hog_and_not_the_actor(tmp_path: Path) -> None:
-    assert "all good" in script("node_memory_ray_monitor.py", str(tmp_path))

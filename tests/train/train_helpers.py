@@ -15,7 +15,14 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from raypipe.stream import ArraySource
-from raypipe.train import FitResult, TrainConfig, WorkerContext, fit, training_plan
+from raypipe.train import (
+    FitResult,
+    TrainConfig,
+    WorkerContext,
+    fit,
+    load_model_state,
+    training_plan,
+)
 
 N_TRAIN, N_VAL, DIM, OUT = 43, 7, 6, 3
 
@@ -203,6 +210,18 @@ def grad_norms(run_dir: Path) -> list[float]:
 
 def records(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def same_run(a: Path, b: Path) -> None:
+    """Same log (but for the clock), same last and best weights, to the bit."""
+
+    def timeless(folder: Path) -> list[dict[str, Any]]:
+        return [{k: v for k, v in r.items() if k != "seconds"} for r in records(folder)]
+
+    assert timeless(a) == timeless(b)
+    for name in ("last", "best"):
+        ours, theirs = load_model_state(a / name), load_model_state(b / name)
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
 def _worker(rank: int, world: int, store: str, work: Callable[[int, int], None]) -> None:
