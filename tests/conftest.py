@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -22,8 +23,9 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 # Several processes share the cores, each with threads for all of them: who waits shall sleep, not
 # spin on a core that another one could use. Read when torch is loaded, so before all imports.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# Beside another worker of pytest-xdist each core has its process: further threads only change places.
-if "PYTEST_XDIST_WORKER" in os.environ:
+# Beside other workers of pytest-xdist each core has its process: more threads only change places.
+BESIDE_OTHERS = "PYTEST_XDIST_WORKER" in os.environ
+if BESIDE_OTHERS:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A busy machine is no finding: how long an example takes says nothing of what it shows.
@@ -58,6 +60,13 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 def _names_ray(path: Path) -> bool:
     return "mark.ray" in path.read_text()
+
+
+@pytest.fixture(autouse=True)
+def _no_more_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run in this process takes all cores, and would leave as many threads to the tests after it."""
+    if BESIDE_OTHERS and "torch" in sys.modules:
+        monkeypatch.setattr(sys.modules["torch"], "set_num_threads", lambda n: None)
 
 
 @pytest.fixture(scope="session")
