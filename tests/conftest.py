@@ -62,11 +62,13 @@ def _names_ray(path: Path) -> bool:
     return "mark.ray" in path.read_text()
 
 
-@pytest.fixture(autouse=True)
-def _no_more_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="session")
+def _no_more_threads() -> Iterator[None]:
     """A run in this process takes all cores, and would leave as many threads to the tests after it."""
-    if BESIDE_OTHERS and "torch" in sys.modules:
-        monkeypatch.setattr(sys.modules["torch"], "set_num_threads", lambda n: None)
+    with pytest.MonkeyPatch.context() as patched:
+        if BESIDE_OTHERS and "torch" in sys.modules:
+            patched.setattr(sys.modules["torch"], "set_num_threads", lambda n: None)
+        yield
 
 
 @pytest.fixture(scope="session")
