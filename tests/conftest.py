@@ -43,7 +43,13 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where all files are read: a mark that ``-m ray`` would not find is an error."""
+    """Where all files are read: a mark that ``-m ray`` would not find is an error.
+
+    Of several workers none may begin a long file when the others are done: those come first.
+    """
+    if BESIDE_OTHERS:
+        long = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: item.path not in long)
     hidden = {item.path for item in items if item.get_closest_marker("ray")}
     for path in hidden:
         if not _names_ray(path):
