@@ -100,7 +100,8 @@ def main(folder: Path) -> None:
     assert late.node_id in nodes
     print("all good", flush=True)
     ray.shutdown()
-    cluster.shutdown()
+    for node in reversed(cluster.list_all_nodes()):  # nothing is left to be done gracefully
+        cluster.remove_node(node, allow_graceful=False)
 
 
 if __name__ == "__main__":

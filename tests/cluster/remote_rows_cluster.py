@@ -86,7 +86,8 @@ def on_three_nodes(task: PlacedTask, cfg: TrainConfig, folder: Path) -> None:
     log = (run_dir / "train.log").read_text()
     assert log.count("local copy") == 3 and log.count("from node") == 6, log
     ray.shutdown()
-    cluster.shutdown()
+    for node in reversed(cluster.list_all_nodes()):  # nothing is left to be done gracefully
+        cluster.remove_node(node, allow_graceful=False)
 
 
 def at_hand(cfg: TrainConfig, task: ToyTask, run_dir: Path, rank: int, world: int) -> None:
