@@ -22,7 +22,7 @@ demo: $(READY)
 WORKERS ?= 2
 test: $(READY)
 	status=0; \
-	$(BIN)/python -m pytest -m "not ray" -n $(WORKERS) --dist loadfile || status=$$?; \
+	$(BIN)/python -m pytest -m "not ray" -n $(WORKERS) --dist loadfile --no-loadscope-reorder || status=$$?; \
 	$(BIN)/python -m pytest -m ray || status=$$?; \
 	exit $$status
 

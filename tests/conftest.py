@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
 import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -21,6 +23,10 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 # Several processes share the cores, each with threads for all of them: who waits shall sleep, not
 # spin on a core that another one could use. Read when torch is loaded, so before all imports.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Beside other workers of pytest-xdist each core has its process: more threads only change places.
+BESIDE_OTHERS = "PYTEST_XDIST_WORKER" in os.environ
+if BESIDE_OTHERS:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A busy machine is no finding: how long an example takes says nothing of what it shows.
 settings.register_profile("raypipe", deadline=None)
@@ -37,15 +43,38 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where all files are read: a mark that ``-m ray`` would not find is an error."""
+    """Where all files are read: a mark that ``-m ray`` would not find is an error.
+
+    Of several workers none may begin a long file when the others are done: those come first.
+    """
+    if BESIDE_OTHERS:
+        long = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: item.path not in long)
     hidden = {item.path for item in items if item.get_closest_marker("ray")}
     for path in hidden:
         if not _names_ray(path):
             raise pytest.UsageError(f"{path} has Ray tests; write their mark as pytest.mark.ray")
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What was imported stays: every collection of garbage, and code under memory pressure asks for
+    many, would look through millions of objects again.
+    """
+    gc.collect()
+    gc.freeze()
+
+
 def _names_ray(path: Path) -> bool:
     return "mark.ray" in path.read_text()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_more_threads() -> Iterator[None]:
+    """A run in this process takes all cores, and would leave as many threads to the tests after it."""
+    with pytest.MonkeyPatch.context() as patched:
+        if BESIDE_OTHERS and "torch" in sys.modules:
+            patched.setattr(sys.modules["torch"], "set_num_threads", lambda n: None)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,59 +1,25 @@
-"""Tokens against independent constructions: timm's own forward, a plain slice, a CLIP by hand."""
+"""Tokens against independent constructions: timm's own forward, a plain slice. CLIP is test_clip's."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from backbone_kit import CPU, TINY, alive, normalised, pixels, run
 from torch import nn
 
 from raypipe.backbone import BackboneSpec, LayerSpec, Preprocess, resolve
 from raypipe.backbone.libraries import build
 from raypipe.backbone.model import Backbone, check_device, load, shapes
-from raypipe.backbone.seeded import fill_random
 from raypipe.errors import ConfigError, DeviceUnavailable, InputError, UnknownName
-
-CPU = torch.device("cpu")
-TINY = "timm:vit_tiny_patch16_224"
-
-
-def pixels(n: int, height: int, width: int, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (n, height, width, 3), dtype=torch.uint8, generator=generator)
-
-
-def alive(model: nn.Module) -> nn.Module:
-    """Weights under which every part matters: layer scale, biases and norms are constants else."""
-    fill_random(model, 7)
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if "ls" in name or parameter.ndim == 1:
-            noise = 0.3 * torch.rand(parameter.shape, generator=generator)
-            parameter.data += noise
-    return model
 
 
 @pytest.fixture(scope="module")
 def dinov2() -> nn.Module:
     """One full-size model for the tests that only read it."""
     return alive(build(resolve("dinov2")))
-
-
-def run(
-    spec: BackboneSpec, model: nn.Module, batch: torch.Tensor, **options: Any
-) -> dict[str, torch.Tensor]:
-    return Backbone(spec, model, device=CPU, **options)(batch)
-
-
-def normalised(spec: BackboneSpec, batch: torch.Tensor) -> torch.Tensor:
-    """By hand: scale, normalise, pad; preprocessing itself is tested against the libraries."""
-    mean, std = torch.tensor(spec.preprocess.mean), torch.tensor(spec.preprocess.std)
-    x = ((batch / 255 - mean) / std).permute(0, 3, 1, 2)
-    side = spec.preprocess.pad_multiple or 1
-    return nn.functional.pad(x, (0, -x.shape[3] % side, 0, -x.shape[2] % side)).contiguous()
 
 
 @torch.no_grad()
@@ -116,69 +82,6 @@ def test_queries_are_those_that_attention_multiplies(
     (tokens,) = run(resolve("dinov2_q"), dinov2, pixels(1, 56, 56)).values()
     merged = seen[11].transpose(1, 2).reshape(1, 17, 768)
     torch.testing.assert_close(tokens, merged, rtol=0, atol=0)
-
-
-@torch.no_grad()
-def clip_by_hand(
-    state: dict[str, torch.Tensor], x: torch.Tensor, depth: int, heads: int
-) -> torch.Tensor:
-    """OpenAI's vision transformer from its parameters alone, all tokens through ln_post and proj."""
-    F = nn.functional  # noqa: N806
-
-    def norm(name: str, x: torch.Tensor) -> torch.Tensor:
-        return F.layer_norm(x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"])
-
-    def linear(name: str, x: torch.Tensor) -> torch.Tensor:
-        return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
-
-    x = (
-        F.conv2d(x, state["conv1.weight"], stride=state["conv1.weight"].shape[-1])
-        .flatten(2)
-        .transpose(1, 2)
-    )
-    cls = state["class_embedding"].expand(len(x), 1, -1)
-    x = norm("ln_pre", torch.cat([cls, x], 1) + state["positional_embedding"])
-    n, t, d = x.shape
-    for k in range(depth):
-        name = f"transformer.resblocks.{k}"
-        y = norm(f"{name}.ln_1", x)
-        qkv = y @ state[f"{name}.attn.in_proj_weight"].T + state[f"{name}.attn.in_proj_bias"]
-        q, key, v = (
-            part.reshape(n, t, heads, d // heads).transpose(1, 2) for part in qkv.chunk(3, -1)
-        )
-        weights = (q @ key.transpose(-1, -2) / (d // heads) ** 0.5).softmax(-1)
-        x = x + linear(f"{name}.attn.out_proj", (weights @ v).transpose(1, 2).reshape(n, t, d))
-        y = linear(f"{name}.mlp.c_fc", norm(f"{name}.ln_2", x))
-        x = x + linear(f"{name}.mlp.c_proj", y * torch.sigmoid(1.702 * y))  # quick GELU
-    return norm("ln_post", x) @ state["proj"]
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("enc_layer", [-1, 5])
-def test_clip_is_a_hand_written_forward_on_a_small_tower(enc_layer: int) -> None:
-    spec, batch = resolve("open_clip:ViT-S-32"), pixels(2, 224, 224)
-    spec = replace(spec, options=(("quick_gelu", True),))
-    model = alive(build(spec))
-    depth = enc_layer % 12 + 1
-    layer = LayerSpec(key="x", module=f"transformer.resblocks.{depth - 1}", part="clip", folder="x")
-    tokens = run(replace(spec, layers=(layer,)), model, batch)["x"]
-    want = clip_by_hand(dict(model.state_dict()), normalised(spec, batch), depth=depth, heads=6)
-    torch.testing.assert_close(tokens, want, rtol=1e-4, atol=1e-4)
-    if enc_layer == -1:
-        torch.testing.assert_close(
-            tokens[:, 0], model(normalised(spec, batch)), rtol=1e-4, atol=1e-4
-        )
-
-
-@pytest.mark.slow
-@torch.no_grad()
-def test_clip_full_size_is_a_hand_written_forward() -> None:
-    spec, batch = resolve("clip"), pixels(1, 224, 224)
-    model = alive(build(spec))
-    tokens = run(spec, model, batch)["last"]
-    assert tokens.shape == (1, 257, 768)
-    want = clip_by_hand(dict(model.state_dict()), normalised(spec, batch), depth=24, heads=16)
-    torch.testing.assert_close(tokens, want, rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ from raypipe.errors import MemoryBudgetExceeded
 GIB = 1024**3
 CAPACITY = 6 * GIB  # the nodes are of one machine, and each of them knows that
 NODE = {"num_cpus": 1, "object_store_memory": 80 * 1024**2, "include_dashboard": False}
+HEAD = NODE | {"no_monitor": True}  # nobody scales this cluster
 
 
 class Worker:
@@ -54,7 +55,7 @@ def until(true: Callable[[], object], what: str) -> None:
 
 
 def main(folder: Path) -> None:
-    cluster = Cluster(initialize_head=True, head_node_args=NODE)
+    cluster = Cluster(initialize_head=True, head_node_args=HEAD)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     second = cluster.add_node(**NODE)
     cluster.wait_for_nodes()
@@ -99,7 +100,8 @@ def main(folder: Path) -> None:
     assert late.node_id in nodes
     print("all good", flush=True)
     ray.shutdown()
-    cluster.shutdown()
+    for node in reversed(cluster.list_all_nodes()):  # nothing is left to be done gracefully
+        cluster.remove_node(node, allow_graceful=False)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
 import ray
 import train_helpers
 from ray.cluster_utils import Cluster
-from train_helpers import ToyTask, config, losses, run, spawn, write_toy
+from train_helpers import ToyTask, begin, config, losses, run, write_toy
 
 from raypipe.cluster.runner import RayRunner
 from raypipe.store import FeatureStore, declare, stand_in
@@ -33,6 +32,7 @@ for module in (sys.modules[__name__], train_helpers):
     ray.cloudpickle.register_pickle_by_value(module)  # workers cannot import tests
 
 NODE = {"num_cpus": 1, "object_store_memory": 80 * 1024**2, "include_dashboard": False}
+HEAD = NODE | {"no_monitor": True}  # nobody scales this cluster
 PLACES = {"x": "A", "y": "B", "row": "C"}  # which node has which source
 
 
@@ -62,11 +62,11 @@ def placed(folder: Path) -> PlacedTask:
 
 def main(folder: Path) -> None:
     task, cfg = placed(folder), config(epochs=2, batch_size=3)
-    with ThreadPoolExecutor(1) as beside:  # nodes take long to start, and mostly wait
-        plain = partial(at_hand, cfg, ToyTask(task.data), folder / "at-hand")
-        reference = beside.submit(spawn, plain, folder, world=3)
-        on_three_nodes(task, cfg, folder)
-        reference.result()
+    plain = partial(at_hand, cfg, ToyTask(task.data), folder / "at-hand")
+    # Beside the nodes, which take long to start; before this process has Ray's threads.
+    wait_for_reference = begin(plain, folder, 3, "fork")
+    on_three_nodes(task, cfg, folder)
+    wait_for_reference()
     for kind in ("step", "epoch"):
         assert losses(folder / "three", kind) == losses(folder / "at-hand", kind), kind
     print("all good", flush=True)
@@ -74,7 +74,7 @@ def main(folder: Path) -> None:
 
 def on_three_nodes(task: PlacedTask, cfg: TrainConfig, folder: Path) -> None:
     os.environ["RAYPIPE_NODE"] = "A"
-    cluster = Cluster(initialize_head=True, head_node_args=NODE)
+    cluster = Cluster(initialize_head=True, head_node_args=HEAD)
     for node in "BC":
         cluster.add_node(**NODE, env_vars={"RAYPIPE_NODE": node})
     os.environ["RAYPIPE_NODE"] = "the driver's"
@@ -86,7 +86,8 @@ def on_three_nodes(task: PlacedTask, cfg: TrainConfig, folder: Path) -> None:
     log = (run_dir / "train.log").read_text()
     assert log.count("local copy") == 3 and log.count("from node") == 6, log
     ray.shutdown()
-    cluster.shutdown()
+    for node in reversed(cluster.list_all_nodes()):  # nothing is left to be done gracefully
+        cluster.remove_node(node, allow_graceful=False)
 
 
 def at_hand(cfg: TrainConfig, task: ToyTask, run_dir: Path, rank: int, world: int) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import mmap
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -31,7 +30,6 @@ from raypipe.memory.verdict import Verdict, read_all
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import tests
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
-
 GIB, MIB = 1024**3, 1024**2
 CAPACITY = 8 * GIB
 CALL_S = 60
@@ -76,9 +74,9 @@ class Worker:
     def at_once(self, n_bytes: int) -> None:
         self.held = [bytearray(n_bytes)]  # one call of C code that never lets go of the GIL
 
-    def read_mapped(self, path: Path, times: int) -> tuple[int, bool]:
+    def read_mapped(self, path: Path) -> tuple[int, bool]:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as view:
-            total = sum(view[at] for _ in range(times) for at in range(0, len(view), 4096))
+            total = sum(view[at] for at in range(0, len(view), 4096))
             return total, self.guard.pressure()
 
     def grow_slowly(self) -> list[int]:
@@ -175,7 +173,7 @@ def test_pages_of_a_mapped_file_are_nobodys(worker: Callable[[], Any], tmp_path:
         file.truncate(2 * GIB)  # holes are pages of the cache like any other once they are read
     actor = worker()
     pid = get(actor.begin.remote(GIB // 2, tmp_path / "verdicts"))
-    total, pressed = get(actor.read_mapped.remote(path, 2))
+    total, pressed = get(actor.read_mapped.remote(path))
     assert total == 0
     assert not pressed
     assert path.stat().st_size == 4 * (GIB // 2)
@@ -347,25 +345,3 @@ def test_an_actor_that_nobody_needs_ends_itself() -> None:
     folder = node_folder("idle")
     until(lambda: not Path(f"/proc/{pid}").exists())
     assert not folder.exists()
-
-
-# ---- clusters of their own: a process a test, for they cannot share the session
-
-
-def script(name: str, *args: str, timeout_s: float = 200) -> str:
-    environ = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-    path = Path(__file__).with_name(name)
-    done = subprocess.run(
-        [sys.executable, str(path), *args],
-        env=environ, capture_output=True, text=True, timeout=timeout_s,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
-
-
-def test_a_late_node_gets_its_actor_and_a_lost_one_breaks_no_other(tmp_path: Path) -> None:
-    assert "all good" in script("node_memory_cluster.py", str(tmp_path))
-
-
-def test_rays_monitor_ends_the_hog_and_not_the_actor(tmp_path: Path) -> None:
-    assert "all good" in script("node_memory_ray_monitor.py", str(tmp_path))

@@ -6,20 +6,19 @@ import json
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 import ray
 import torch
 import train_helpers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from real_kills import killing, workers
 from torch import Tensor, nn
 from train_helpers import ToyTask, config, write_toy
 
@@ -179,39 +178,16 @@ class RecordingTask(SlowTask):
         return super().loss(model, batch)
 
 
-def train_workers() -> list[int]:
-    """Train workers below this process: not those of another run on this machine."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        try:
-            if process.cmdline()[:1] and "RayTrainWorker" in process.cmdline()[0]:
-                found.append(process.pid)
-        except psutil.Error:
-            continue
-    return found
-
-
 def test_a_killed_train_worker_goes_on_from_the_last_checkpoint(
     toy: ToyTask, runner: RayRunner, tmp_path: Path
 ) -> None:
     (tmp_path / "seen").mkdir()
     task = RecordingTask(toy.data, dropout=0.2, seen=tmp_path / "seen")
     cfg = config(checkpoint_every_steps=3)
-    killed: list[int] = []
-
-    def kill() -> None:
-        deadline = time.monotonic() + 120
-        while not (tmp_path / "run" / "last" / "meta.json").exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        killed.extend(train_workers())
-        os.kill(killed[0], signal.SIGKILL)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    result = runner.fit(task, cfg, tmp_path / "run", device="cpu")
-    killer.join()
-    assert killed
+    with killing(
+        (tmp_path / "run" / "last" / "meta.json").exists, lambda _: workers("RayTrainWorker")[0]
+    ) as killed:
+        result = runner.fit(task, cfg, tmp_path / "run", device="cpu")
     assert result.epochs == 3
     LocalRunner().fit(ToyTask(toy.data, dropout=0.2), cfg, tmp_path / "unbroken", device="cpu")
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(tmp_path / "unbroken"), rtol=1e-5)
@@ -223,7 +199,7 @@ def test_a_killed_train_worker_goes_on_from_the_last_checkpoint(
         int(file.name): [list(map(int, line.split())) for line in file.read_text().splitlines()]
         for file in (tmp_path / "seen").iterdir()
     }
-    first, (second,) = seen.pop(killed[0]), seen.values()
+    first, (second,) = seen.pop(killed.pid), seen.values()
     assert first == steps[: len(first)]
     assert second == steps[len(steps) - len(second) :]
     resumed_at = len(steps) - len(second)
@@ -237,16 +213,14 @@ def test_ctrl_c_saves_the_step_on_every_worker_and_goes_on(
     task, cfg = SlowTask(toy.data), config(batch_size=4)
     (tmp_path / "run").mkdir()
     metrics = tmp_path / "run" / "metrics.jsonl"
-
-    def interrupt() -> None:
-        deadline = time.monotonic() + 120
-        while not (metrics.exists() and metrics.stat().st_size):
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    threading.Thread(target=interrupt).start()
-    with pytest.raises(Interrupted, match="same command goes on"):
+    with (
+        pytest.raises(Interrupted, match="same command goes on"),
+        killing(
+            lambda: metrics.exists() and metrics.stat().st_size,
+            lambda _: os.getpid(),
+            by=signal.SIGINT,
+        ),
+    ):
         runner.fit(task, cfg, tmp_path / "run", workers=2, device="cpu")
     assert 0 < len(losses(tmp_path / "run")) < 18
     alone = LocalRunner()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
+import torch
 from encoding_kit import PLANTED, World, extract_toy
 
-from raypipe.encoding import make_planted_dataset
+from raypipe.encoding import assess, make_planted_dataset, run
 
 
 @pytest.fixture(scope="session")
@@ -14,3 +17,19 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     make_planted_dataset(root / "data", PLANTED)
     extract_toy(root / "data", root / "features")
     return World(root / "data", root / "features")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small tensors on many threads take longer than on one, on a busy machine far longer."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def no_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing a run's page takes longer than a small run: for tests that do not look at it."""
+    for module in (run, assess):
+        monkeypatch.setattr(module, "build_report", lambda run_dir: run_dir / "report.html")

@@ -5,17 +5,20 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from raypipe.encoding import PlantedConfig
+from raypipe.encoding import FitConfig, ModelConfig, PlantedConfig
 from raypipe.store import RowSource, ShardSpec, ShardWriter, discard_store, open_for_writing
+from raypipe.train import TrainConfig
 
 PLANTED = PlantedConfig(n_train=40, n_test=9, vertices_per_hemi=70, seed=3)
 FEATURE = "toy_last"
 GRID = 5  # patches a side
 LAYOUT = {"n_prefix": 1, "grid": [GRID, GRID]}
+TRAIN = TrainConfig(epochs=3, batch_size=8, lr=3e-3, schedule="constant", clip_norm=1.0)
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,22 @@ class World:
             Path(shutil.copytree(self.data, to / "data")),
             Path(shutil.copytree(self.features, to / "features")),
         )
+
+
+def fit_config(world: World, run_dir: Path, **changes: Any) -> FitConfig:
+    """Three epochs of a small encoder on subject 01."""
+    fields = {
+        "data_dir": world.data,
+        "features_dir": world.features,
+        "feature": FEATURE,
+        "run_dir": run_dir,
+        "subj": ("01",),
+        "encoder": ModelConfig(d_model=16, heads=2, ffn=16, dropout=0.0),
+        "train": TRAIN,
+        "device": "cpu",
+        **changes,
+    }
+    return FitConfig(**fields)
 
 
 def tokens_of(path: Path) -> np.ndarray:

@@ -38,6 +38,7 @@ from raypipe.extract.run import extract
 from raypipe.runner import LocalRunner
 from raypipe.train import TrainConfig
 
+pytestmark = pytest.mark.usefixtures("no_page")
 OPTIONS: dict[str, Any] = {"backbone": "resnet18", "enc_layer": 1, "weights": "random:0"}
 OPTIONS |= {"image_size": 64, "decode_threads": 2}
 FEATURE = "resnet18_layer2"
@@ -58,11 +59,9 @@ class Fly:
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def released() -> Iterator[None]:
+    """No test finds the backbone that another one loaded."""
     yield
-    torch.set_num_threads(before)
     release()
 
 

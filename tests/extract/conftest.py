@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from raypipe.extract import run
 from raypipe.extract.config import ExtractConfig
 
 SIDE = 256
@@ -43,3 +44,9 @@ def config(images: Path, tmp_path: Path) -> Callable[..., ExtractConfig]:
         return ExtractConfig(**{**defaults, **options})  # type: ignore[arg-type]
 
     return make
+
+
+@pytest.fixture
+def no_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing a run's page takes longer than a small run: for tests that do not look at it."""
+    monkeypatch.setattr(run, "build_report", lambda run_dir: run_dir / "report.html")

@@ -1,4 +1,9 @@
-"""Real Ray, real kills: what an extraction leaves behind is whole, and ends byte-identical."""
+"""Real Ray, real kills: what an extraction leaves behind is whole, and ends byte-identical.
+
+Three of the commands start their own Ray: one that nobody disturbs, one whose driver is killed, one
+interrupted with all its processes. What the others show does not depend on whose Ray it is: they join
+the suite's.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +14,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -17,8 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
+import ray
+from real_kills import killing
 
 from raypipe.cluster.runner import RayRunner
 from raypipe.errors import NoSpace, StoreLocked
@@ -26,7 +31,7 @@ from raypipe.extract.config import ExtractConfig
 from raypipe.extract.run import extract
 from raypipe.store import verify
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("no_page")]
 
 MakeConfig = Callable[..., ExtractConfig]
 RUN_S = 120
@@ -52,18 +57,6 @@ def wait_for(condition: Callable[[], object], what: str) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"{what} did not happen in {RUN_S} s"
         time.sleep(0.005)
-
-
-def actors() -> list[int]:
-    """Workers of our pools, below this process: not those of another run on this machine."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        try:
-            if process.cmdline()[:1] and "PooledWorker" in process.cmdline()[0]:
-                found.append(process.pid)
-        except psutil.Error:
-            continue
-    return found
 
 
 def command(cfg: ExtractConfig, *more: str) -> list[str]:
@@ -127,6 +120,12 @@ def when_each_has_committed(runs: Sequence[Started], then: Callable[[Started], N
 BESIDE = ("--max-memory-per-process", "2GiB")
 
 
+@pytest.fixture
+def joining(ray_session: None) -> tuple[str, ...]:
+    """Flags of a command that starts no Ray."""
+    return ("--address", str(ray.get_runtime_context().gcs_address), *BESIDE)
+
+
 @pytest.fixture(scope="module")
 def beginning(images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Started, Started]:
     """Two runs that start together: nobody disturbs the first, the second's driver is killed."""
@@ -167,24 +166,15 @@ def test_a_killed_actor_is_replaced_and_the_bytes_are_the_same(
     cfg = config()
     path = shard(cfg.output_dir, cfg.data_dir)
     events: list[str] = []
-    killed: list[int] = []
-
-    def kill() -> None:
-        wait_for(lambda: committed(path), "the first commit")
-        killed.extend(actors())
-        os.kill(killed[0], signal.SIGKILL)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    extract(cfg, RayRunner(joined=False, on_event=events.append))
-    killer.join()
-    assert any(f"worker {killed[0]} failed" in event for event in events)
+    with killing(lambda: committed(path)) as killed:
+        extract(cfg, RayRunner(joined=False, on_event=events.append))
+    assert any(f"worker {killed.pid} failed" in event for event in events)
     assert path.read_bytes() == unbroken
     assert verify(path).ok
 
 
 def test_a_killed_drivers_store_is_finished_by_the_same_command_and_no_other_meanwhile(
-    beginning: tuple[Started, Started], unbroken: bytes
+    beginning: tuple[Started, Started], unbroken: bytes, joining: tuple[str, ...]
 ) -> None:
     """The one that finishes it owns it: another run fails at once and names the owner."""
     killed = beginning[1]
@@ -192,7 +182,7 @@ def test_a_killed_drivers_store_is_finished_by_the_same_command_and_no_other_mea
     assert not killed.path.exists(), "an unfinished store must not stand under its final name"
     assert committed(killed.path)
     assert owner_of(killed.path) == killed.process.pid, "the dead one's claim is still there"
-    again = Started.of(killed.cfg, *BESIDE)
+    again = Started.of(killed.cfg, *joining)
     wait_for(lambda: owner_of(killed.path) == again.process.pid, "the next run's claim")
     again.process.send_signal(signal.SIGSTOP)  # it keeps the store while the other one looks
     other = subprocess.run(
@@ -210,12 +200,12 @@ def test_a_killed_drivers_store_is_finished_by_the_same_command_and_no_other_mea
     assert verify(killed.path).ok
 
 
-@pytest.mark.usefixtures("ray_session")
-def test_ctrl_c_exits_130_and_resumes(config: MakeConfig, unbroken: bytes, tmp_path: Path) -> None:
-    """To the driver alone; and as a terminal sends it, to every process of the group."""
-    alone, group = (
-        Started.of(config(output_dir=tmp_path / name), *BESIDE) for name in ("alone", "group")
-    )
+def test_ctrl_c_exits_130_and_resumes(
+    config: MakeConfig, unbroken: bytes, tmp_path: Path, joining: tuple[str, ...]
+) -> None:
+    """To the driver alone; and as a terminal sends it, to every process of the group, Ray's too."""
+    group = Started.of(config(output_dir=tmp_path / "group"), *BESIDE)
+    alone = Started.of(config(output_dir=tmp_path / "alone"), *joining)
 
     def interrupt(run: Started) -> None:
         (os.kill if run is alone else os.killpg)(run.process.pid, signal.SIGINT)
@@ -240,13 +230,15 @@ def test_a_disk_too_small_is_refused_before_a_byte_is_written(
     assert not list(small_disk.rglob("*.npy*"))
 
 
-@pytest.mark.usefixtures("ray_session")
 def test_a_disk_that_fills_up_in_the_run_exits_3_and_resumes(
-    config: MakeConfig, unbroken: bytes, mount: Callable[[str, str], Path]
+    config: MakeConfig,
+    unbroken: bytes,
+    mount: Callable[[str, str], Path],
+    joining: tuple[str, ...],
 ) -> None:
     """The data are preallocated: what meets the full disk is a journal."""
     place = mount("tmpfs", "size=8m")
-    run = Started.of(config(output_dir=place / "features"))
+    run = Started.of(config(output_dir=place / "features"), *joining)
     wait_for(lambda: run.path.with_name("train.npy.partial").exists(), "preallocation")
     filler = place / "filler"
     with filler.open("wb", buffering=0) as file, suppress(OSError):

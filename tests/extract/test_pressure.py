@@ -17,6 +17,7 @@ from raypipe.memory.guard import current, guarding
 from raypipe.runner import Done, LocalRunner
 from raypipe.store import FeatureStore, verify
 
+pytestmark = pytest.mark.usefixtures("no_page")
 MakeConfig = Callable[..., ExtractConfig]
 
 

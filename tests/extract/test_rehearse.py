@@ -71,6 +71,8 @@ def test_the_disk_figure_is_the_finished_files_to_the_byte(
     stores = list(cfg.output_dir.rglob("*.npy"))
     assert len(stores) == 2
     assert told == sum(path.stat().st_size for path in stores)
+    (page,) = cfg.output_dir.glob("runs/*/report.html")
+    assert page.stat().st_size > 10_000
 
 
 def test_published_weights_are_not_fetched(

@@ -32,6 +32,7 @@ from raypipe.read import list_images, read_image
 from raypipe.runner import Done, LocalRunner
 from raypipe.store import FeatureStore, ShardWriter, verify
 
+pytestmark = pytest.mark.usefixtures("no_page")
 MakeConfig = Callable[..., ExtractConfig]
 
 

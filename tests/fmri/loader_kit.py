@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import nibabel
 import numpy as np
 from nifti_kit import AFFINE, write_scan
+from nilearn.maskers import NiftiMasker
 from scipy.signal import lfilter
 
-from raypipe import MemoryConfig
+from raypipe import MemoryConfig, MemoryEfficientLoader
 
 SHAPE, T, TR = (6, 7, 5), 60, 2.0
 #: Whatever else runs on this machine, these small arrays fit.
@@ -43,3 +45,34 @@ def confounds(seed: int = 2, k: int = 4) -> np.ndarray:
     """(60, k), slow."""
     rng = np.random.default_rng(seed)
     return lfilter([1], [1, -0.9], rng.normal(size=(T, k)), axis=0)
+
+
+def open_loader(
+    folder: Path, memory: MemoryConfig = MEMORY, data=None, **kw
+) -> MemoryEfficientLoader:
+    """A silent one whose files are below ``folder``."""
+    kw = {
+        "cache_dir": folder / "cache",
+        "temp_dir": folder / "temp",
+        "say": lambda text: None,
+        **kw,
+    }
+    return MemoryEfficientLoader(data, memory, **kw)
+
+
+def by_nilearn(scan, cleaning, values=None, kept=None) -> np.ndarray:
+    """(volumes, voxels) of the mask by NiftiMasker; values : confounds, kept : volumes."""
+    given = {name: value for name, value in cleaning.items() if name != "filter"}
+    if "filter" in cleaning:
+        given["clean_args"] = {"filter": cleaning["filter"]}
+    masker = NiftiMasker(mask_image(), t_r=TR, dtype=np.float64, reports=False, **given)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return masker.fit().transform(scan, confounds=values, sample_mask=kept)
+
+
+def assert_close(ours: np.ndarray, theirs: np.ndarray) -> None:
+    """What is float32 of ours is nilearn's."""
+    assert ours.dtype == np.float32
+    assert ours.shape == theirs.shape
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * max(1.0, np.abs(theirs).std()))

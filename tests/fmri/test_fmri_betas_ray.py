@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import nibabel
 import numpy as np
-import psutil
 import pytest
+from real_kills import killing
 from run_kit import N_RUNS, make_data
 
 from raypipe.cluster.runner import RayRunner
@@ -22,21 +18,12 @@ from raypipe.runner import LocalRunner
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_session", "no_page")]
 
-WAIT_S = 120.0
 SUBJECTS = ("01", "02", "03", "04")
 
 
 def records(run_dir: Path) -> dict[Path, int]:
     """Record of a unit -> when it was written."""
     return {path: path.stat().st_mtime_ns for path in run_dir.glob("units/*.json")}
-
-
-def a_worker() -> int:
-    """An actor of our pools, below this process."""
-    for process in psutil.Process().children(recursive=True):
-        if "PooledWorker" in " ".join(process.cmdline()[:1]):
-            return process.pid
-    raise AssertionError("no worker is there to be killed")
 
 
 def test_a_killed_worker_loses_the_run_under_way_and_no_other(tmp_path: Path) -> None:
@@ -48,30 +35,19 @@ def test_a_killed_worker_loses_the_run_under_way_and_no_other(tmp_path: Path) ->
     )
     betas(here, LocalRunner())
     there = replace(here, run_dir=tmp_path / "there", cache_dir=tmp_path / "other", workers=2)
-    before: dict[Path, int] = {}
-    killed: list[int] = []
-
-    def kill() -> None:
-        deadline = time.monotonic() + WAIT_S
-        while not records(there.run_dir) and time.monotonic() < deadline:
-            time.sleep(0.005)
-        before.update(records(there.run_dir))
-        killed.append(a_worker())
-        os.kill(killed[0], signal.SIGKILL)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
     events: list[str] = []
     runner = RayRunner(joined=False, on_event=events.append)
-    found = betas(there, runner)
-    killer.join()
+    with killing(lambda: records(there.run_dir)) as killed:
+        found = betas(there, runner)
     n_units = len(SUBJECTS) * N_RUNS
-    assert 0 < len(before) < n_units, "the kill must fall inside the run, or nothing was shown"
-    assert any(f"worker {killed[0]} failed" in event for event in events)
+    assert 0 < len(killed.before) < n_units, (
+        "the kill must fall inside the run, or nothing was shown"
+    )
+    assert any(f"worker {killed.pid} failed" in event for event in events)
     assert (found.units, found.computed, found.failed) == (n_units, n_units, {})
     after = records(there.run_dir)
     assert len(after) == n_units
-    for path, at in before.items():
+    for path, at in killed.before.items():
         assert after[path] == at, f"{path.name} was finished, and fitted again"
     for path in sorted((here.run_dir / "betas").glob("*.nii.gz")):
         ours = np.asarray(nibabel.load(there.run_dir / "betas" / path.name).dataobj)

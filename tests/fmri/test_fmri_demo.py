@@ -47,9 +47,9 @@ def test_verdicts_are_of_accuracy_and_count_subjects() -> None:
     ]  # fmt: skip
 
 
-def _run(out: Path) -> None:
+def _run(out: Path, **smaller: int) -> None:
     with open_runner(LaunchConfig(runner="local")) as runner:
-        demo(DemoConfig(job="fmri", out=out), runner)
+        demo(DemoConfig(job="fmri", out=out, **smaller), runner)
 
 
 @pytest.mark.slow
@@ -65,9 +65,9 @@ def test_the_demo_finds_what_is_planted_and_resumes(tmp_path: Path, capsys) -> N
     assert all(record["status"] == DONE for record in Ledger(tmp_path / "run").all())
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures("no_page")
 def test_the_demo_fails_where_nothing_is_planted(tmp_path: Path, monkeypatch) -> None:
     nothing = functools.partial(job.PlantedFmriConfig, pattern_percent=0.0)
     monkeypatch.setattr(job, "PlantedFmriConfig", nothing)
     with pytest.raises(NotRecovered, match="occipital all is planted and was not found"):
-        _run(tmp_path)
+        _run(tmp_path, n_subjects=3, n_permutations=40)

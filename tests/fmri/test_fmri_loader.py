@@ -1,34 +1,41 @@
-"""The loader against nilearn's NiftiMasker; decisions before reading; temporary files that go away."""
+"""The loader against nilearn's NiftiMasker; decisions before reading. Its files are test_loader_folders'."""
 
 from __future__ import annotations
 
 import gzip
 import os
-import pickle
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import nibabel
 import numpy as np
 import pytest
-from loader_kit import MAPPING, MEMORY, SHAPE, TR, T, bold, confounds, mask, mask_image
+from loader_kit import (
+    MAPPING,
+    MEMORY,
+    SHAPE,
+    TR,
+    T,
+    assert_close,
+    bold,
+    by_nilearn,
+    confounds,
+    mask,
+    mask_image,
+    open_loader,
+)
 from nifti_kit import AFFINE
-from nilearn.maskers import NiftiMasker
 
 import raypipe
 from raypipe import (
     MemoryConfig,
-    MemoryEfficientContext,
-    MemoryEfficientLoader,
     create_memory_efficient_loader,
 )
 from raypipe.errors import (
     ConfigError,
     InputError,
     MemoryBudgetExceeded,
-    NoSpace,
     RaypipeWarning,
     UnknownName,
 )
@@ -44,42 +51,16 @@ CLEANINGS = [
 SCRUBBED = np.setdiff1d(np.arange(T), [7, 8, 30, 41])
 
 
-def _loader(folder: Path, memory: MemoryConfig = MEMORY, data=None, **kw) -> MemoryEfficientLoader:
-    kw = {
-        "cache_dir": folder / "cache",
-        "temp_dir": folder / "temp",
-        "say": lambda text: None,
-        **kw,
-    }
-    return MemoryEfficientLoader(data, memory, **kw)
-
-
-def _of_nilearn(scan, cleaning, values=None, kept=None) -> np.ndarray:
-    given = {name: value for name, value in cleaning.items() if name != "filter"}
-    if "filter" in cleaning:
-        given["clean_args"] = {"filter": cleaning["filter"]}
-    masker = NiftiMasker(mask_image(), t_r=TR, dtype=np.float64, reports=False, **given)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return masker.fit().transform(scan, confounds=values, sample_mask=kept)
-
-
-def _close(ours: np.ndarray, theirs: np.ndarray) -> None:
-    assert ours.dtype == np.float32
-    assert ours.shape == theirs.shape
-    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * max(1.0, np.abs(theirs).std()))
-
-
 @pytest.mark.parametrize("memory", [MEMORY, MAPPING], ids=["memory", "map"])
 @pytest.mark.parametrize("cleaning", CLEANINGS, ids=lambda c: "-".join(map(str, c.values())) or "-")
 def test_a_series_is_nilearns(tmp_path: Path, cleaning: dict, memory: MemoryConfig) -> None:
     scan = bold(tmp_path)
-    with _loader(tmp_path, memory) as loader:
+    with open_loader(tmp_path, memory) as loader:
         ours = loader.extract_roi_timeseries_memmap(
             scan, mask_image(), confounds=confounds(), sample_mask=SCRUBBED, **cleaning
         )
         assert isinstance(ours, np.memmap) == (memory is MAPPING)
-        _close(ours, _of_nilearn(scan, cleaning, confounds(), SCRUBBED))
+        assert_close(ours, by_nilearn(scan, cleaning, confounds(), SCRUBBED))
 
 
 @pytest.mark.parametrize("dtype", ["<f4", ">i2", "<i2"])
@@ -88,15 +69,17 @@ def test_any_kind_of_file_gives_nilearns_values(tmp_path: Path, name: str, dtype
     scan = bold(tmp_path, name, dtype=dtype)
     image = nibabel.load(scan)
     single = nibabel.Nifti1Image(image.dataobj, image.affine)  # nilearn takes no pair by its name
-    with _loader(tmp_path) as loader:
-        _close(loader.extract_roi_timeseries_memmap(scan, mask_image()), _of_nilearn(single, {}))
+    with open_loader(tmp_path) as loader:
+        assert_close(
+            loader.extract_roi_timeseries_memmap(scan, mask_image()), by_nilearn(single, {})
+        )
 
 
 def test_a_region_is_an_image_a_file_an_array_or_indices(tmp_path: Path) -> None:
     scan = bold(tmp_path)
     nibabel.save(mask_image(), tmp_path / "roi.nii.gz")
     given = [mask_image(), tmp_path / "roi.nii.gz", mask(), mask() > 0, np.flatnonzero(mask())]
-    with _loader(tmp_path) as loader:
+    with open_loader(tmp_path) as loader:
         found = [loader.extract_roi_timeseries_memmap(scan, roi) for roi in given]
         for one in found[1:]:
             np.testing.assert_array_equal(one, found[0])
@@ -112,24 +95,24 @@ def test_runs_come_end_to_end_each_cleaned_alone(tmp_path: Path, memory: MemoryC
     of_run = [confounds(n, k=n + 1) for n in range(3)]  # as many as each run happens to have
     cleaning = {"detrend": True, "standardize": "zscore_sample"}
     masks = [np.arange(T) if rows is None else rows for rows in kept]
-    with _loader(tmp_path, memory, {"s1": scans}) as loader:
+    with open_loader(tmp_path, memory, {"s1": scans}) as loader:
         ours = loader.extract_roi_timeseries_memmap(
             "s1", mask_image(), confounds=of_run, sample_mask=masks, **cleaning
         )
         theirs = [
-            _of_nilearn(scan, cleaning, values, rows)
+            by_nilearn(scan, cleaning, values, rows)
             for scan, values, rows in zip(scans, of_run, kept, strict=True)
         ]
-        _close(ours, np.concatenate(theirs))
+        assert_close(ours, np.concatenate(theirs))
         one = loader.extract_roi_timeseries_memmap("s1", mask_image(), run=2, **cleaning)
-        _close(one, _of_nilearn(scans[1], cleaning))
+        assert_close(one, by_nilearn(scans[1], cleaning))
 
 
 def test_rows_say_which_volume_of_which_run_they_are(tmp_path: Path) -> None:
     scans = [bold(tmp_path, f"run-{n}.nii.gz", seed=n) for n in range(2)]
     rows = np.zeros(T, bool)
     rows[[3, 5]] = True
-    with _loader(tmp_path) as loader:
+    with open_loader(tmp_path) as loader:
         found = loader.extract_roi(scans, mask(), sample_mask=[rows, ~rows])
     np.testing.assert_array_equal(found.run, [0] * 2 + [1] * (T - 2))
     np.testing.assert_array_equal(found.volume, np.concatenate([[3, 5], np.flatnonzero(~rows)]))
@@ -156,7 +139,7 @@ def _tree(root: Path) -> Path:
 
 def test_a_tree_gives_its_runs_brain_masks_and_confounds(tmp_path: Path) -> None:
     root = _tree(tmp_path / "derivatives")
-    with _loader(tmp_path, data=root) as loader:
+    with open_loader(tmp_path, data=root) as loader:
         with pytest.warns(RaypipeWarning, match="no value in the first row"):
             ours = loader.extract_roi_timeseries_memmap(
                 "01", mask_image(), confounds=ConfoundsConfig(columns=("trans_x", "trans_y"))
@@ -164,7 +147,7 @@ def test_a_tree_gives_its_runs_brain_masks_and_confounds(tmp_path: Path) -> None
         scan = loader.runs("sub-01")[0].bold
         table = confounds(1, 2)
         table[0, 0] = table[1, 0]
-        _close(ours[:T], _of_nilearn(scan, {}, table))
+        assert_close(ours[:T], by_nilearn(scan, {}, table))
         small = loader.extract_roi("01", mask())
         wide = loader.extract_roi("01", np.arange(np.prod(SHAPE)))  # not all in the brain mask
         np.testing.assert_array_equal(wide.values[:, np.flatnonzero(mask())], small.values)
@@ -186,7 +169,7 @@ def test_a_whole_scan_is_an_image_that_nilearn_takes(
     tmp_path: Path, name: str, dtype: str, memory: MemoryConfig, where: str
 ) -> None:
     scan = bold(tmp_path, name, dtype=dtype)
-    with _loader(tmp_path, memory) as loader:
+    with open_loader(tmp_path, memory) as loader:
         image = loader.load_fmri_memmap(scan)
         values = np.asanyarray(image.dataobj)
         file = getattr(values, "filename", None)
@@ -195,7 +178,7 @@ def test_a_whole_scan_is_an_image_that_nilearn_takes(
         np.testing.assert_allclose(values, nibabel.load(scan).get_fdata(), rtol=1e-6)
         assert image.header.get_zooms()[3] == TR
         # Float32 of values of 1000 has 1e-4 of rounding, whoever detrends it.
-        detrended = [_of_nilearn(one, {"detrend": True}) for one in (image, scan)]
+        detrended = [by_nilearn(one, {"detrend": True}) for one in (image, scan)]
         np.testing.assert_allclose(*detrended, atol=1e-3)
         if file is not None:
             with pytest.raises(ValueError, match="read-only"):
@@ -207,7 +190,7 @@ def test_the_decision_is_said_before_anything_is_read(tmp_path: Path) -> None:
     body = gzip.decompress(scan.read_bytes())
     scan.write_bytes(gzip.compress(body)[: scan.stat().st_size // 2])  # reading it to its end fails
     said: list[str] = []
-    with _loader(tmp_path, MAPPING, say=said.append) as loader:
+    with open_loader(tmp_path, MAPPING, say=said.append) as loader:
         with pytest.raises(InputError, match="bold"):
             loader.extract_roi_timeseries_memmap(scan, mask())
         assert "into a mapped temporary file" in said[0]
@@ -215,7 +198,7 @@ def test_the_decision_is_said_before_anything_is_read(tmp_path: Path) -> None:
             loader.load_fmri_memmap(scan)
         assert not list(Path(loader.get_memory_usage_report()["temp_dir"]).glob("*.npy"))
     tight = MemoryConfig(use_memmap=False, max_memory_per_process_gb=1e-4)
-    with _loader(tmp_path, tight) as loader:
+    with open_loader(tmp_path, tight) as loader:
         with pytest.raises(MemoryBudgetExceeded, match="set use_memmap"):
             loader.extract_roi_timeseries_memmap(scan, mask())
         with pytest.raises(MemoryBudgetExceeded, match="set use_memmap"):
@@ -225,77 +208,13 @@ def test_the_decision_is_said_before_anything_is_read(tmp_path: Path) -> None:
 def test_without_use_memmap_nothing_is_a_map(tmp_path: Path) -> None:
     never = MemoryConfig(use_memmap=False, memmap_threshold_gb=0, available_memory_buffer=0.0)
     scan = bold(tmp_path, "bold.nii", dtype="<f4")
-    with _loader(tmp_path, never) as loader:
+    with open_loader(tmp_path, never) as loader:
         assert not isinstance(loader.extract_roi_timeseries_memmap(scan, mask()), np.memmap)
         assert not isinstance(np.asanyarray(loader.load_fmri_memmap(scan).dataobj), np.memmap)
 
 
-def test_with_no_cache_nothing_stays(tmp_path: Path) -> None:
-    scan = bold(tmp_path)
-    for memory in (MEMORY, MAPPING):
-        with _loader(tmp_path, memory, cache=False) as loader:
-            _close(loader.extract_roi_timeseries_memmap(scan, mask()), _of_nilearn(scan, {}))
-    assert not (tmp_path / "cache").exists()
-    assert not list((tmp_path / "temp").iterdir())
-
-
-def test_a_context_cleans_up_also_after_an_error(tmp_path: Path) -> None:
-    scan = bold(tmp_path)
-    context = MemoryEfficientContext(
-        None, MAPPING, cache=False, temp_dir=tmp_path / "temp", say=lambda text: None
-    )
-    with pytest.raises(ZeroDivisionError), context as loader:
-        series = loader.extract_roi_timeseries_memmap(scan, mask())
-        shared = loader.create_shared_memmap(series)
-        assert shared.path.exists()
-        raise ZeroDivisionError
-    assert not list((tmp_path / "temp").iterdir())
-    _close(series, _of_nilearn(scan, {}))  # what was given out stays readable
-    with pytest.raises(InputError, match="cleaned up"):
-        loader.extract_roi(scan, mask())
-    loader.cleanup()
-
-
-def test_cleanup_can_be_left_to_the_user(tmp_path: Path) -> None:
-    keeping = MemoryConfig(cleanup_temp_files=False, available_memory_buffer=0.0)
-    said: list[str] = []
-    with _loader(tmp_path, keeping, say=said.append) as loader:
-        made = loader.create_shared_memmap(np.arange(5))
-    assert "kept in" in said[-1]
-    np.testing.assert_array_equal(np.load(made.path), np.arange(5))
-    with _loader(tmp_path) as loader:  # the next one does not sweep it either
-        loader.create_shared_memmap(np.arange(5))
-    assert made.path.exists()
-
-
-def test_a_killed_owners_folder_goes_with_the_next_loader(tmp_path: Path) -> None:
-    code = (
-        "import sys, os, signal, numpy as np; from raypipe import MemoryEfficientLoader as L;"
-        "loader = L(temp_dir=sys.argv[1]); loader.create_shared_memmap(np.zeros(9));"
-        "os.kill(os.getpid(), signal.SIGKILL)"
-    )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False, capture_output=True)
-    assert len(list(tmp_path.glob("raypipe-fmri-*/*.npy"))) == 1
-    with _loader(tmp_path, temp_dir=tmp_path) as first, _loader(tmp_path, temp_dir=tmp_path) as two:
-        first.create_shared_memmap(np.zeros(9))
-        two.create_shared_memmap(np.zeros(9))
-        assert len(list(tmp_path.glob("raypipe-fmri-*"))) == 2  # of the living
-    assert not list(tmp_path.glob("raypipe-fmri-*"))
-
-
-def test_a_full_disk_is_told_as_one(tmp_path: Path, small_disk: Path) -> None:
-    scan = bold(tmp_path)
-    with _loader(tmp_path, MAPPING, temp_dir=small_disk) as loader:
-        with pytest.raises(NoSpace, match="bytes"):
-            loader.create_shared_memmap(np.zeros(1 << 20))
-        (small_disk / "filler").write_bytes(bytes((1 << 20) - (16 << 10)))
-        with pytest.raises(NoSpace):
-            loader.load_fmri_memmap(scan)
-    assert not list(small_disk.glob("raypipe-*"))
-
-
 def test_the_report_tells_what_is_held(tmp_path: Path) -> None:
-    with _loader(tmp_path, MAPPING) as loader:
+    with open_loader(tmp_path, MAPPING) as loader:
         made = loader.create_shared_memmap(np.zeros((300, 1024)), "noise")
         told = loader.get_memory_usage_report()
         assert told["maps"][0]["path"] == str(made.path)
@@ -305,22 +224,9 @@ def test_the_report_tells_what_is_held(tmp_path: Path) -> None:
         assert told["decisions"] == ["noise: 2.34 MiB into a mapped temporary file"]
 
 
-def test_a_shared_map_is_a_handle(tmp_path: Path) -> None:
-    with _loader(tmp_path) as loader:
-        made = loader.create_shared_memmap(np.zeros((64, 1024)), writable=True)
-        handle = pickle.dumps(made)
-        assert len(handle) < 1000
-        code = (
-            "import pickle, sys; one = pickle.loads(bytes.fromhex(sys.argv[1]));"
-            "one.array[3] = 7; one.cleanup()"  # not the owner: the file stays
-        )
-        subprocess.run([sys.executable, "-c", code, handle.hex()], check=True)
-        assert made.array[3].min() == 7 == made.array.max()
-
-
 def test_wrong_requests_are_refused_in_one_line(tmp_path: Path) -> None:
     scans = [bold(tmp_path, f"{n}.nii.gz") for n in range(2)]
-    with _loader(tmp_path, data={"s1": scans}) as loader:
+    with open_loader(tmp_path, data={"s1": scans}) as loader:
         with pytest.raises(UnknownName, match="s1"):
             loader.load_fmri_memmap("s2")
         with pytest.raises(InputError, match="2 runs, 1, 2; choose one"):
@@ -353,7 +259,7 @@ def test_voxels_that_say_nothing_are_counted_and_told(tmp_path: Path) -> None:
     flat = values.reshape(-1, T)
     flat[places[0], 5], flat[places[1]] = np.nan, 3.0
     nibabel.save(nibabel.Nifti1Image(values, image.affine, image.header), tmp_path / "bad.nii")
-    with _loader(tmp_path) as loader:
+    with open_loader(tmp_path) as loader:
         with pytest.warns(RaypipeWarning, match="1 hold NaN or infinity and 1 are constant"):
             found = loader.extract_roi(tmp_path / "bad.nii", mask())
         np.testing.assert_array_equal(np.flatnonzero(found.not_finite), [0])

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import nibabel
 import numpy as np
-import psutil
 import pytest
+from real_kills import killing
 from run_kit import make_data
 
 from raypipe.cluster.runner import RayRunner
@@ -22,20 +18,10 @@ from raypipe.runner import LocalRunner
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_session", "no_page")]
 
-WAIT_S = 120.0
-
 
 def blocks(run_dir: Path) -> dict[Path, int]:
     """Block -> when it was written."""
     return {path: path.stat().st_mtime_ns for path in run_dir.glob("blocks/*/*.npz")}
-
-
-def a_worker() -> int:
-    """An actor of our pools, below this process."""
-    for process in psutil.Process().children(recursive=True):
-        if "PooledWorker" in " ".join(process.cmdline()[:1]):
-            return process.pid
-    raise AssertionError("no worker is there to be killed")
 
 
 def test_a_killed_worker_loses_the_block_under_way_and_no_other(tmp_path: Path) -> None:
@@ -50,27 +36,16 @@ def test_a_killed_worker_loses_the_block_under_way_and_no_other(tmp_path: Path) 
     )
     run_searchlight(here, LocalRunner())
     there = replace(here, run_dir=tmp_path / "there", cache_dir=tmp_path / "other", workers=2)
-    before: dict[Path, int] = {}
-
-    def kill() -> None:
-        deadline = time.monotonic() + WAIT_S
-        while not blocks(there.run_dir) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        before.update(blocks(there.run_dir))
-        os.kill(a_worker(), signal.SIGKILL)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
     events: list[str] = []
     runner = RayRunner(joined=False, on_event=events.append)
-    found = run_searchlight(there, runner)
-    killer.join()
-    assert before, "nothing was finished before the kill"
-    assert any("failed" in event for event in events)
+    with killing(lambda: blocks(there.run_dir)) as killed:
+        found = run_searchlight(there, runner)
+    assert 0 < len(killed.before) < 8, "the kill must fall inside the run, or nothing was shown"
+    assert any(f"worker {killed.pid} failed" in event for event in events)
     assert (found.units, found.computed, found.failed) == (2, 2, {})
     after = blocks(there.run_dir)
     assert len(after) == 8
-    for path, at in before.items():
+    for path, at in killed.before.items():
         assert after[path] == at, f"{path.name} was finished, and computed again"
     for path in sorted((here.run_dir / "maps").glob("*.nii.gz")):
         ours = np.asarray(nibabel.load(there.run_dir / "maps" / path.name).dataobj)

@@ -11,6 +11,7 @@ import pytest
 from raypipe.cli import main
 
 
+@pytest.mark.slow
 def test_haxby_by_the_command_line(
     real_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

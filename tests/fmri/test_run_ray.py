@@ -6,16 +6,14 @@ import gzip
 import json
 import os
 import signal
-import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import nibabel
 import numpy as np
-import psutil
 import pytest
+from real_kills import killing
 from run_kit import AFFINE, flags, make_data, mvpa_config
 
 from raypipe.cli import main
@@ -29,20 +27,6 @@ from raypipe.memory.verdict import read_all
 from raypipe.runner import LocalRunner, Needs
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("ray_session", "no_page")]
-
-WAIT_S = 120.0
-
-
-def workers() -> list[int]:
-    """Actors of our pools, below this process."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        try:
-            if "PooledWorker" in " ".join(process.cmdline()[:1]):
-                found.append(process.pid)
-        except psutil.Error:
-            continue
-    return found
 
 
 def records(run_dir: Path) -> dict[str, dict[str, Any]]:
@@ -64,27 +48,14 @@ def test_a_killed_worker_loses_the_unit_under_way_and_no_other(tmp_path: Path) -
     )
     cfg = mvpa_config(table, tmp_path / "ray", mvpa=slow, workers=2)
     events: list[str] = []
-    killed: list[int] = []
-    before: dict[str, dict[str, Any]] = {}
-
-    def kill() -> None:
-        deadline = time.monotonic() + WAIT_S
-        while not records(cfg.run_dir) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        before.update(records(cfg.run_dir))
-        killed.extend(workers())
-        os.kill(killed[0], signal.SIGKILL)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    summary = mvpa(cfg, RayRunner(joined=False, on_event=events.append))
-    killer.join()
-    assert before, "nothing was finished before the kill"
-    assert any(f"worker {killed[0]} failed" in event for event in events)
+    with killing(lambda: records(cfg.run_dir)) as killed:
+        summary = mvpa(cfg, RayRunner(joined=False, on_event=events.append))
+    assert killed.before, "nothing was finished before the kill"
+    assert any(f"worker {killed.pid} failed" in event for event in events)
     assert (summary.units, summary.computed, summary.failed) == (6, 6, {})
     after = records(cfg.run_dir)
     assert len(after) == 6
-    for name, record in before.items():
+    for name, record in killed.before.items():
         assert after[name]["at"] == record["at"], f"{name} was finished, and computed again"
     assert not list(cfg.run_dir.rglob("*.tmp"))
 
@@ -105,17 +76,8 @@ def test_ctrl_c_keeps_finished_units_and_the_same_command_does_the_rest(
     table, run_dir = make_data(tmp_path / "data"), tmp_path / "run"
     slow = ["--estimator", "logistic", "--n-permutations", "60", "--workers", "1"]
     command = flags(table, run_dir, *slow, "--runner", "ray")
-
-    def interrupt() -> None:
-        deadline = time.monotonic() + WAIT_S
-        while not records(run_dir) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    presser = threading.Thread(target=interrupt)
-    presser.start()
-    assert main(command) == 130
-    presser.join()
+    with killing(lambda: records(run_dir), lambda _: os.getpid(), by=signal.SIGINT):
+        assert main(command) == 130
     assert "the same command resumes" in capsys.readouterr().err
     before = records(run_dir)
     assert 0 < len(before) < 4, "the interrupt must fall inside the run, or nothing was shown"

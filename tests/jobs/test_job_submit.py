@@ -60,8 +60,22 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def head() -> Iterator[str]:
-    """A head of our own on loopback: own ports, own temp folder, ended by its own process."""
+def by_command_line(
+    images: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, subprocess.Popen[str]]:
+    """Where an extraction by the command line writes, and its process, which is not waited for."""
+    out = tmp_path_factory.mktemp("cli")
+    argv = [sys.executable, "-m", "raypipe", "extract", *flags(images, out)]
+    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    return out, subprocess.Popen(argv, env=clean_env(), cwd=ROOT, **streams)
+
+
+@pytest.fixture(scope="module")
+def head(by_command_line: object) -> Iterator[str]:
+    """A head of our own on loopback: own ports, own temp folder, ended by its own process.
+
+    It takes a while to come up: what does not need it has begun before.
+    """
     temp = Path(tempfile.mkdtemp(prefix="rp-"))  # short: Ray's sockets lie below it
     dashboard = free_port()
     args = [
@@ -146,18 +160,23 @@ class Ends:
 
 
 @pytest.fixture(scope="module")
-def ends(head: str, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Ends:
+def ends(
+    head: str,
+    images: Path,
+    by_command_line: tuple[Path, subprocess.Popen[str]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Ends:
     """An extraction as a job, one of a subject that is not there, and one by the command line."""
-    job, cli, bad = (tmp_path_factory.mktemp(name) for name in ("job", "cli", "bad"))
+    job, bad = (tmp_path_factory.mktemp(name) for name in ("job", "bad"))
     unknown = [arg if arg != "03" else "07" for arg in flags(images, bad)]
-    argv = [sys.executable, "-m", "raypipe", "extract", *flags(images, cli)]
+    cli, process = by_command_line
     with ThreadPoolExecutor(2) as beside:
         submitted, failing = (
             beside.submit(submit, head, "python", "jobs/extract.py", *given)
             for given in (flags(images, job), unknown)
         )
-        env = clean_env()
-        subprocess.run(argv, env=env, check=True, capture_output=True, timeout=STEP_S, cwd=ROOT)
+        _, said = process.communicate(timeout=STEP_S)
+        assert process.returncode == 0, said
         return Ends(job, cli, submitted.result(), failing.result())
 
 

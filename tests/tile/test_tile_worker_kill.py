@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
-import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +12,7 @@ import psutil
 import pytest
 import ray
 import torch
+from real_kills import killing
 from torch import Tensor, nn
 
 from raypipe.cluster.runner import RayRunner
@@ -27,7 +25,6 @@ from raypipe.tile.source import open_source
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import tests
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
-PATIENCE_S = 60
 
 
 class Napping(nn.Module):
@@ -63,30 +60,19 @@ def test_a_killed_workers_tiles_go_to_others(tmp_path: Path) -> None:
     torch.set_num_threads(1)
     carry_out(plan(tmp_path / "in.npy", whole, 0), local, local.needs(1, "cpu"))
     torch.set_num_threads(before)
-    killed: list[int] = []
 
-    def kill() -> None:
-        deadline = time.monotonic() + PATIENCE_S
-        while not (found := writers(out)):
-            if time.monotonic() > deadline:
-                return
-            time.sleep(0.005)
+    def whom(found: list[int]) -> int:
         assert "PooledWorker" in psutil.Process(found[0]).cmdline()[0]
-        os.kill(found[0], signal.SIGKILL)
-        killed.append(found[0])
+        return found[0]
 
-    killer = threading.Thread(target=kill)
-    killer.start()
     events: list[str] = []
     runner = RayRunner(joined=False, on_event=events.append)
     needs = runner.needs(2, "cpu")
     # One thread each, as there: the same sums.
     needs = replace(needs, cpus=min(1.0, needs.cpus), run_dir=tmp_path / "run")
-    found = carry_out(plan(tmp_path / "in.npy", out, 0.05), runner, needs)
-    killer.join()
-    assert found.kept == 0 and any(
-        f"worker {pid} failed" in text for pid in killed for text in events
-    )
+    with killing(lambda: writers(out), whom) as killed:
+        found = carry_out(plan(tmp_path / "in.npy", out, 0.05), runner, needs)
+    assert found.kept == 0 and any(f"worker {killed.pid} failed" in text for text in events)
     assert out.read_bytes() == whole.read_bytes()
     logs = sorted(path.name for path in (tmp_path / "run" / "memory").glob("*.csv"))
-    assert logs[0] == "driver.csv" and any(str(killed[0]) in name for name in logs)
+    assert logs[0] == "driver.csv" and any(str(killed.pid) in name for name in logs)

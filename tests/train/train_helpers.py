@@ -15,7 +15,14 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from raypipe.stream import ArraySource
-from raypipe.train import FitResult, TrainConfig, WorkerContext, fit, training_plan
+from raypipe.train import (
+    FitResult,
+    TrainConfig,
+    WorkerContext,
+    fit,
+    load_model_state,
+    training_plan,
+)
 
 N_TRAIN, N_VAL, DIM, OUT = 43, 7, 6, 3
 
@@ -205,6 +212,18 @@ def records(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
+def same_run(a: Path, b: Path) -> None:
+    """Same log (but for the clock), same last and best weights, to the bit."""
+
+    def timeless(folder: Path) -> list[dict[str, Any]]:
+        return [{k: v for k, v in r.items() if k != "seconds"} for r in records(folder)]
+
+    assert timeless(a) == timeless(b)
+    for name in ("last", "best"):
+        ours, theirs = load_model_state(a / name), load_model_state(b / name)
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
 def _worker(rank: int, world: int, store: str, work: Callable[[int, int], None]) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
@@ -214,10 +233,27 @@ def _worker(rank: int, world: int, store: str, work: Callable[[int, int], None])
         dist.destroy_process_group()
 
 
+def begin(
+    work: Callable[[int, int], None], tmp_path: Path, world: int, method: str
+) -> Callable[[], None]:
+    """Start ``work(rank, world)`` in ``world`` processes joined by gloo; what it gives waits for them.
+
+    method : "fork" has all that is imported at once, and is for processes without threads.
+    """
+    store = tmp_path / f"rendezvous-{len(list(tmp_path.glob('rendezvous-*')))}"
+    given = (world, str(store), work)
+    context = mp.start_processes(_worker, given, nprocs=world, join=False, start_method=method)
+
+    def wait() -> None:
+        while not context.join():
+            pass
+
+    return wait
+
+
 def spawn(work: Callable[[int, int], None], tmp_path: Path, world: int = 2) -> None:
     """Run ``work(rank, world)`` in ``world`` new processes joined by gloo."""
-    store = tmp_path / f"rendezvous-{len(list(tmp_path.glob('rendezvous-*')))}"
-    mp.spawn(_worker, args=(world, str(store), work), nprocs=world, join=True)
+    begin(work, tmp_path, world, "spawn")()
 
 
 class FakeGuard:
