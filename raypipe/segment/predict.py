@@ -45,7 +45,8 @@ class SegmentPredictConfig:
     what: What = "labels"
     """labels (uint8, by the tuned threshold or the likeliest class), probabilities, or logits."""
     axes: str | None = None
-    """A letter a dimension, of F (frames) C Y X, e.g. YXC; YX and FYX, and a TIFF's pages, are known."""
+    """A letter a dimension, of F (frames) C Y X, e.g. YXC; YX and FYX are known, and of TIFF files what they
+    say (OME, ImageJ) is followed, as segment fit does; other pages are images."""
     checkpoint: Literal["best", "last"] = "best"
     """best has the highest validation Dice; last is where training ended."""
     tile: TileConfig = field(default_factory=TileConfig)

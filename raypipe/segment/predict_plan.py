@@ -18,8 +18,9 @@ from torch import nn
 
 from raypipe.errors import ConfigError, InputError, MissingInput
 from raypipe.runner import LocalRunner, Prospect, Runner
+from raypipe.segment.channels import axes_taken, open_tiles
 from raypipe.segment.saved import SavedModel, load_model
-from raypipe.tile import Source, TileConfig, open_source
+from raypipe.tile import Source, TileConfig
 from raypipe.tile.engine import run_of
 from raypipe.tile.forecast import budget_of, forecast, is_known
 from raypipe.tile.look import Left, disk_words, known_field, look
@@ -94,7 +95,7 @@ def check_output(out: Path) -> None:
 
 
 def _source(cfg: SegmentPredictConfig, saved: SavedModel) -> Source:
-    source = open_source(cfg.input.absolute(), 2, cfg.axes)
+    source = open_tiles(cfg.input.absolute(), cfg.axes)
     if len(source.space) != 2:
         raise ConfigError(
             f"axes {cfg.axes!r}: the network works on planes, and Z makes volumes; name it F, and each "
@@ -104,7 +105,8 @@ def _source(cfg: SegmentPredictConfig, saved: SavedModel) -> Source:
     if source.channels != wanted:
         raise InputError(
             f"input {cfg.input} has {source.channels} channel(s), the model of {cfg.run_dir} takes "
-            f"{wanted}; give --axes where the channels are elsewhere, or such an image"
+            f"{wanted}; its axes were taken to be {axes_taken(source)}: give --axes where they are others "
+            "(CYX: a page a channel, FYX: a page an image), or such an image"
         )
     return source
 
@@ -140,7 +142,7 @@ def dry_run_lines(
     if not is_known(runner):
         memory += "; that is of a node like this one, each node has its own"
     return [
-        f"input    {cfg.input}: {describe(plan.source)}",
+        f"input    {cfg.input}: {describe(plan.source)}; axes taken to be {axes_taken(plan.source)}",
         f"model    {cfg.run_dir} {cfg.checkpoint}{epoch}: {saved.spec.name}{threshold}",
         f"network  {ready.field_words}",
         f"output   {cfg.output}: {cfg.what}, {plan.spec.dtype} {plan.spec.shape}",

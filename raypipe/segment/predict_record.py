@@ -22,6 +22,7 @@ from raypipe.memory.history import read_histories
 from raypipe.provenance import run_record
 from raypipe.report.saved import RUN_FILE, read_json, write_json
 from raypipe.runner import Needs, Runner
+from raypipe.segment.channels import axes_taken
 from raypipe.segment.model import record
 from raypipe.segment.predict_plan import Ready
 from raypipe.store.space import explain_os_errors, nearest_parent
@@ -71,6 +72,7 @@ def fields_of(
             "frames": plan.source.frames,
             "channels": plan.source.channels,
             "space": list(plan.source.space),
+            "axes": axes_taken(plan.source),
             "dtype": plan.source.dtype.name,
         },
         "model": {

@@ -188,7 +188,7 @@ def open_source(given: Any, dims: int, axes: str | None = None) -> Source:
     ConfigError for an array whose axes cannot be known.
     """
     if isinstance(given, (str, os.PathLike)):
-        given = _open_path(Path(given))
+        given = open_path(Path(given))
     if hasattr(given, "series_shape"):
         given = _of_tiff(given, dims, axes)
     if callable(getattr(given, "read", None)) and len(given.shape) in (3, 4) and axes is None:
@@ -234,7 +234,8 @@ def _usual_axes(shape: Sequence[int], dims: int) -> str:
     return found
 
 
-def _open_path(path: Path) -> Any:
+def open_path(path: Path) -> Any:
+    """What lies at ``path``: a TIFF stack, a picture or an array. Raises MissingInput, InputError."""
     if not path.exists():
         raise MissingInput(f"input {path} does not exist; give a file, or an array")
     if path.suffix == ".npy":
