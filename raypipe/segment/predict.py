@@ -92,7 +92,7 @@ def predict(cfg: SegmentPredictConfig, runner: Runner | Prospect | None) -> Infe
     """
     if runner is None:
         raise ConfigError("predict needs a runner; open one with raypipe.launch.open_runner")
-    check_output(cfg.output.absolute())
+    check_output(cfg)
     predict_record.check_folder(cfg)
     device, workers = seats(runner, cfg.tile)
     ready = make_ready(cfg, runner, device, after_of)
@@ -109,9 +109,8 @@ def predict(cfg: SegmentPredictConfig, runner: Runner | Prospect | None) -> Infe
     )
     predict_record.finish(cfg.record_dir, found, ready.plan.identity)
     new = found.tiles - found.kept
-    print(
-        f"{cfg.output}: {found.dtype} {found.shape}, {new} tiles in {format_seconds(found.seconds)}"
-    )
+    came = f"{new} tiles in {format_seconds(found.seconds)}" if new else "complete already"
+    print(f"{cfg.output}: {found.dtype} {found.shape}, {came}")
     if new:
         print(f"record: {cfg.record_dir}")
     return found

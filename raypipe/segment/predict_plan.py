@@ -6,11 +6,9 @@ takes the field that an earlier run of the same output measured on the same netw
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,10 +18,11 @@ from raypipe.errors import ConfigError, InputError, MissingInput
 from raypipe.runner import LocalRunner, Prospect, Runner
 from raypipe.segment.channels import axes_taken, open_tiles
 from raypipe.segment.saved import SavedModel, load_model
+from raypipe.store.space import may_write
 from raypipe.tile import Source, TileConfig
 from raypipe.tile.engine import run_of
 from raypipe.tile.forecast import budget_of, forecast, is_known
-from raypipe.tile.look import Left, disk_words, known_field, look
+from raypipe.tile.look import Left, disk_words, known_field, look, said_finished
 from raypipe.tile.output import kind_of
 from raypipe.tile.plan import TilePlan, make_plan
 from raypipe.tile.source import describe
@@ -81,14 +80,24 @@ def make_ready(
     return Ready(saved=saved, plan=plan, field_words=words)
 
 
-def check_output(out: Path) -> None:
-    """Raises ConfigError, MissingInput: a folder that was made here may be a disk that is not mounted."""
+def writes_nothing(cfg: SegmentPredictConfig) -> bool:
+    """Whether a complete result is there, so that the run will find it, or refuse it as another's: it may
+    lie in a folder that nobody writes any more.
+    """
+    return not cfg.tile.overwrite and said_finished(cfg.output.absolute())
+
+
+def check_output(cfg: SegmentPredictConfig) -> None:
+    """Raises ConfigError, InputError, MissingInput: a folder that was made here may be a disk that is not
+    mounted.
+    """
+    out = cfg.output.absolute()
     kind_of(out)
     if not out.parent.is_dir():
         raise MissingInput(
             f"output {out}: folder {out.parent} does not exist; make it, or mend the path"
         )
-    if not os.access(out.parent, os.W_OK | os.X_OK):
+    if not (writes_nothing(cfg) or may_write(out.parent)):
         raise InputError(
             f"output {out}: folder {out.parent} cannot be written; choose another, or change its rights"
         )

@@ -9,7 +9,6 @@ that several runs made, those before the last are kept under ``earlier``.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -24,8 +23,8 @@ from raypipe.report.saved import RUN_FILE, read_json, write_json
 from raypipe.runner import Needs, Runner
 from raypipe.segment.channels import axes_taken
 from raypipe.segment.model import record
-from raypipe.segment.predict_plan import Ready
-from raypipe.store.space import explain_os_errors, nearest_parent
+from raypipe.segment.predict_plan import Ready, writes_nothing
+from raypipe.store.space import explain_os_errors, may_write, nearest_parent
 from raypipe.tile import Inferred
 from raypipe.tile.files import files_of
 from raypipe.tile.ledger import TileRun
@@ -44,7 +43,7 @@ def check_folder(cfg: SegmentPredictConfig) -> None:
     if folder == out or out in folder.parents:
         raise ConfigError(f"report_dir {folder} lies in the output itself; give a folder beside it")
     place = nearest_parent(folder)
-    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+    if not (writes_nothing(cfg) or may_write(place)):
         raise ConfigError(
             f"report_dir {folder}: {place} is no folder that can be written; {_REMEDY}"
         )
@@ -129,6 +128,8 @@ def finish(folder: Path, found: Inferred, identity: Mapping[str, Any]) -> None:
     if fields["identity"] != identity:
         return
     computed = found.tiles - found.kept
+    if not (computed or may_write(folder)):  # an archive's record stays as it is
+        return
     peaks = {h.name: int(h.peak_bytes[h.at_peak]) for h in read_histories(folder / FOLDER)}
     result = {
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -185,6 +186,39 @@ def test_a_record_of_another_result_is_left_alone(given: tuple[Path, Path, Path]
     path.write_text(json.dumps(fields))
     assert predict(*given, *STATED) == 0
     assert json.loads(path.read_text())["result"] is None
+
+
+def test_a_finished_result_in_an_archive_is_complete(
+    given: tuple[Path, Path, Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Root may write everywhere but on a disk that is mounted so: what it may is taken from it here."""
+    folder, access = given[2].parent, os.access
+
+    def archived(path: str | Path, mode: int, **more: bool) -> bool:
+        inside = folder in (Path(path), *Path(path).parents)
+        return access(path, mode, **more) and not (inside and mode & os.W_OK)
+
+    def refused(*more: str) -> str:
+        assert predict(*given, *STATED, *more) == 2
+        return capsys.readouterr().err
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", archived)
+        assert f"folder {folder} cannot be written" in refused()
+    assert predict(*given, *STATED) == 0
+    path = given[2].with_name("out.ome.tif.predict") / "run.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "result": None}))
+    before = states(folder)
+    monkeypatch.setattr(os, "access", archived)
+    capsys.readouterr()
+    assert predict(*given, *STATED) == 0
+    assert "complete already" in capsys.readouterr().out
+    assert "finished already" in told(capsys, *given, *STATED)["kept"]
+    assert "begun with other" in refused("--what", "logits")
+    assert "cannot be written" in refused("--overwrite")
+    assert states(folder) == before
 
 
 def test_an_unfinished_result_may_be_moved_with_its_record(
