@@ -7,9 +7,9 @@ takes the field that an earlier run of the same output measured on the same netw
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from torch import nn
 from raypipe.errors import ConfigError, InputError, MissingInput
 from raypipe.runner import LocalRunner, Prospect, Runner
 from raypipe.segment.channels import axes_taken, open_tiles
-from raypipe.segment.saved import SavedModel, load_model
+from raypipe.segment.saved import SavedModel, load_fitted
 from raypipe.store.space import may_write
 from raypipe.tile import Source, TileConfig
 from raypipe.tile.engine import run_of
@@ -37,9 +37,12 @@ AfterOf = Callable[["What", SavedModel], After | None]
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Ready:
-    """Input, network and tiles. field_words : where the field is from."""
+    """Input, network and tiles. weight_files : the checkpoint's, as `Fitted.files`; field_words : where the
+    field is from.
+    """
 
     saved: SavedModel
+    weight_files: Mapping[str, Any]
     plan: TilePlan
     field_words: str
 
@@ -58,7 +61,8 @@ def make_ready(
     cfg: SegmentPredictConfig, runner: Runner | Prospect, device: str, after_of: AfterOf
 ) -> Ready:
     """Load, check and measure. Raises MissingInput, InputError, StoreCorrupt."""
-    module, saved = load_model(cfg.run_dir, cfg.checkpoint)
+    fitted = load_fitted(cfg.run_dir, cfg.checkpoint)
+    module, saved = fitted.module, fitted.saved
     after = after_of(cfg.what, saved)
     source = _source(cfg, saved)
     out = cfg.output.absolute()
@@ -77,7 +81,7 @@ def make_ready(
         known=known,
     )
     words = _field_words(plan, module, time.monotonic() - began, earlier=known is not None)
-    return Ready(saved=saved, plan=plan, field_words=words)
+    return Ready(saved=saved, weight_files=fitted.files, plan=plan, field_words=words)
 
 
 def writes_nothing(cfg: SegmentPredictConfig) -> bool:

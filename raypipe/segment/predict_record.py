@@ -28,7 +28,6 @@ from raypipe.store.space import explain_os_errors, may_write, nearest_parent
 from raypipe.tile import Inferred
 from raypipe.tile.files import files_of
 from raypipe.tile.ledger import TileRun
-from raypipe.train.checkpoint import load_meta
 
 if TYPE_CHECKING:
     from raypipe.segment.predict import SegmentPredictConfig
@@ -83,7 +82,7 @@ def fields_of(
             "target": saved.target,
             "classes": saved.classes,
             "threshold": saved.threshold,
-            "files": load_meta(cfg.run_dir / cfg.checkpoint)["files"],
+            "files": ready.weight_files,
         },
         "tiles": {
             "field": plan.about()["field"],

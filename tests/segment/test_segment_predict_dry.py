@@ -26,6 +26,7 @@ from raypipe.segment.predict import SegmentPredictConfig, after_of
 from raypipe.segment.saved import load_model
 from raypipe.tile import TileConfig, measure
 from raypipe.tile.worker import TileWorker
+from raypipe.train import checkpoint
 
 
 @pytest.fixture
@@ -163,6 +164,31 @@ def test_a_run_leaves_what_made_it(given: tuple[Path, Path, Path]) -> None:
     page = (folder / "report.html").read_text()
     for words in ("out.ome.tif", str(pages), weights, "Peak memory of a process", "2 × 300 × 280"):
         assert words in page
+
+
+def test_the_record_is_of_the_weights_that_were_loaded(
+    given: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fit that still runs replaces its best weights meanwhile; and they are read once, which takes long."""
+    run_dir, _, out = given
+    weights = xxhash.xxh3_128_hexdigest((run_dir / "best" / "model.pt").read_bytes())
+    seen: list[Path] = []
+    inspect, plan = checkpoint._inspect, predict_plan.make_plan
+
+    def inspected(path: Path) -> object:
+        seen.append(path)
+        return inspect(path)
+
+    def meanwhile(*args: object, **options: object) -> object:
+        checkpoint.save(run_dir, "best", {"model": {}}, {"progress": {}})
+        return plan(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(checkpoint, "_inspect", inspected)
+    monkeypatch.setattr(predict_plan, "make_plan", meanwhile)
+    assert predict(*given, *STATED) == 0
+    record = json.loads((out.with_name("out.ome.tif.predict") / "run.json").read_text())
+    assert record["model"]["files"]["model.pt"]["xxh3_128"] == weights
+    assert seen == [run_dir / "best"]
 
 
 def test_the_record_is_not_needed_and_not_replaced(given: tuple[Path, Path, Path]) -> None:
