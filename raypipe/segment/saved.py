@@ -120,12 +120,9 @@ def read_saved(run_dir: Path) -> SavedModel:
     """RUN/model.json, without an epoch's threshold. Raises MissingInput, StoreCorrupt, ConfigError."""
     fields = read_json(run_dir / MODEL_FILE, _REMEDY)
     try:
-        how = fields["normalisation"]
         return SavedModel(
             spec=spec_from(fields["model"]),
-            normalisation=Normalisation(
-                kind=how["kind"], low=tuple(how["low"]), high=tuple(how["high"])
-            ),
+            normalisation=Normalisation.from_dict(fields["normalisation"]),
             target=fields["target"],
             classes=fields["classes"],
             ignore=fields["ignore"],

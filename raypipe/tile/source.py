@@ -17,6 +17,7 @@ import numpy as np
 import xxhash
 
 from raypipe.errors import ConfigError, InputError, MissingInput
+from raypipe.read.sample import file_state
 from raypipe.tile.files import files_of
 from raypipe.tile.grid import Box, reading
 
@@ -301,7 +302,7 @@ def digest(source: Source) -> str:
     """
     head = (source.frames, source.channels, source.space, source.dtype.str)
     files = files_of(source)
-    hasher = xxhash.xxh3_128(repr((head, [_state(path) for path in files])).encode())
+    hasher = xxhash.xxh3_128(repr((head, [_states(path) for path in files])).encode())
     array = getattr(source, "array", None)
     if isinstance(array, np.ndarray) and not files:
         for part in array if array.ndim > 2 else [array]:  # a copy of a plane at most
@@ -315,11 +316,10 @@ def digest(source: Source) -> str:
     return hasher.hexdigest()
 
 
-def _state(path: Path) -> list[tuple[str, int, int]]:
-    """(name, bytes, nanoseconds of its last change) of a file, or of all in a folder."""
+def _states(path: Path) -> list[tuple[str, int, int]]:
+    """Name and state of a file, or of all in a folder."""
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    stats = [(file, file.stat()) for file in files]
-    return [(file.name, stat.st_size, stat.st_mtime_ns) for file, stat in stats]
+    return [(file.name, *file_state(file)) for file in files]
 
 
 def _sample(size: int, k: int) -> slice:

@@ -25,7 +25,7 @@ BAD: dict[str, list[tuple[list[str], str]]] = {
         (["absent"], "absent/model.json is not there; give a folder made by raypipe segment fit"),
         (["{d}/extract"], "extract/model.json is not there; give a folder made by raypipe segment"),
         (["{d}/in.tif"], "in.tif/model.json is not there; give a folder"),
-        (["{d}/torn"], "torn/model.json lacks 'normalisation'"),
+        (["{d}/torn"], "torn/model.json lacks 'model'"),
         (["{d}/empty"], "empty/best holds no checkpoint (best/ or last/); train first"),
     ],
     "input": [
