@@ -75,7 +75,8 @@ def axes_taken(source: Source) -> str:
 
     if isinstance(source, ArraySource):
         return source.axes
-    stack, at = getattr(source, "stack", source), None
+    stack: Any = getattr(source, "stack", source)
+    at: int | None = None
     if isinstance(stack, PagedChannels):
         stack, at = stack.source, stack.at
     if not isinstance(stack, TiffStack):

@@ -1,10 +1,13 @@
-"""A small task on real .npy files, for every test of the loop."""
+"""Small tasks on real .npy files, and one thread for tests that time or count."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from image_tasks import write_images
 from train_helpers import ToyTask, write_toy
 
 
@@ -12,3 +15,18 @@ from train_helpers import ToyTask, write_toy
 def toy(tmp_path: Path) -> ToyTask:
     """ToyTask on 43 training and 7 validation rows in ``tmp_path/data``."""
     return write_toy(tmp_path / "data")
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of every ``ImageTask``."""
+    return write_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Small tensors on many threads take longer than on one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
