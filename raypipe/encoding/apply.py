@@ -24,7 +24,7 @@ from raypipe.errors import InputError, MissingInput
 from raypipe.read import ROI_FAMILIES
 from raypipe.report.saved import read_run
 from raypipe.runner import LocalRunner
-from raypipe.train.checkpoint import load_meta, load_model_state
+from raypipe.train.checkpoint import Found, find_checkpoint
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -82,16 +82,16 @@ def open_applied(cfg: ApplyConfig, run_dir: Path, *, fmri: bool) -> Applied:
         raise InputError(
             f"{opened.features.path} holds no valid {cfg.split} image to apply a model to"
         )
-    place = run_dir / cfg.checkpoint
+    found = find_checkpoint(run_dir / cfg.checkpoint)
     return Applied(
         opened=opened,
-        model=_load_model(record, opened, place),
+        model=_load_model(record, opened, found),
         rows=rows,
         all_rows=all_rows,
         n_vertices={hemi: int(record["responses"][hemi][1]) for hemi in HEMIS},
         device=LocalRunner().resolve_device(cfg.device),
         checkpoint=cfg.checkpoint,
-        epoch=_epoch(place),
+        epoch=_epoch(found),
     )
 
 
@@ -156,7 +156,7 @@ def _check_images(
         )
 
 
-def _load_model(record: Mapping[str, Any], opened: data.SplitData, place: Path) -> nn.Module:
+def _load_model(record: Mapping[str, Any], opened: data.SplitData, found: Found) -> nn.Module:
     """The encoder with its trained weights and its channel statistics, on the CPU."""
     cfg = ModelConfig(**record["config"]["encoder"])
     n_vertices = {hemi: int(record["responses"][hemi][1]) for hemi in HEMIS}
@@ -164,20 +164,20 @@ def _load_model(record: Mapping[str, Any], opened: data.SplitData, place: Path) 
     fitted = record["identity"]
     if (list(readout.queries), readout.digest) != (fitted["queries"], fitted.get("ROI masks")):
         raise InputError(
-            f"{opened.subject.root} has other ROI masks than the fit in {place.parent}; give the"
+            f"{opened.subject.root} has other ROI masks than the fit in {found.path.parent}; give the"
             " data of the fit with --data-dir"
         )
     model = build_encoder(cfg, opened.shape, readout)
     try:
-        model.load_state_dict(load_model_state(place))
+        model.load_state_dict(found.load("model"))
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"weights in {place} do not fit these data ({reason}); give the data of the fit"
+            f"weights in {found.path} do not fit these data ({reason}); give the data of the fit"
         ) from error
     return model
 
 
-def _epoch(place: Path) -> int | None:
-    history = load_meta(place).get("progress", {}).get("history", [])
+def _epoch(found: Found) -> int | None:
+    history = found.meta.get("progress", {}).get("history", [])
     return int(history[-1]["epoch"]) if history else None

@@ -105,9 +105,11 @@ def _fit_subject(cfg: FitConfig, ready: Prepared, runner: Runner) -> SubjectFit:
         task=ready.task,
         train=cfg.train,
         workers=cfg.workers,
+        device=cfg.device,
         resume=cfg.resume,
         n_parameters=ready.n_parameters(),
         noted=("val_r",),
+        derived=("evaluation", "predictions"),
     )
     if folder.earlier():
         _save_split(ready)  # refuses another one
@@ -116,36 +118,19 @@ def _fit_subject(cfg: FitConfig, ready: Prepared, runner: Runner) -> SubjectFit:
         best = "" if done.best_epoch is None else f", best epoch {done.best_epoch + 1}"
         print(f"subject {ready.subject}: complete already, {done.epochs} epochs{best}")
         return SubjectFit(subject=ready.subject, run_dir=ready.run_dir, result=done)
-    if not cfg.resume:  # what cannot start must not cost the old weights
-        runner.needs(cfg.workers, runner.resolve_device(cfg.device))
-    record = _claim(cfg, ready, folder, runner.memory)
     absent = ready.split_data.subject.missing_families()
     if absent:
         print(f"subject {ready.subject}: no ROI masks of {', '.join(absent)}: readout without them")
     started = time.monotonic()
-    result = folder.fit(
-        record,
-        lambda: runner.fit(
-            ready.task,
-            cfg.train,
-            ready.run_dir,
-            workers=cfg.workers,
-            device=cfg.device,
-            resume=cfg.resume,
-        ),
-    )
+    result = folder.fit(runner, lambda: _claim(cfg, ready, runner.memory))
     print(_line(ready.subject, result, time.monotonic() - started))
     return SubjectFit(subject=ready.subject, run_dir=ready.run_dir, result=result)
 
 
-def _claim(
-    cfg: FitConfig, ready: Prepared, folder: FitFolder, memory: ResolvedMemory
-) -> dict[str, Any]:
-    """Write split.json, unless the folder holds another run; what run.json shall say."""
-    folder.earlier()  # refuses another run's folder
+def _claim(cfg: FitConfig, ready: Prepared, memory: ResolvedMemory) -> dict[str, Any]:
+    """Write split.json; what run.json shall say."""
     if not cfg.resume:
         (ready.run_dir / SPLIT_FILE).unlink(missing_ok=True)
-    folder.clear("evaluation", "predictions")  # of weights that are then gone
     _save_split(ready)
     ready.split_data.features.keep(ready.run_dir)
     return run_record(cfg) | {

@@ -24,7 +24,8 @@ from raypipe.errors import ConfigError, InputError, RaypipeError, ResourceError,
 from raypipe.fmri.cohort import group_rows, lines, save_group
 from raypipe.fmri.config import FmriConfig, MvpaJobConfig, RoiConfig, absolute
 from raypipe.fmri.ledger import DONE, Ledger, write_whole
-from raypipe.fmri.prepare import Plan, make_plan, measured_seconds
+from raypipe.fmri.planned import time_line
+from raypipe.fmri.prepare import Plan, make_plan
 from raypipe.fmri.report import write_report
 from raypipe.fmri.roi_map import save_roi_maps
 from raypipe.fmri.units import Unit
@@ -182,7 +183,7 @@ class Verb:
     finish: Callable[[Any, Any, FmriSummary], None]
     plan: Callable[[Any, ResolvedMemory, Machines], Any] = make_plan
     compute: Callable[[Any, Runner, Any, Needs, str, FmriSummary], None] = compute_units
-    seconds: Callable[[Any, Any], str] = measured_seconds
+    seconds: Callable[[Any, Any], str] = time_line
 
 
 def account(

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import xxhash
 
-from raypipe.read.nifti import Scan, content_sample
+from raypipe.read.nifti import Scan
+from raypipe.read.sample import content_sample, file_state
 
 _CHUNK_BYTES = 8 << 20
 
@@ -31,8 +32,7 @@ def _whole(path: Path, size_bytes: int, mtime_ns: int) -> str:
 
 def digest(path: Path) -> str:
     """xxh3_128 of all bytes of a small file."""
-    stat = path.stat()
-    return _digest(path, stat.st_size, stat.st_mtime_ns)
+    return _digest(path, *file_state(path))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -278,7 +278,13 @@ def _unit_facts(cfg: FmriConfig, target: Target | None, design: Design | None) -
         n_samples=len(design),
         n_folds=len(make_folds(design, decoding)),
         keeps_folds=not gram,
+        n_maps=_most_maps(len(design.classes)) if cfg.weight_maps else 0,
     )
+
+
+def _most_maps(n_classes: int) -> int:
+    """Of a linear model: one of a target, or a class, or a pair of classes."""
+    return max(1, n_classes, n_classes * (n_classes - 1) // 2)
 
 
 def _source(scan: Scan, run: RunFiles) -> dict[str, Any]:

@@ -53,11 +53,14 @@ class ScanFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class UnitFacts:
-    """Samples and folds of a unit; keeps_folds : its model holds every fold's patterns at once."""
+    """Samples and folds of a unit; keeps_folds : its model holds every fold's patterns at once; n_maps : of
+    its weights, at most.
+    """
 
     n_samples: int = 0
     n_folds: int = 0
     keeps_folds: bool = False
+    n_maps: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,11 +169,13 @@ def need_of(
 
 def _working(unit: UnitFacts, voxels: int) -> int:
     """float64 patterns, a fold's scaled training and test copies with one more in the making, and what
-    folds keep: Gram matrices, or their patterns.
+    folds keep: Gram matrices, or their patterns. Weight maps are made before the folds, of copies as a
+    fold's; they stay, weights and patterns, and are spread over all voxels.
     """
     patterns = 8 * unit.n_samples * voxels
     kept = patterns if unit.keeps_folds else 2 * 8 * unit.n_samples**2
-    return 4 * patterns + unit.n_folds * kept
+    maps = 4 * 8 * unit.n_maps * voxels
+    return 4 * patterns + unit.n_folds * kept + maps
 
 
 def peak_bytes(needs: Sequence[Need]) -> int:

@@ -37,6 +37,11 @@ class Planned:
         """Units that are done or can be computed, in the order of subjects, ROIs and targets."""
         return [unit for subject in self.subjects for unit, _ in subject.units]
 
+    @property
+    def left(self) -> int:
+        """Units still to be computed."""
+        return len(self.units) - len(self.done)
+
 
 def disk_line(cfg: FmriConfig, output_bytes: int, cache_bytes: int) -> str:
     """What the run adds to the disk, and where."""
@@ -47,9 +52,9 @@ def disk_line(cfg: FmriConfig, output_bytes: int, cache_bytes: int) -> str:
     )
 
 
-def time_line(cfg: FmriConfig, left: int, decision: Decision | None) -> str:
-    """How long ``left`` units will take, by finished ones of this run folder; said when there is none."""
-    if not left or decision is None:
+def time_line(cfg: FmriConfig, plan: Planned) -> str:
+    """How long the rest will take, by finished units of this run folder; said when there is none."""
+    if not plan.left or plan.decision is None:
         return "time: nothing is left to do"
     spent = [
         record["seconds"] + record["seconds_reading"]
@@ -58,5 +63,5 @@ def time_line(cfg: FmriConfig, left: int, decision: Decision | None) -> str:
     ]
     if not spent:
         return "time: not measured yet, no unit of this run folder is finished"
-    seconds = sum(spent) / len(spent) * left / decision.workers
+    seconds = sum(spent) / len(spent) * plan.left / plan.decision.workers
     return f"time: about {format_seconds(seconds)} by {len(spent)} finished units"

@@ -30,7 +30,7 @@ from raypipe.fmri.plan import (
     split,
     way_of,
 )
-from raypipe.fmri.planned import Planned, disk_line, time_line
+from raypipe.fmri.planned import Planned, disk_line
 from raypipe.fmri.rois import wanted_rois
 from raypipe.fmri.units import Unit, check_distinct
 from raypipe.memory.config import MemoryConfig, ResolvedMemory
@@ -44,11 +44,6 @@ class Plan(Planned):
     """Units of regions. batches : what is left, in order."""
 
     batches: tuple[Batch, ...]
-
-    @property
-    def left(self) -> int:
-        """Units still to be computed."""
-        return sum(len(batch.units) for batch in self.batches)
 
 
 def make_plan(cfg: FmriConfig, memory: ResolvedMemory, machines: Machines) -> Plan:
@@ -90,11 +85,6 @@ def make_plan(cfg: FmriConfig, memory: ResolvedMemory, machines: Machines) -> Pl
         output_bytes=sum(_output_bytes(cfg, subject, done) for subject in subjects),
     )
     return replace(plan, lines=tuple(_lines(cfg, plan, done)))
-
-
-def measured_seconds(cfg: FmriConfig, plan: Plan) -> str:
-    """How long the rest will take, by finished units of this run folder; said when there is none."""
-    return time_line(cfg, plan.left, plan.decision)
 
 
 def _needs(subject: SubjectInputs, done: set[Unit], config: MemoryConfig) -> dict[str, Need]:

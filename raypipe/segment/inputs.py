@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from raypipe.errors import MissingInput, StoreCorrupt
-from raypipe.read.nifti import content_sample
+from raypipe.read.sample import content_sample, file_state
 from raypipe.report.saved import read_json, write_json
 from raypipe.segment.normalise import Normalisation
 from raypipe.segment.pictures import Picture
@@ -45,13 +45,13 @@ def states_of(paths: Iterable[Path]) -> States:
     for path in paths:
         if str(path) not in found:
             try:
-                stat = path.stat()
-                sample = content_sample(path, stat.st_size)
+                n_bytes, changed = file_state(path)
+                sample = content_sample(path, n_bytes)
             except OSError as error:
                 raise MissingInput(
                     f"{path} cannot be read ({error.strerror}); mend the path"
                 ) from error
-            found[str(path)] = [stat.st_size, stat.st_mtime_ns, sample]
+            found[str(path)] = [n_bytes, changed, sample]
     return found
 
 
@@ -78,14 +78,11 @@ def recall(run_dir: Path, asked: Mapping[str, Any], states: States) -> Inputs | 
     if (fields.get("format"), fields.get("asked"), fields.get("files")) != (_FORMAT, asked, states):
         return None
     try:
-        how = fields["normalisation"]
         return Inputs(
             asked=asked,
             states=states,
             pictures=tuple(from_dict(one) for one in fields["pictures"]),
-            normalisation=Normalisation(
-                kind=how["kind"], low=tuple(how["low"]), high=tuple(how["high"])
-            ),
+            normalisation=Normalisation.from_dict(fields["normalisation"]),
             digest=fields["digest"],
         )
     except (KeyError, TypeError) as error:

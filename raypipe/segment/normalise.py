@@ -9,9 +9,9 @@ saved with the model: an image gives the same numbers alone, in a crop, or as a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -40,6 +40,11 @@ class Normalisation:
                 f"normalisation from {self.low} to {self.high}: low must be below high in each channel;"
                 " give images that are not constant, or --normalise none"
             )
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Normalisation:
+        """Of what ``dataclasses.asdict`` made, also by way of JSON. Raises KeyError, TypeError."""
+        return cls(kind=fields["kind"], low=tuple(fields["low"]), high=tuple(fields["high"]))
 
     def apply(self, pixels: np.ndarray) -> np.ndarray:
         """(channels, h, w) of any number type -> float32 of the same shape, a new array."""

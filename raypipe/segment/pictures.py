@@ -20,7 +20,7 @@ from pathlib import Path
 
 from raypipe.errors import InputError, MissingInput, UnknownName
 from raypipe.read.source2d import ImageSource, open_image
-from raypipe.segment.channels import open_pixels
+from raypipe.segment.channels import names_all, open_pixels
 
 SPLITS = ("train", "val", "test")
 SUFFIXES = (".tif", ".tiff", ".png")
@@ -215,6 +215,8 @@ def _hint(image: ImageSource, mask: ImageSource) -> str:
     if len(mask.shape) != 3 or image.shape[1:3] != mask.shape[1:3]:
         return ""
     if n > n_masks and n % n_masks == 0 and len(image.shape) == 3:
+        if names_all(image):
+            return "; where its pages are channels, save it anew with axes that say so"
         named = "CYX" if n_masks == 1 else "FCYX or CFYX"
         return f"; where its pages are channels, say --axes {named}"
     if n_masks > n and len(image.shape) == 4 and n_masks == n * image.shape[3]:

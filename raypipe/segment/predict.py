@@ -45,7 +45,8 @@ class SegmentPredictConfig:
     what: What = "labels"
     """labels (uint8, by the tuned threshold or the likeliest class), probabilities, or logits."""
     axes: str | None = None
-    """A letter a dimension, of F (frames) C Y X, e.g. YXC; YX and FYX, and a TIFF's pages, are known."""
+    """A letter a dimension, of F (frames) C Y X, e.g. YXC; YX and FYX are known, and of TIFF files what they
+    say (OME, ImageJ) is followed, as segment fit does; other pages are images."""
     checkpoint: Literal["best", "last"] = "best"
     """best has the highest validation Dice; last is where training ended."""
     tile: TileConfig = field(default_factory=TileConfig)
@@ -91,7 +92,7 @@ def predict(cfg: SegmentPredictConfig, runner: Runner | Prospect | None) -> Infe
     """
     if runner is None:
         raise ConfigError("predict needs a runner; open one with raypipe.launch.open_runner")
-    check_output(cfg.output.absolute())
+    check_output(cfg)
     predict_record.check_folder(cfg)
     device, workers = seats(runner, cfg.tile)
     ready = make_ready(cfg, runner, device, after_of)
@@ -108,9 +109,8 @@ def predict(cfg: SegmentPredictConfig, runner: Runner | Prospect | None) -> Infe
     )
     predict_record.finish(cfg.record_dir, found, ready.plan.identity)
     new = found.tiles - found.kept
-    print(
-        f"{cfg.output}: {found.dtype} {found.shape}, {new} tiles in {format_seconds(found.seconds)}"
-    )
+    came = f"{new} tiles in {format_seconds(found.seconds)}" if new else "complete already"
+    print(f"{cfg.output}: {found.dtype} {found.shape}, {came}")
     if new:
         print(f"record: {cfg.record_dir}")
     return found

@@ -74,10 +74,9 @@ def _setup(run: Run) -> Iterator[tuple[str, str]]:
     size = " × ".join(map(str, given["space"]))
     for file in given["files"]:
         yield "input", f"{file['path']}, {file['bytes']:,} bytes ({format_bytes(file['bytes'])})"
-    yield (
-        "images",
-        f"{given['frames']} of {size} pixels, {given['channels']} channel(s), {given['dtype']}",
-    )
+    images = f"{given['frames']} of {size} pixels, {given['channels']} channel(s), {given['dtype']}"
+    axes = given.get("axes")  # which earlier records do not say
+    yield "images", f"{images}, axes taken to be {axes}" if axes else images
     yield "model", f"{model['run_dir']}, {model['checkpoint']}, epoch {_one_based(model['epoch'])}"
     for name, file in model["files"].items():
         yield f"digest of {name}", " ".join(f"{key} {value}" for key, value in file.items())

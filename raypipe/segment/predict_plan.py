@@ -6,23 +6,23 @@ takes the field that an earlier run of the same output measured on the same netw
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from raypipe.errors import ConfigError, InputError, MissingInput
 from raypipe.runner import LocalRunner, Prospect, Runner
-from raypipe.segment.saved import SavedModel, load_model
-from raypipe.tile import Source, TileConfig, open_source
+from raypipe.segment.channels import axes_taken, open_tiles
+from raypipe.segment.saved import SavedModel, load_fitted
+from raypipe.store.space import may_write
+from raypipe.tile import Source, TileConfig
 from raypipe.tile.engine import run_of
 from raypipe.tile.forecast import budget_of, forecast, is_known
-from raypipe.tile.look import Left, disk_words, known_field, look
+from raypipe.tile.look import Left, disk_words, known_field, look, said_finished
 from raypipe.tile.output import kind_of
 from raypipe.tile.plan import TilePlan, make_plan
 from raypipe.tile.source import describe
@@ -37,9 +37,12 @@ AfterOf = Callable[["What", SavedModel], After | None]
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Ready:
-    """Input, network and tiles. field_words : where the field is from."""
+    """Input, network and tiles. weight_files : the checkpoint's, as `Fitted.files`; field_words : where the
+    field is from.
+    """
 
     saved: SavedModel
+    weight_files: Mapping[str, Any]
     plan: TilePlan
     field_words: str
 
@@ -58,7 +61,8 @@ def make_ready(
     cfg: SegmentPredictConfig, runner: Runner | Prospect, device: str, after_of: AfterOf
 ) -> Ready:
     """Load, check and measure. Raises MissingInput, InputError, StoreCorrupt."""
-    module, saved = load_model(cfg.run_dir, cfg.checkpoint)
+    fitted = load_fitted(cfg.run_dir, cfg.checkpoint)
+    module, saved = fitted.module, fitted.saved
     after = after_of(cfg.what, saved)
     source = _source(cfg, saved)
     out = cfg.output.absolute()
@@ -77,24 +81,34 @@ def make_ready(
         known=known,
     )
     words = _field_words(plan, module, time.monotonic() - began, earlier=known is not None)
-    return Ready(saved=saved, plan=plan, field_words=words)
+    return Ready(saved=saved, weight_files=fitted.files, plan=plan, field_words=words)
 
 
-def check_output(out: Path) -> None:
-    """Raises ConfigError, MissingInput: a folder that was made here may be a disk that is not mounted."""
+def writes_nothing(cfg: SegmentPredictConfig) -> bool:
+    """Whether a complete result is there, so that the run will find it, or refuse it as another's: it may
+    lie in a folder that nobody writes any more.
+    """
+    return not cfg.tile.overwrite and said_finished(cfg.output.absolute())
+
+
+def check_output(cfg: SegmentPredictConfig) -> None:
+    """Raises ConfigError, InputError, MissingInput: a folder that was made here may be a disk that is not
+    mounted.
+    """
+    out = cfg.output.absolute()
     kind_of(out)
     if not out.parent.is_dir():
         raise MissingInput(
             f"output {out}: folder {out.parent} does not exist; make it, or mend the path"
         )
-    if not os.access(out.parent, os.W_OK | os.X_OK):
+    if not (writes_nothing(cfg) or may_write(out.parent)):
         raise InputError(
             f"output {out}: folder {out.parent} cannot be written; choose another, or change its rights"
         )
 
 
 def _source(cfg: SegmentPredictConfig, saved: SavedModel) -> Source:
-    source = open_source(cfg.input.absolute(), 2, cfg.axes)
+    source = open_tiles(cfg.input.absolute(), cfg.axes)
     if len(source.space) != 2:
         raise ConfigError(
             f"axes {cfg.axes!r}: the network works on planes, and Z makes volumes; name it F, and each "
@@ -104,7 +118,8 @@ def _source(cfg: SegmentPredictConfig, saved: SavedModel) -> Source:
     if source.channels != wanted:
         raise InputError(
             f"input {cfg.input} has {source.channels} channel(s), the model of {cfg.run_dir} takes "
-            f"{wanted}; give --axes where the channels are elsewhere, or such an image"
+            f"{wanted}; its axes were taken to be {axes_taken(source)}: give --axes where they are others "
+            "(CYX: a page a channel, FYX: a page an image), or such an image"
         )
     return source
 
@@ -140,7 +155,7 @@ def dry_run_lines(
     if not is_known(runner):
         memory += "; that is of a node like this one, each node has its own"
     return [
-        f"input    {cfg.input}: {describe(plan.source)}",
+        f"input    {cfg.input}: {describe(plan.source)}; axes taken to be {axes_taken(plan.source)}",
         f"model    {cfg.run_dir} {cfg.checkpoint}{epoch}: {saved.spec.name}{threshold}",
         f"network  {ready.field_words}",
         f"output   {cfg.output}: {cfg.what}, {plan.spec.dtype} {plan.spec.shape}",

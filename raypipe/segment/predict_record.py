@@ -9,7 +9,6 @@ that several runs made, those before the last are kept under ``earlier``.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -22,13 +21,13 @@ from raypipe.memory.history import read_histories
 from raypipe.provenance import run_record
 from raypipe.report.saved import RUN_FILE, read_json, write_json
 from raypipe.runner import Needs, Runner
+from raypipe.segment.channels import axes_taken
 from raypipe.segment.model import record
-from raypipe.segment.predict_plan import Ready
-from raypipe.store.space import explain_os_errors, nearest_parent
+from raypipe.segment.predict_plan import Ready, writes_nothing
+from raypipe.store.space import explain_os_errors, may_write, nearest_parent
 from raypipe.tile import Inferred
 from raypipe.tile.files import files_of
 from raypipe.tile.ledger import TileRun
-from raypipe.train.checkpoint import load_meta
 
 if TYPE_CHECKING:
     from raypipe.segment.predict import SegmentPredictConfig
@@ -43,7 +42,7 @@ def check_folder(cfg: SegmentPredictConfig) -> None:
     if folder == out or out in folder.parents:
         raise ConfigError(f"report_dir {folder} lies in the output itself; give a folder beside it")
     place = nearest_parent(folder)
-    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+    if not (writes_nothing(cfg) or may_write(place)):
         raise ConfigError(
             f"report_dir {folder}: {place} is no folder that can be written; {_REMEDY}"
         )
@@ -71,6 +70,7 @@ def fields_of(
             "frames": plan.source.frames,
             "channels": plan.source.channels,
             "space": list(plan.source.space),
+            "axes": axes_taken(plan.source),
             "dtype": plan.source.dtype.name,
         },
         "model": {
@@ -82,7 +82,7 @@ def fields_of(
             "target": saved.target,
             "classes": saved.classes,
             "threshold": saved.threshold,
-            "files": load_meta(cfg.run_dir / cfg.checkpoint)["files"],
+            "files": ready.weight_files,
         },
         "tiles": {
             "field": plan.about()["field"],
@@ -127,6 +127,8 @@ def finish(folder: Path, found: Inferred, identity: Mapping[str, Any]) -> None:
     if fields["identity"] != identity:
         return
     computed = found.tiles - found.kept
+    if not (computed or may_write(folder)):  # an archive's record stays as it is
+        return
     peaks = {h.name: int(h.peak_bytes[h.at_peak]) for h in read_histories(folder / FOLDER)}
     result = {
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

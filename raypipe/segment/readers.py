@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from raypipe.errors import InputError
 from raypipe.read.source2d import ImageSource, open_image
 from raypipe.segment.channels import open_pixels
 from raypipe.segment.pictures import Picture
@@ -43,7 +44,9 @@ class Readers:
         return self._image(picture).dtype
 
     def _image(self, picture: Picture) -> ImageSource:
-        return self._of((picture.image, picture.axes, False))
+        found = self._of((picture.image, picture.axes, False))
+        _check_as_listed(found, picture)
+        return found
 
     def _of(self, key: _Key) -> ImageSource:
         with self._lock:
@@ -59,3 +62,15 @@ class Readers:
             if len(self._open) > _MOST_OPEN:
                 self._open.popitem(last=False)
             return found
+
+
+def _check_as_listed(image: ImageSource, picture: Picture) -> None:
+    """Raises InputError for pages that were pictures when the run was fitted, and are channels now: by
+    versions that did not ask the file.
+    """
+    n, channels = image.shape[0], image.shape[3] if len(image.shape) > 3 else 1
+    if picture.frame >= n or picture.channels != channels:
+        raise InputError(
+            f"{picture.name} was fitted as {picture.channels} channel(s), and the file is read as {n}"
+            f" picture(s) of {channels}; fit again, with --axes FYX where its pages are pictures"
+        )

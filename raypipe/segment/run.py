@@ -76,6 +76,7 @@ def _fit(cfg: SegmentFitConfig, ready: Prepared, runner: Runner) -> FitResult:
         task=ready.task,
         train=cfg.train,
         workers=cfg.workers,
+        device=cfg.device,
         resume=cfg.resume,
         n_parameters=ready.n_parameters(),
         noted=("val_dice", "val_iou", "val_threshold"),
@@ -84,34 +85,17 @@ def _fit(cfg: SegmentFitConfig, ready: Prepared, runner: Runner) -> FitResult:
     if done is not None:
         print(f"complete already: {_line(done)}")
         return done
-    if not cfg.resume:  # what cannot start must not cost the old weights
-        runner.needs(cfg.workers, runner.resolve_device(cfg.device))
-    record = _claim(cfg, ready, folder, runner.memory)
     started = time.monotonic()
-    result = folder.fit(
-        record,
-        lambda: runner.fit(
-            ready.task,
-            cfg.train,
-            ready.run_dir,
-            workers=cfg.workers,
-            device=cfg.device,
-            resume=cfg.resume,
-        ),
-    )
+    result = folder.fit(runner, lambda: _claim(cfg, ready, runner.memory))
     print(f"{_line(result)}, in {format_seconds(time.monotonic() - started)}")
     return result
 
 
-def _claim(
-    cfg: SegmentFitConfig, ready: Prepared, folder: FitFolder, memory: ResolvedMemory
-) -> dict[str, Any]:
+def _claim(cfg: SegmentFitConfig, ready: Prepared, memory: ResolvedMemory) -> dict[str, Any]:
     """Write model.json, pictures.json and inputs.json; what run.json shall say."""
-    folder.earlier()  # refuses another run's folder
-    folder.clear("evaluation")
-    write_json(folder.path / PICTURES_FILE, {"pictures": [as_dict(p) for p in ready.pictures]})
-    keep(folder.path, ready.inputs)
-    save_model(folder.path, ready.saved)
+    write_json(ready.run_dir / PICTURES_FILE, {"pictures": [as_dict(p) for p in ready.pictures]})
+    keep(ready.run_dir, ready.inputs)
+    save_model(ready.run_dir, ready.saved)
     return run_record(cfg) | {
         "inputs": {"data": str(cfg.inputs.data.resolve()), "folder": str(_folder(cfg.inputs.data))},
         "counts": ready.counts(),

@@ -22,7 +22,7 @@ from raypipe.report.saved import read_json, write_json
 from raypipe.segment.labels import Target, class_names
 from raypipe.segment.model import ModelSpec, build_model, record, spec_from
 from raypipe.segment.normalise import Normalisation
-from raypipe.train.checkpoint import load_meta, load_model_state
+from raypipe.train.checkpoint import find_checkpoint
 
 MODEL_FILE = "model.json"
 _REMEDY = "give a folder made by raypipe segment fit"
@@ -78,36 +78,51 @@ def save_model(run_dir: Path, saved: SavedModel) -> Path:
     return write_json(run_dir / MODEL_FILE, fields)
 
 
-def load_model(run_dir: Path | str, checkpoint: str = "best") -> tuple[nn.Module, SavedModel]:
-    """The network with its weights, in eval mode on the CPU, and what it is.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Fitted:
+    """A network with the weights of one checkpoint, in eval mode on the CPU. files : size and digest of
+    each of the checkpoint's files, by name. (Not in ``saved``: a prediction's identity is made of that.)
+    """
 
-    checkpoint : "best" or "last". Raises MissingInput (no such run, no checkpoint yet), StoreCorrupt,
-    InputError (weights of another model).
+    module: nn.Module
+    saved: SavedModel
+    files: Mapping[str, Any]
+
+
+def load_model(run_dir: Path | str, checkpoint: str = "best") -> tuple[nn.Module, SavedModel]:
+    """The network with its weights, in eval mode on the CPU, and what it is. As `load_fitted`."""
+    fitted = load_fitted(run_dir, checkpoint)
+    return fitted.module, fitted.saved
+
+
+def load_fitted(run_dir: Path | str, checkpoint: str = "best") -> Fitted:
+    """What a run's checkpoint, "best" or "last", holds.
+
+    Raises MissingInput (no such run, no checkpoint yet), StoreCorrupt, InputError (weights of another
+    model).
     """
     run_dir = Path(run_dir)
     saved = read_saved(run_dir)
-    state = load_model_state(run_dir / checkpoint)
+    found = find_checkpoint(run_dir / checkpoint)
     module = build_model(saved.spec, saved.seed)
     try:
-        module.load_state_dict(state)
+        module.load_state_dict(found.load("model"))
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(
             f"weights in {run_dir / checkpoint} do not fit {MODEL_FILE} ({reason}); {_REMEDY}"
         ) from error
-    return module.eval(), _of_epoch(saved, load_meta(run_dir / checkpoint), checkpoint)
+    saved = _of_epoch(saved, found.meta, checkpoint)
+    return Fitted(module=module.eval(), saved=saved, files=found.meta["files"])
 
 
 def read_saved(run_dir: Path) -> SavedModel:
     """RUN/model.json, without an epoch's threshold. Raises MissingInput, StoreCorrupt, ConfigError."""
     fields = read_json(run_dir / MODEL_FILE, _REMEDY)
     try:
-        how = fields["normalisation"]
         return SavedModel(
             spec=spec_from(fields["model"]),
-            normalisation=Normalisation(
-                kind=how["kind"], low=tuple(how["low"]), high=tuple(how["high"])
-            ),
+            normalisation=Normalisation.from_dict(fields["normalisation"]),
             target=fields["target"],
             classes=fields["classes"],
             ignore=fields["ignore"],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,6 +14,7 @@ from raypipe.store.catalog import Place, add_place, this_node
 from raypipe.store.export import export_store, plan_export
 from raypipe.store.formats import FormatOptions
 from raypipe.store.replicate import plan_replicas, replicate_store, require_room
+from raypipe.store.space import may_write
 from raypipe.units import format_bytes, parse_bytes
 
 
@@ -131,7 +131,7 @@ def replicate(cfg: ReplicateConfig) -> None:
 
 def _require_writable(folders: set[Path]) -> None:
     for folder in sorted(folders):
-        if not os.access(folder, os.W_OK):
+        if not may_write(folder):
             raise StoreError(
                 f"{folder} cannot be written, so its copies cannot be noted there; --no-catalog "
                 "copies without a note, name the copy to its readers yourself"

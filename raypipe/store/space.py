@@ -31,6 +31,11 @@ def nearest_parent(path: Path) -> Path:
     return path
 
 
+def may_write(folder: Path) -> bool:
+    """Whether ``folder`` is one in which this process may make files."""
+    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+
+
 def free_bytes(path: Path) -> int | None:
     """Bytes that an unprivileged process may still write to the filesystem of ``path``.
 

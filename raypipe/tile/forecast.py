@@ -185,7 +185,9 @@ def require_memory(plan: TilePlan, device: str, budget_bytes: int, *, apart: boo
 def _that_fits(plan: TilePlan, device: str, limit: int, apart: bool) -> int | None:
     """The largest half, quarter, ... of the longest tile that fits; None when none does."""
     chunk = min(plan.cfg.chunk_size, max(plan.grid.shape))
-    least = max(plan.field.align) if plan.cfg.blend is None else 2 * plan.cfg.overlap
+    least = max(plan.field.align)
+    if plan.cfg.blend is not None:  # windows overlap by half a tile at most, in multiples of align
+        least = max(2 * axis.halo for axis in plan.grid.axes)
     while (chunk := chunk // 2) >= least:
         if forecast(plan.resized(chunk), device, batch=1, apart=apart).host_bytes <= limit:
             return chunk

@@ -107,8 +107,14 @@ class TileRun:
         """What must still be free on the disk: for the result, less what an earlier run took, and for a
         record of some 100 bytes a tile.
         """
-        held = _held_bytes(self.paths.partial)
+        held = _held_bytes(self.paths.final if self._was_named() else self.paths.partial)
         return max(0, self.spec.nbytes - held) + 100 * len(self.done)
+
+    def _was_named(self) -> bool:
+        """Whether an earlier run of this very result ended after the last rename, before it said so."""
+        fields = read_manifest(self.paths.manifest) or {}
+        begun = fields.get("fingerprint") == self.fingerprint and fields.get("state") == WRITING
+        return begun and self.paths.final.exists() and not self.paths.partial.exists()
 
     def is_finished(self, *, overwrite: bool = False) -> bool:
         """Whether nothing is left to do. Raises StoreError, FingerprintMismatch where `open` would."""
@@ -145,8 +151,8 @@ class TileRun:
                 f"{self.paths.final} is an older result, or was put there while this one was not "
                 "finished; move it away, or overwrite it"
             )
-        elif self.paths.final.exists() and not self.paths.partial.exists():
-            move(self.paths.final, self.paths.partial)  # named, then ended before it said so
+        elif self._was_named():
+            move(self.paths.final, self.paths.partial)
         # What is overwritten keeps its name until `finish`. The data comes before the manifest: after
         # a crash between them a WRITING result without a partial file is this run's own, never the old.
         create(self.spec, self.paths.partial)

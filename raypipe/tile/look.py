@@ -15,7 +15,7 @@ from raypipe.store.space import free_bytes
 from raypipe.tile.config import TileConfig
 from raypipe.tile.field import Field
 from raypipe.tile.identity import digest_of_model
-from raypipe.tile.ledger import TileRun, claims_in, paths_of, read_manifest
+from raypipe.tile.ledger import DONE, TileRun, claims_in, paths_of, read_manifest
 from raypipe.units import format_bytes
 
 
@@ -30,6 +30,11 @@ class Left:
     finished: bool
     recorded: int
     owner: str
+
+
+def said_finished(out: Path) -> bool:
+    """Whether a complete result lies at ``out``; of what it was made is `TileRun.is_finished`'s to say."""
+    return (read_manifest(paths_of(out).manifest) or {}).get("state") == DONE and out.exists()
 
 
 def look(run: TileRun, *, overwrite: bool) -> Left:

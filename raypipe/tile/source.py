@@ -17,6 +17,7 @@ import numpy as np
 import xxhash
 
 from raypipe.errors import ConfigError, InputError, MissingInput
+from raypipe.read.sample import file_state
 from raypipe.tile.files import files_of
 from raypipe.tile.grid import Box, reading
 
@@ -188,7 +189,7 @@ def open_source(given: Any, dims: int, axes: str | None = None) -> Source:
     ConfigError for an array whose axes cannot be known.
     """
     if isinstance(given, (str, os.PathLike)):
-        given = _open_path(Path(given))
+        given = open_path(Path(given))
     if hasattr(given, "series_shape"):
         given = _of_tiff(given, dims, axes)
     if callable(getattr(given, "read", None)) and len(given.shape) in (3, 4) and axes is None:
@@ -234,7 +235,8 @@ def _usual_axes(shape: Sequence[int], dims: int) -> str:
     return found
 
 
-def _open_path(path: Path) -> Any:
+def open_path(path: Path) -> Any:
+    """What lies at ``path``: a TIFF stack, a picture or an array. Raises MissingInput, InputError."""
     if not path.exists():
         raise MissingInput(f"input {path} does not exist; give a file, or an array")
     if path.suffix == ".npy":
@@ -300,7 +302,7 @@ def digest(source: Source) -> str:
     """
     head = (source.frames, source.channels, source.space, source.dtype.str)
     files = files_of(source)
-    hasher = xxhash.xxh3_128(repr((head, [_state(path) for path in files])).encode())
+    hasher = xxhash.xxh3_128(repr((head, [_states(path) for path in files])).encode())
     array = getattr(source, "array", None)
     if isinstance(array, np.ndarray) and not files:
         for part in array if array.ndim > 2 else [array]:  # a copy of a plane at most
@@ -314,11 +316,10 @@ def digest(source: Source) -> str:
     return hasher.hexdigest()
 
 
-def _state(path: Path) -> list[tuple[str, int, int]]:
-    """(name, bytes, nanoseconds of its last change) of a file, or of all in a folder."""
+def _states(path: Path) -> list[tuple[str, int, int]]:
+    """Name and state of a file, or of all in a folder."""
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    stats = [(file, file.stat()) for file in files]
-    return [(file.name, stat.st_size, stat.st_mtime_ns) for file, stat in stats]
+    return [(file.name, *file_state(file)) for file in files]
 
 
 def _sample(size: int, k: int) -> slice:

@@ -108,12 +108,25 @@ def load_model_state(path: Path | str) -> dict[str, Tensor]:
     ``path``: a run folder (its best epoch) or a checkpoint folder (RUN/best, RUN/last). Raises
     MissingInput when there is none, StoreCorrupt when it is damaged.
     """
-    return _find(Path(path)).load("model")
+    return find_checkpoint(path).load("model")
 
 
-def load_meta(path: Path | str) -> dict[str, Any]:
-    """meta.json of the checkpoint that `load_model_state` would read (epoch, metrics, ...)."""
-    return _find(Path(path)).meta
+def find_checkpoint(path: Path | str) -> Found:
+    """The one that `load_model_state` reads, with its meta.json (epoch, metrics, ...): checked once, and
+    weights and meta of one generation. Raises as `load_model_state`.
+    """
+    path = Path(path)
+    named = _GENERATION.match(path.name)
+    found = newest(path.parent, named.group(1)) if named and not named.group(2) else None
+    if found is None and (path / _META).exists():
+        meta, problem = _inspect(path)
+        if meta is None:
+            raise StoreCorrupt(f"{problem}; choose another checkpoint, or train again")
+        found = Found(path, meta)
+    found = found or newest(path, "best")
+    if found is None:
+        raise MissingInput(f"{path} holds no checkpoint (best/ or last/); train first")
+    return found
 
 
 def discard(run_dir: Path) -> None:
@@ -131,20 +144,6 @@ def on_disk_bytes(run_dir: Path) -> int:
 
 def _folders(run_dir: Path, name: str) -> list[Path]:
     return [*_generations(run_dir, name), run_dir / f".{name}.writing"]
-
-
-def _find(path: Path) -> Found:
-    named = _GENERATION.match(path.name)
-    found = newest(path.parent, named.group(1)) if named and not named.group(2) else None
-    if found is None and (path / _META).exists():
-        meta, problem = _inspect(path)
-        if meta is None:
-            raise StoreCorrupt(f"{problem}; choose another checkpoint, or train again")
-        found = Found(path, meta)
-    found = found or newest(path, "best")
-    if found is None:
-        raise MissingInput(f"{path} holds no checkpoint (best/ or last/); train first")
-    return found
 
 
 def _generations(run_dir: Path, name: str) -> list[Path]:

@@ -1,8 +1,8 @@
 """The folder of a fit: what it holds already, whether that is the same fit, and what came of it.
 
-Each room writes files of its own beside; what all need so that the same command goes on, and no other
-one writes over it, is here. run.json says what was asked and what came of it; it is written before
-training begins and again at its end. Who trains is ``raypipe.runner``'s.
+Each room writes files of its own beside; what all need so that the same command goes on, no other one
+writes over it, and one that cannot start costs nothing, is here. run.json says what was asked and what
+came of it; it is written before training begins and again at its end. Who trains is ``raypipe.runner``'s.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from raypipe.errors import ConfigError
 from raypipe.report.saved import RUN_FILE, read_run, write_json
@@ -23,12 +23,32 @@ from raypipe.train.result import FitResult, finished
 from raypipe.train.task import Task
 
 
+class Trainer(Protocol):
+    """What a fit asks of ``raypipe.runner.Runner``."""
+
+    def resolve_device(self, device: str) -> str: ...
+
+    def needs(self, workers: int | None, device: str) -> object: ...
+
+    def fit(
+        self,
+        task: Task,
+        cfg: TrainConfig,
+        run_dir: Path,
+        *,
+        workers: int = 1,
+        device: str = "auto",
+        resume: bool = True,
+    ) -> FitResult: ...
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class FitFolder:
     """One fit of ``task`` in ``path``.
 
     kind : as run.json names it. identity : what a run that goes on must share with the one before it,
-    as plain values. noted : metrics of the best epoch that run.json repeats.
+    as plain values. noted : metrics of the best epoch that run.json repeats. derived : folders in it that
+    are of its weights, and go with them.
     """
 
     path: Path
@@ -37,9 +57,11 @@ class FitFolder:
     task: Task
     train: TrainConfig
     workers: int
+    device: str
     resume: bool
     n_parameters: int
     noted: tuple[str, ...] = ()
+    derived: tuple[str, ...] = ("evaluation",)
 
     def earlier(self) -> dict[str, Any]:
         """run.json of the run that this one goes on from; empty where there is none.
@@ -64,28 +86,42 @@ class FitFolder:
             write_json(self.path / RUN_FILE, {**earlier, "result": self.summary(done)})
         return done
 
-    def clear(self, *folders: str) -> None:
-        """Before anything is written: refuse what training would refuse, and where nothing is resumed
-        drop what is there, the results in ``folders`` too.
+    def fit(self, runner: Trainer, claim: Callable[[], Mapping[str, Any]]) -> FitResult:
+        """Train, and say so in run.json.
+
+        claim : writes the room's own files, once nothing stands against it, and gives what run.json shall
+        say. Raises ConfigError for another run's folder, what ``runner`` refuses, and what training raises.
+        """
+        earlier = self.earlier()
+        self._make_way(runner)
+        record = {**claim(), "kind": self.kind, "identity": self.identity}
+        record |= {"n_parameters": self.n_parameters, "result": earlier.get("result")}
+        write_json(self.path / RUN_FILE, record)
+        result = runner.fit(
+            self.task,
+            self.train,
+            self.path,
+            workers=self.workers,
+            device=self.device,
+            resume=self.resume,
+        )
+        came = {"memory_plan": saved_plan(self.path), "result": self.summary(result)}
+        write_json(self.path / RUN_FILE, {**record, **came})
+        return result
+
+    def _make_way(self, runner: Trainer) -> None:
+        """Refuse what training would refuse; where nothing is resumed drop what is there, after that:
+        what cannot start must not cost the old weights.
         """
         if self.resume:
             self._check_resumable()
             return
+        runner.needs(self.workers, runner.resolve_device(self.device))
         # Before run.json vouches for other data: a crash in between must leave nothing to resume.
         discard(self.path)
         (self.path / PLAN_FILE).unlink(missing_ok=True)
-        for old in folders:
+        for old in self.derived:
             shutil.rmtree(self.path / old, ignore_errors=True)
-
-    def fit(self, record: Mapping[str, Any], start: Callable[[], FitResult]) -> FitResult:
-        """Write ``record`` as run.json, train by ``start``, and add what came of it."""
-        record = {**record, "kind": self.kind, "identity": self.identity}
-        record |= {"n_parameters": self.n_parameters, "result": self.earlier().get("result")}
-        write_json(self.path / RUN_FILE, record)
-        result = start()
-        came = {"memory_plan": saved_plan(self.path), "result": self.summary(result)}
-        write_json(self.path / RUN_FILE, {**record, **came})
-        return result
 
     def summary(self, result: FitResult) -> dict[str, Any]:
         """``result`` for run.json."""

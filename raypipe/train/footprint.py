@@ -169,9 +169,9 @@ def measure(
     if device.type == "cpu" and not why:
         try:
             return _by_shapes(task, quiet, batches)
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, MemoryError):
             raise
-        # Whatever a model does that tensors without values cannot: its own faults show below.
+        # Whatever a model's own checks raise of tensors without values: its true faults show below.
         except Exception as error:
             why = f"{type(error).__name__}: {' '.join(str(error).split())[:100]}"
     ran = why if device.type == "cpu" else ""

@@ -128,10 +128,7 @@ class Plan:
         cfg = chosen or self.asked
         rows = cfg.batch_size
         outside = f", {format_bytes(self._context_bytes)} of CUDA's own" * bool(self._context_bytes)
-        head = (
-            f"memory of a step, measured at {SIZES[0]} and {SIZES[1]} rows on {self.device}"
-            f"{self._how}; a worker's tensors{outside}"
-        )
+        head = f"memory of a step, {self._how}; a worker's tensors{outside}"
         table = [("techniques", "fixed", "each row", f"peak at {rows}")]
         for p in self.predictions:
             mark = "  <-" if p.techniques == self._set_of(cfg) else ""
@@ -161,6 +158,8 @@ class Plan:
         peak = format_bytes(self.peak_bytes(p, rows)) + mark
         if not p.footprint.aligned:
             peak += "  (other kernels at 3 rows than at 2: less certain)"
+        if p.footprint.ran and self._counted:
+            peak += f"  (measured by real steps: {p.footprint.ran})"
         return format_bytes(line.fixed + self._context_bytes), format_bytes(line.a_row), peak
 
     def _candidates(self, amp: Amp | None) -> list[Prediction]:
@@ -191,11 +190,23 @@ class Plan:
 
     @property
     def _how(self) -> str:
-        """What was run for it, where that is not plain."""
-        if self.device.startswith("cuda"):
-            return ""
-        ran = {p.footprint.ran for p in self.predictions if p.footprint} - {""}
-        return f" by real steps ({min(ran)})" if ran else " by shapes alone"
+        """Steps that were run are measured; of shapes bytes are counted, and nothing is run."""
+        at = f"at {SIZES[0]} and {SIZES[1]} rows on {self.device}"
+        reasons = self._ran - {""}
+        if not self._counted:
+            return f"measured {at}" + (f" by real steps ({min(reasons)})" if reasons else "")
+        rest = ", but for sets that real steps were run of" if reasons else ""
+        return f"counted {at} by shapes alone{rest}"
+
+    @property
+    def _counted(self) -> bool:
+        """Whether any set was counted by shapes, which is done for a CPU only."""
+        return self.device.startswith("cpu") and "" in self._ran
+
+    @property
+    def _ran(self) -> set[str]:
+        """Why steps were run, "" where they were not."""
+        return {p.footprint.ran for p in self.predictions if p.footprint}
 
     def _set_of(self, cfg: TrainConfig) -> Techniques:
         return Techniques.of(cfg).possible(blocks=True, convolutions=self.convolutions)

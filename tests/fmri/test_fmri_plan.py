@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from mvpa_kit import planted
 
 from raypipe.errors import MemoryBudgetExceeded
+from raypipe.fmri.mvpa import EstimatorConfig, MvpaConfig, decode
 from raypipe.fmri.plan import (
     Batch,
     Need,
@@ -109,6 +113,31 @@ def test_needs_grow_with_voxels_and_mapped_series_are_free(
     assert need_of(voxels, [SCAN] * n_scans, [unit], mapped=True).held == 0
     keeps = replace(unit, keeps_folds=True, n_folds=50)
     assert need_of(voxels, [SCAN], [keeps], mapped=False).working > 50 * 8 * 100 * voxels
+    shown = need_of(voxels, [SCAN] * n_scans, [replace(unit, n_maps=3)], mapped=False)
+    assert shown.working - of[0].working >= 2 * 8 * 3 * voxels, "weights and their patterns stay"
+
+
+@pytest.mark.parametrize("gaps", [False, True])
+@pytest.mark.parametrize("estimator", ["svc", "sklearn.linear_model.RidgeClassifier"])
+def test_a_unit_with_weight_maps_stays_within_its_plan(estimator: str, gaps: bool) -> None:
+    """All that NumPy allocates, scikit-learn's arrays too, from the patterns on."""
+    voxels, n_folds = 20_000, 4
+    config = MvpaConfig(model=EstimatorConfig(estimator=estimator))
+    decode(*planted(3), config, weights=True)  # what is imported and compiled is planned apart
+    patterns, design = planted(3, n_voxels=voxels)
+    patterns[:, 3::50] = np.nan if gaps else 0.0
+    tracemalloc.start()
+    try:
+        found = decode(patterns.copy(), design, config, weights=True).weights
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert found is not None and np.isnan(found.weights).any() == gaps
+    unit = UnitFacts(
+        n_samples=len(design), n_folds=n_folds, keeps_folds=estimator != "svc", n_maps=3
+    )
+    planned = need_of(voxels, [SCAN], [unit], mapped=False).working
+    assert planned / 3 < peak <= planned
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,12 @@ from sklearn.svm import SVC
 
 from raypipe.errors import InputError, StoreCorrupt
 from raypipe.fmri.commands import mvpa
+from raypipe.fmri.inputs import look_at
 from raypipe.fmri.masks import Grid
 from raypipe.fmri.mvpa import EstimatorConfig, MvpaConfig, Weights
 from raypipe.fmri.report import write_report
 from raypipe.fmri.report.brain import read_map, read_maps
+from raypipe.fmri.rois import wanted_rois
 from raypipe.fmri.series import Subject
 from raypipe.fmri.units import Unit
 from raypipe.fmri.weight_files import save_weights
@@ -60,6 +62,13 @@ def test_maps_are_scikit_learns_weights_and_their_patterns(tmp_path: Path) -> No
     assert f"{NAME}_weights.nii.gz" in page
     assert mvpa(plain, LocalRunner()).computed == 4
     assert not list((plain.run_dir / "maps").glob("sub-01_roi-yes*")), "older maps go"
+
+
+def test_maps_are_planned_for(tmp_path: Path) -> None:
+    cfg = mvpa_config(make_data(tmp_path / "data", ("01",)), tmp_path / "run")
+    for asked, n_maps in ((False, 0), (True, 2)):
+        found = look_at(replace(cfg, weight_maps=asked), "01", wanted_rois(cfg), cfg.targets())
+        assert {facts.n_maps for _, facts in found.units} == {n_maps}
 
 
 def test_a_model_without_weights_is_told(tmp_path: Path) -> None:

@@ -22,9 +22,10 @@ from raypipe.fmri.rois import wanted_rois
 from raypipe.fmri.searchlight import lay_out as light_lay_out
 from raypipe.fmri.searchlight.job import SearchlightJobConfig
 from raypipe.fmri.series import Subject
-from raypipe.read.nifti import content_sample, open_scan
+from raypipe.read.nifti import open_scan
 from raypipe.read.runfiles import RunFiles
 from raypipe.read.runtable import read_run_table
+from raypipe.read.sample import content_sample
 
 
 def _subject(name: str, **more: str | None) -> SubjectInputs:

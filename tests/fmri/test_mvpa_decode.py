@@ -253,10 +253,13 @@ def test_a_model_without_weights_is_told_before_the_permutations(
 
 def test_weights_come_with_the_scores_on_request() -> None:
     patterns, design = planted(3)
+    patterns[2, 7] = np.nan
     asked = decode(patterns, design, MvpaConfig(), weights=True).weights
     assert asked is not None
     expected = weight_maps(patterns, design, MvpaConfig())
     np.testing.assert_array_equal(asked.weights, expected.weights)
+    np.testing.assert_array_equal(asked.patterns, expected.patterns)
+    assert np.isnan(asked.weights).any(0).nonzero()[0].tolist() == [7]
     assert decode(patterns, design, MvpaConfig()).weights is None
 
 

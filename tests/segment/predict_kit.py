@@ -31,15 +31,15 @@ import sys, time, torch
 torch.set_num_threads(1)
 from raypipe.cli import main
 from raypipe.segment import predict_plan
-load = predict_plan.load_model
+load = predict_plan.load_fitted
 def slow(*args):
-    module, saved = load(*args)
+    fitted = load(*args)
     def nap(_, given):
         height, width = given[0].shape[-2:]
         time.sleep(NAP if height == width else 0)
-    module.register_forward_pre_hook(nap)
-    return module, saved
-predict_plan.load_model = slow
+    fitted.module.register_forward_pre_hook(nap)
+    return fitted
+predict_plan.load_fitted = slow
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -5,6 +5,7 @@ evaluate and predict.
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,13 @@ from raypipe.cli import main
 from raypipe.errors import ConfigError, InputError, RaypipeError
 from raypipe.segment import assess, run
 from raypipe.segment.apply import logits_of
-from raypipe.segment.channels import channel_pages, check_axes
+from raypipe.segment.channels import axes_taken, channel_pages, check_axes, open_tiles
 from raypipe.segment.config import InputConfig
 from raypipe.segment.pictures import find_pictures
 from raypipe.segment.planted import PlantedNucleiConfig, nuclei
 from raypipe.segment.readers import Readers
 from raypipe.segment.saved import load_model
+from raypipe.tile.files import files_of
 
 H, W = 40, 56
 
@@ -103,6 +105,61 @@ def test_a_stack_of_several_channels(tmp_path: Path, write: Any, said: str, name
         assert readers.mask(picture, (0, H), (0, W)).shape == (H, W)
 
 
+@pytest.mark.parametrize(
+    ("write", "said", "named", "taken"),
+    [(ome, "TCYX", None, "FCYX"), (ome, "CTYX", None, "CFYX"), (imagej, "TZCYX", None, "FFCYX"),
+     (ome, "CTZYX", None, "CFFYX"), (ome, "TCYX", "FCYX", "FCYX"), (plain, "CYX", "CYX", "CYX"),
+     (imagej, "CYX", None, "CYX"), (planar, "CYX", None, "CYX"), (colour, "CYX", None, "YXC"),
+     (plain, "TYX", None, "FYX")],
+)  # fmt: skip
+def test_tiles_are_cut_from_the_pictures_that_fit_sees(
+    tmp_path: Path, write: Any, said: str, named: Any, taken: str
+) -> None:
+    sizes = [{"C": 3, "T": 2, "Z": 5}[letter] for letter in said[:-2]]
+    folder = tmp_path / "data"
+    folder.mkdir()
+    n = int(np.prod(sizes)) // (3 if "C" in said else 1)
+    pictures = find_pictures(pair(folder, write, noise(*sizes, H, W), said, n), named)
+    path = folder / "images/a.tif"
+    source = pickle.loads(pickle.dumps(open_tiles(path, named)))
+    assert (source.frames, source.channels, source.space) == (n, pictures[0].channels, (H, W))
+    assert source.dtype == np.uint16 and axes_taken(source) == taken
+    assert files_of(source) == (path,), "else it could be overwritten, and a change not seen"
+    readers = Readers()
+    for picture in pictures:
+        found = source.read(picture.frame, (slice(3, 30), slice(5, 50)))
+        np.testing.assert_array_equal(found, readers.image(picture, (3, 30), (5, 50)))
+
+
+@pytest.mark.parametrize(
+    ("write", "said", "axes"),
+    [
+        (ome, "TCYX", "CFYX"),
+        (imagej, "TCYX", "CFYX"),
+        (ome, "CTYX", "FCYX"),
+        (colour, "CYX", "CYX"),
+        (ome, "TCYX", "FCXY"),
+        (ome, "TYX", "FXY"),
+        (ome, "TYX", "CYX"),
+        (imagej, "ZYX", "CYX"),
+    ],
+)
+def test_axes_that_say_otherwise_than_the_file_are_refused(
+    tmp_path: Path, write: Any, said: str, axes: str
+) -> None:
+    """Two times, two channels and a square: every reading fits the mask."""
+    sizes = {"T": 2, "Z": 2, "C": 2 if "T" in said else 3, "Y": 48, "X": 48}
+    (tmp_path / "images").mkdir()
+    (tmp_path / "masks").mkdir()
+    path = tmp_path / "images/a.tif"
+    write(path, noise(*(sizes[letter] for letter in said)), said)
+    mask = noise(2, 48, 48) % 2
+    tifffile.imwrite(tmp_path / "masks/a.tif", mask, photometric="minisblack")
+    for read in (lambda: find_pictures(tmp_path, axes), lambda: open_tiles(path, axes)):
+        with pytest.raises(ConfigError, match=f"axes '{axes}' are not those of a.tif, which says"):
+            read()
+
+
 def test_values_that_are_no_pages_are_named_as_for_predict(tmp_path: Path) -> None:
     """A float array of (h, w, 3) is written as h pages of w x 3."""
     pixels = np.random.default_rng(0).random((H, W, 3), np.float32)
@@ -131,6 +188,7 @@ def png(path: Path, pixels: np.ndarray, axes: str) -> None:
     ("write", "said", "n", "axes", "kind", "told"),
     [
         (plain, "", 1, None, InputError, r"3 x 40 x 56, its mask a\.tif 1 x .*say --axes CYX$"),
+        (ome, "TYX", 1, None, InputError, r"save it anew with axes that say so$"),
         (ome, "CYX", 3, None, InputError, r"pictures and no channels, say --axes FYX$"),
         (plain, "", 1, "YX", ConfigError, r"a\.tif: axes 'YX' do not fit .*\(3, 40, 56\)"),
         (plain, "", 2, "CYX", InputError, r"1 x 40 x 56 x 3, its mask a\.tif 2 x "),
@@ -182,7 +240,11 @@ def test_mixed_kinds_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 @pytest.mark.parametrize(("write", "axes"), [(plain, ["--axes", "CYX"]), (imagej, [])])
 def test_fit_evaluate_and_predict_see_the_same_channels(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Any, axes: list[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    write: Any,
+    axes: list[str],
 ) -> None:
     for module in (run, assess):
         monkeypatch.setattr(module, "write_report", lambda run_dir: run_dir / "report.html")
@@ -203,12 +265,44 @@ def test_fit_evaluate_and_predict_see_the_same_channels(
     assert main(["segment", "evaluate", "--run-dir", str(out), "--device", "cpu"]) == 0
     summary = json.loads((out / "evaluation/test/summary.json").read_text())
     for what in ("logits", "labels"):
-        ask = ["--input", str(tmp_path / "test/images/a.tif"), "--axes", "CYX", "--what", what]
+        ask = ["--input", str(tmp_path / "test/images/a.tif"), *axes, "--what", what]
         ask += ["--output", str(tmp_path / f"{what}.npy"), "--run-dir", str(out)]
-        assert main(["segment", "predict", *ask, "--device", "cpu", "--runner", "local"]) == 0
+        ask += ["--device", "cpu", "--runner", "local"]
+        capsys.readouterr()
+        assert main(["segment", "predict", *ask, "--dry-run"]) == 0
+        told = capsys.readouterr().out.splitlines()[0]
+        assert "1 image(s) of 64x64, 3 channel(s)" in told and "axes taken to be CYX" in told
+        assert main(["segment", "predict", *ask]) == 0
+        record = json.loads((tmp_path / f"{what}.npy.predict/run.json").read_text())
+        assert record["input"]["axes"] == "CYX" and len(record["input"]["files"]) == 1
     module, saved = load_model(out)
     wanted = logits_of(module, saved, images["test"])[0]
     np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), wanted[0], rtol=0, atol=1e-5)
     truth = tifffile.imread(tmp_path / "test/masks/a.tif").ravel() > 0
     dice = f1_score(truth, np.load(tmp_path / "labels.npy").ravel())
     assert summary["pixels"]["dice"] == pytest.approx(dice, abs=1e-3)
+
+
+def test_a_run_from_before_channels_were_read_is_told_so(
+    tmp_path: Path, no_page: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its pages were pictures, and its pictures.json names no axes."""
+    data, out = tmp_path / "data", tmp_path / "run"
+    for number, split in enumerate(("train", "val", "test")):
+        drawn = [nuclei(PlantedNucleiConfig(size=64), (number, k)) for k in range(2)]
+        for place, (kind, write) in enumerate((("images", ome), ("masks", plain))):
+            (data / split / kind).mkdir(parents=True)
+            pixels = np.stack([one[place] for one in drawn])
+            write(data / split / kind / "a.tif", pixels, "CYX")
+    fit = ["--data", str(data), "--run-dir", str(out), "--crop", "16", "--width", "2", "--axes"]
+    fit += ["FYX", "--depth", "2", "--epochs", "1", "--device", "cpu", "--runner", "local"]
+    assert main(["segment", "fit", *fit]) == 0
+    path = out / "pictures.json"
+    fields = json.loads(path.read_text())
+    for one in fields["pictures"]:
+        del one["axes"]
+    path.write_text(json.dumps(fields))
+    capsys.readouterr()
+    assert main(["segment", "evaluate", "--run-dir", str(out), "--device", "cpu"]) == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("raypipe: ")]
+    assert "was fitted as 1 channel(s)" in line and "--axes FYX" in line

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from unet_bench import unet_memory
 
 from raypipe.segment.config import InputConfig, NetworkConfig, SegmentFitConfig
@@ -97,7 +98,48 @@ def test_a_task_that_looks_at_values_is_run_for_real(task: Any) -> None:
         wanted = plain.peak_bytes(rows, accumulates=True)
         assert looking.peak_bytes(rows, accumulates=True) == pytest.approx(wanted, rel=0.01)
     said = predict(Looking(task.folder, SPEC, ROWS), TrainConfig(), CPU).lines()[0]
-    assert "by real steps" in said
+    assert "measured at 2 and 3 rows on cpu by real steps (DataDependent" in said
+
+
+@dataclass(frozen=True)
+class Checking(BENCH.UNetTask):  # type: ignore[misc, name-defined]
+    """Has a check of its own, which tensors without values do not pass; ``only`` under one technique."""
+
+    error: type[BaseException] = AssertionError
+    only: str = ""
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        found = super().loss(model, batch)
+        if isinstance(batch["image"], FakeTensor) and (
+            not self.only or torch.is_autocast_enabled("cpu")
+        ):
+            raise self.error("the image is\nnot as it should be")
+        return found
+
+
+@pytest.mark.parametrize("error", [AssertionError, AttributeError, IndexError, KeyError, OSError])
+def test_a_check_of_the_models_own_is_tried_on_real_steps(task: Any, error: type) -> None:
+    checking = measure(Checking(task.folder, SPEC, ROWS, error=error), TrainConfig(), CPU)
+    assert error.__name__ in checking.ran and "not as it should be" in checking.ran
+    wanted = measure(task, TrainConfig(), CPU).peak_bytes(8, accumulates=True)
+    assert checking.peak_bytes(8, accumulates=True) == pytest.approx(wanted, rel=0.01)
+
+
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError, KeyboardInterrupt])
+def test_memory_and_the_user_are_no_checks(task: Any, error: type[BaseException]) -> None:
+    with pytest.raises(error, match="not as it should be"):
+        measure(Checking(task.folder, SPEC, ROWS, error=error), TrainConfig(), CPU)
+
+
+def test_what_was_counted_is_not_called_measured(task: Any, plan: Plan) -> None:
+    assert plan.lines()[0].startswith(
+        "memory of a step, counted at 2 and 3 rows on cpu by shapes alone;"
+    )
+    assert not any("measured" in line for line in plan.lines())
+    mixed = predict(Checking(task.folder, SPEC, ROWS, only="amp"), TrainConfig(), CPU).lines()
+    assert "counted at 2 and 3 rows on cpu by shapes alone, but for sets" in mixed[0]
+    measured = [line for line in mixed if "measured by real steps: AssertionError" in line]
+    assert measured and all(line.startswith("  AMP ") for line in measured)
 
 
 @pytest.mark.parametrize("target", ["foreground", "boundary"])

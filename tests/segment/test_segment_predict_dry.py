@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -25,6 +26,7 @@ from raypipe.segment.predict import SegmentPredictConfig, after_of
 from raypipe.segment.saved import load_model
 from raypipe.tile import TileConfig, measure
 from raypipe.tile.worker import TileWorker
+from raypipe.train import checkpoint
 
 
 @pytest.fixture
@@ -164,6 +166,31 @@ def test_a_run_leaves_what_made_it(given: tuple[Path, Path, Path]) -> None:
         assert words in page
 
 
+def test_the_record_is_of_the_weights_that_were_loaded(
+    given: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fit that still runs replaces its best weights meanwhile; and they are read once, which takes long."""
+    run_dir, _, out = given
+    weights = xxhash.xxh3_128_hexdigest((run_dir / "best" / "model.pt").read_bytes())
+    seen: list[Path] = []
+    inspect, plan = checkpoint._inspect, predict_plan.make_plan
+
+    def inspected(path: Path) -> object:
+        seen.append(path)
+        return inspect(path)
+
+    def meanwhile(*args: object, **options: object) -> object:
+        checkpoint.save(run_dir, "best", {"model": {}}, {"progress": {}})
+        return plan(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(checkpoint, "_inspect", inspected)
+    monkeypatch.setattr(predict_plan, "make_plan", meanwhile)
+    assert predict(*given, *STATED) == 0
+    record = json.loads((out.with_name("out.ome.tif.predict") / "run.json").read_text())
+    assert record["model"]["files"]["model.pt"]["xxh3_128"] == weights
+    assert seen == [run_dir / "best"]
+
+
 def test_the_record_is_not_needed_and_not_replaced(given: tuple[Path, Path, Path]) -> None:
     out = given[2]
     assert predict(*given, *STATED) == 0
@@ -185,6 +212,39 @@ def test_a_record_of_another_result_is_left_alone(given: tuple[Path, Path, Path]
     path.write_text(json.dumps(fields))
     assert predict(*given, *STATED) == 0
     assert json.loads(path.read_text())["result"] is None
+
+
+def test_a_finished_result_in_an_archive_is_complete(
+    given: tuple[Path, Path, Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Root may write everywhere but on a disk that is mounted so: what it may is taken from it here."""
+    folder, access = given[2].parent, os.access
+
+    def archived(path: str | Path, mode: int, **more: bool) -> bool:
+        inside = folder in (Path(path), *Path(path).parents)
+        return access(path, mode, **more) and not (inside and mode & os.W_OK)
+
+    def refused(*more: str) -> str:
+        assert predict(*given, *STATED, *more) == 2
+        return capsys.readouterr().err
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "access", archived)
+        assert f"folder {folder} cannot be written" in refused()
+    assert predict(*given, *STATED) == 0
+    path = given[2].with_name("out.ome.tif.predict") / "run.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "result": None}))
+    before = states(folder)
+    monkeypatch.setattr(os, "access", archived)
+    capsys.readouterr()
+    assert predict(*given, *STATED) == 0
+    assert "complete already" in capsys.readouterr().out
+    assert "finished already" in told(capsys, *given, *STATED)["kept"]
+    assert "begun with other" in refused("--what", "logits")
+    assert "cannot be written" in refused("--overwrite")
+    assert states(folder) == before
 
 
 def test_an_unfinished_result_may_be_moved_with_its_record(

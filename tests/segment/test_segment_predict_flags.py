@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 from predict_kit import STATED, fitted_run, predict, write_pages
 
@@ -24,7 +25,7 @@ BAD: dict[str, list[tuple[list[str], str]]] = {
         (["absent"], "absent/model.json is not there; give a folder made by raypipe segment fit"),
         (["{d}/extract"], "extract/model.json is not there; give a folder made by raypipe segment"),
         (["{d}/in.tif"], "in.tif/model.json is not there; give a folder"),
-        (["{d}/torn"], "torn/model.json lacks 'normalisation'"),
+        (["{d}/torn"], "torn/model.json lacks 'model'"),
         (["{d}/empty"], "empty/best holds no checkpoint (best/ or last/); train first"),
     ],
     "input": [
@@ -37,6 +38,7 @@ BAD: dict[str, list[tuple[list[str], str]]] = {
         (["{d}/empty.npy"], "empty.npy is not a readable .npy array"),
         (["{d}/rgb.npy"], "can be read in several ways; name its axes"),
         (["{d}/rgb.npy", "--axes", "YXC"], "has 3 channel(s), the model of {d}/run takes 1"),
+        (["{d}/said.tif"], "3 channel(s), the model of {d}/run takes 1; its axes were taken to be CFYX"),
         (["{d}/grey.png", "--run-dir", "{d}/colour"], "has 1 channel(s), the model of {d}/colour takes 3"),
     ],
     "output": [
@@ -56,6 +58,7 @@ BAD: dict[str, list[tuple[list[str], str]]] = {
         (["YX"], "axes 'YX' do not fit an array of shape (2, 300, 280)"),
         (["ZYX"], "Z makes volumes; name it F"),
         (["YX", "--input", "{d}/grey.png"], "leave them out for a Picture"),
+        (["FCYX", "--input", "{d}/said.tif"], "not those of said.tif, which says CTYX (3 x 2 x 64 x 64)"),
     ],
     "checkpoint": [
         (["first"], "first"),
@@ -138,6 +141,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "complex": np.zeros((64, 64), np.complex64),
         "grey": np.zeros((64, 64), np.uint8),
     }
+    pages = np.zeros((3, 2, 64, 64), np.uint8)
+    tifffile.imwrite(d / "said.tif", pages, ome=True, metadata={"axes": "CTYX"})
     for name, array in arrays.items():
         np.save(d / f"{name}.npy", array)
     (d / "empty.npy").touch()

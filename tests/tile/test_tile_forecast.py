@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -144,7 +145,16 @@ def test_nodes_of_a_joined_cluster_have_budgets_of_their_own() -> None:
         assert is_known(Prospect(memory=memory, machines=machines)) is not grows
 
 
-def test_with_blending_the_refusal_is_of_memory(tmp_path: Path) -> None:
-    plan = plan_of(seeded(UNet), tmp_path / "out.npy", blend="linear", overlap=200, chunk_size=500)
+@pytest.mark.parametrize("name", ["out.npy", "out.tif"])
+@pytest.mark.parametrize(
+    ("overlap", "align", "chunk"),
+    # The last three overlaps are rounded up to align: more than half of a tile of twice the overlap.
+    [(200, 4, 500), (64, 4, 1024), (32, 24, 560), (33, 32, 544), (33, (32, 4), 544)],
+)
+def test_with_blending_the_refusal_is_of_memory(
+    tmp_path: Path, name: str, overlap: int, align: Any, chunk: int
+) -> None:
+    options = {"blend": "linear", "overlap": overlap, "align": align, "chunk_size": chunk}
+    plan = plan_of(seeded(UNet), tmp_path / name, **options)
     with pytest.raises(MemoryBudgetExceeded, match="it takes a larger --max-memory"):
         require_memory(plan, "cpu", 512 << 20)

@@ -26,10 +26,11 @@ from raypipe.errors import (
     StoreError,
     StoreLocked,
 )
+from raypipe.store import space
 from raypipe.tile.config import TileConfig
 from raypipe.tile.engine import infer
 from raypipe.tile.grid import TileGrid
-from raypipe.tile.ledger import TileRun, TileWriter, paths_of
+from raypipe.tile.ledger import DONE, TileRun, TileWriter, paths_of
 from raypipe.tile.output import OutputSpec
 from raypipe.tile.source import open_source
 from raypipe.tile.worker import TileItem
@@ -189,15 +190,40 @@ def test_a_foreign_file_is_overwritten_only_by_a_complete_result(tmp_path: Path)
     (tmp_path / "out.npy").write_text("mine")
     with opened(tmp_path / "out.npy", overwrite=True) as begun:
         assert (tmp_path / "out.npy").read_text() == "mine"
-        writer = TileWriter(begun.target, "w")
-        for number in range(len(begun.done)):
-            box = begun.spec.grid.tile(number).keep
-            writer.write(number, np.full((1, *(s.stop - s.start for s in box)), 7))
-        writer.commit()
-        writer.close()
-        begun.accept(range(len(begun.done)))
+        assert begun.missing_bytes() == 100 * 9, (
+            "its own file is preallocated, the other does not count"
+        )
+        write_all(begun)
         begun.finish()
     assert (np.load(tmp_path / "out.npy") == 7).all()
+
+
+def test_a_result_that_got_its_name_is_not_asked_room_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ended between the last rename and the manifest, on a disk that is then full."""
+    out, write_manifest = tmp_path / "a.npy", TileRun._write_manifest
+
+    def ends(run: TileRun, state: str) -> None:
+        if state == DONE:
+            raise KeyboardInterrupt
+        write_manifest(run, state)
+
+    with monkeypatch.context() as patch, opened(out) as first:
+        patch.setattr(TileRun, "_write_manifest", ends)
+        write_all(first)
+        with pytest.raises(KeyboardInterrupt):
+            first.finish()
+    assert out.exists() and not first.paths.partial.exists()
+    assert json.loads(first.paths.manifest.read_text())["state"] == "writing"
+    other = TileRun(first.spec, {"model": "b"}, "run")
+    assert other.missing_bytes() >= first.spec.nbytes, "nothing of it is there"
+    monkeypatch.setattr(space, "free_bytes", lambda path: 100 * 9)
+    with opened(out) as second:
+        assert second.kept == 9 and not len(second.missing())
+        second.finish()
+    assert (np.load(out) == 7).all()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npy", "a.npy.tiles.json"]
 
 
 @pytest.mark.parametrize("name", ["in.npy", "in.zarr"])
@@ -240,6 +266,17 @@ def test_what_a_zarr_has_on_the_disk_is_not_asked_for_again(tmp_path: Path) -> N
     (tmp_path / "out.zarr").rename(fresh.paths.partial)
     stored = sum(p.stat().st_size for p in fresh.paths.partial.rglob("*") if p.is_file())
     assert stored >= 4 * 560 * 560 and fresh.missing_bytes() == 100 * 64
+
+
+def write_all(begun: TileRun) -> None:
+    """Every tile, of sevens, committed."""
+    writer = TileWriter(begun.target, "w")
+    for number in range(len(begun.done)):
+        box = begun.spec.grid.tile(number).keep
+        writer.write(number, np.full((1, *(s.stop - s.start for s in box)), 7))
+    writer.commit()
+    writer.close()
+    begun.accept(range(len(begun.done)))
 
 
 def opened(out: Path, *, overwrite: bool = False) -> TileRun:

@@ -127,7 +127,7 @@ def test_load_model_state_finds_the_best(noisy: ToyTask, tmp_path: Path) -> None
     with pytest.raises(MissingInput, match="train first"):
         load_model_state(folder)
     result = run(noisy, config(), folder)
-    assert checkpoint.load_meta(folder)["progress"]["best_epoch"] == result.best_epoch
+    assert checkpoint.find_checkpoint(folder).meta["progress"]["best_epoch"] == result.best_epoch
     for path in (folder, folder / "best", folder / "last", folder / "last-1", str(folder)):
         assert set(load_model_state(path)) == set(noisy.build_model().state_dict())
     moved = tmp_path / "elsewhere"

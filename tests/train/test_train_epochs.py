@@ -15,7 +15,7 @@ from train_helpers import N_TRAIN, N_VAL, ToyTask, config, run, write_toy
 from raypipe.errors import MemoryBudgetExceeded
 from raypipe.runner import LocalRunner
 from raypipe.train import finished
-from raypipe.train.checkpoint import load_meta
+from raypipe.train.checkpoint import find_checkpoint
 from raypipe.train.limit import BatchLimit
 from raypipe.train.result import Progress
 
@@ -78,7 +78,8 @@ def test_the_task_says_which_epoch_is_best(tmp_path: Path) -> None:
     epochs = records(tmp_path / "run", "epoch")
     worst = max(epochs, key=lambda record: record["val_loss"])
     assert (result.best_epoch, result.best_val_loss) == (worst["epoch"], worst["val_loss"])
-    assert load_meta(tmp_path / "run/best")["progress"]["history"][-1]["epoch"] == worst["epoch"]
+    best = find_checkpoint(tmp_path / "run/best").meta["progress"]["history"][-1]
+    assert best["epoch"] == worst["epoch"]
     assert run(toy, config(), tmp_path / "usual").best_epoch != worst["epoch"]
 
 
@@ -112,7 +113,7 @@ def test_what_was_learnt_is_saved_when_memory_ends_the_run(
         patched.setattr(BatchLimit, "at_boundary", at_boundary)
         with pytest.raises(MemoryBudgetExceeded):
             LocalRunner().fit(toy, config(), tmp_path / "run", device="cpu")
-    assert load_meta(tmp_path / "run/last")["progress"]["global_step"] == 8
+    assert find_checkpoint(tmp_path / "run/last").meta["progress"]["global_step"] == 8
     LocalRunner().fit(toy, config(), tmp_path / "run", device="cpu")
     LocalRunner().fit(toy, config(), tmp_path / "whole", device="cpu")
     broken, whole = ([r["loss"] for r in records(tmp_path / n, "step")] for n in ("run", "whole"))

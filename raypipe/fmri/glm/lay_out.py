@@ -33,7 +33,7 @@ from raypipe.fmri.inputs import (
 from raypipe.fmri.ledger import Ledger
 from raypipe.fmri.masks import Grid
 from raypipe.fmri.plan import BASE_BYTES, ScanFacts, decide, way_of
-from raypipe.fmri.planned import Planned, disk_line, time_line
+from raypipe.fmri.planned import Planned, disk_line
 from raypipe.fmri.prepare import LOOKING
 from raypipe.fmri.results import source_of
 from raypipe.fmri.rois import wanted_rois
@@ -129,11 +129,6 @@ def lay_out(cfg: FmriConfig, memory: ResolvedMemory, machines: Machines) -> Beta
         output_bytes=sum(fit.results_bytes for fit in left),
     )
     return replace(plan, lines=tuple(_lines(cfg, plan, left)))
-
-
-def seconds_left(cfg: FmriConfig, plan: BetaPlan) -> str:
-    """How long the rest will take, by finished units of this run folder; said when there is none."""
-    return time_line(cfg, len(plan.batches), plan.decision)
 
 
 def _fits(cfg: BetasConfig, subject: SubjectInputs, spec: RoiSpec) -> list[Fit | tuple[Unit, str]]:

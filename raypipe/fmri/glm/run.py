@@ -12,7 +12,7 @@ from typing import Any
 
 from raypipe.fmri.commands import FmriSummary, Verb, account, carry_out, done_records
 from raypipe.fmri.glm.job import BetasConfig
-from raypipe.fmri.glm.lay_out import BetaPlan, lay_out, seconds_left
+from raypipe.fmri.glm.lay_out import BetaPlan, lay_out
 from raypipe.fmri.glm.outputs import FOLDER
 from raypipe.fmri.glm.worker import BetaShared, BetaWorker
 from raypipe.fmri.ledger import write_whole
@@ -26,9 +26,7 @@ KIND = "fmri betas"
 
 def betas(cfg: BetasConfig, runner: Runner | Prospect) -> FmriSummary:
     """Trial-wise betas or maps of conditions of every subject; raises as ``commands.mvpa``."""
-    verb = Verb(
-        kind=KIND, plan=lay_out, compute=compute_fits, finish=save_tables, seconds=seconds_left
-    )
+    verb = Verb(kind=KIND, plan=lay_out, compute=compute_fits, finish=save_tables)
     return carry_out(cfg, runner, verb)
 
 

@@ -40,9 +40,10 @@ def decode(
 
     patterns : (n, n_voxels), e.g. ``design.samples(series)``; voxels that are not finite are left out
     folds : instead of ``config.cv``. Folds that mix runs draw a RaypipeWarning.
-    weights : also of one model fitted to all samples, before the permutations, which take long
+    weights : also of one model fitted to all samples: first, while no fold holds patterns of its own, and
+    before the permutations, which take long
     """
-    usable = _usable(patterns, design)
+    usable, finite = _usable(patterns, design)
     check_fits(config.model, design.is_classes)
     names = score_names(design, config)
     if folds is None:
@@ -52,11 +53,11 @@ def decode(
     danger = mixing_danger(folds, design, usable)
     if danger:
         warnings.warn(danger, RaypipeWarning, stacklevel=2)
+    maps = weight_maps(usable, design, config).spread(finite) if weights else None
     engines = [make_engine(usable, fold, config.model, config.scale) for fold in folds]
     labels = design.encoded()
     answers = [engine.answer(labels[np.newaxis]) for engine in engines]
     by_fold = _rate(names, labels[np.newaxis], folds, answers)
-    maps = weight_maps(patterns, design, config) if weights else None
     null = _null(names, labels, folds, engines, design, config)
     predicted = _pooled(labels, folds, answers)
     scores = {name: values[:, 0] for name, values in by_fold.items()}
@@ -81,18 +82,18 @@ def decode(
     )
 
 
-def _usable(patterns: Floats, design: Design) -> Floats:
-    """(n, voxels left) float64 without voxels that are not finite."""
+def _usable(patterns: Floats, design: Design) -> tuple[Floats, NDArray[np.bool_]]:
+    """(n, voxels left) float64 without voxels that are not finite, and which are (n_voxels,)."""
     values = np.asarray(patterns, np.float64)
     if values.ndim != 2 or len(values) != len(design):
         raise InputError(
             f"patterns have shape {values.shape}, the design {len(design)} samples; give one row a "
             "sample: design.samples(series)"
         )
-    finite = np.isfinite(values).all(axis=0)
+    finite = np.atleast_1d(np.isfinite(values).all(axis=0))
     if not finite.any():
         raise InputError(f"none of {values.shape[1]} voxels is finite; choose another ROI")
-    return values if finite.all() else np.ascontiguousarray(values[:, finite])
+    return (values if finite.all() else np.ascontiguousarray(values[:, finite])), finite
 
 
 def score_names(design: Design, config: MvpaConfig) -> tuple[str, ...]:

@@ -64,11 +64,19 @@ def scaled(patterns: Floats, fold: Fold, scale: str) -> tuple[Floats, Floats]:
     if scale == "none":
         return train, test
     mean = train.mean(axis=0)
-    if scale == "centre":
-        return train - mean, test - mean
-    deviation = train.std(axis=0)
+    deviation = _deviation(train, mean) if scale == "zscore" else None
+    for own in (train, test):  # copies already: another of each is not planned for
+        own -= mean
+        if deviation is not None:
+            own /= deviation
+    return train, test
+
+
+def _deviation(train: Floats, mean: Floats) -> Floats:
+    """(n_voxels,), 1 for a voxel that is constant."""
+    deviation: Floats = train.std(axis=0)
     deviation[deviation <= _SCALED * np.maximum(np.abs(mean), 1e-300)] = 1.0
-    return (train - mean) / deviation, (test - mean) / deviation
+    return deviation
 
 
 class RefitEngine:

@@ -30,6 +30,15 @@ class Weights:
     weights: Floats
     patterns: Floats
 
+    def spread(self, places: NDArray[np.bool_]) -> Weights:
+        """The same over all voxels, of which those of ``places`` (n_all_voxels,) have values."""
+        if places.all():
+            return self
+        wide = [np.full((len(maps), len(places)), np.nan) for maps in (self.weights, self.patterns)]
+        for whole, maps in zip(wide, (self.weights, self.patterns), strict=True):
+            whole[:, places] = maps
+        return Weights(names=self.names, weights=wide[0], patterns=wide[1])
+
 
 def weight_maps(patterns: Floats, design: Design, config: MvpaConfig) -> Weights:
     """Weights of the model fitted to all samples, scaled as in a fold; for maps, not for scores.
@@ -40,6 +49,19 @@ def weight_maps(patterns: Floats, design: Design, config: MvpaConfig) -> Weights
     usable = np.asarray(patterns if finite.all() else patterns[:, finite], np.float64)
     every = Fold(train=np.arange(len(design)), test=np.arange(0))
     values, _ = scaled(usable, every, config.scale)
+    del usable
+    coefficients, pairs = _fitted(values, design, config)
+    return Weights(
+        names=_names(design, len(coefficients), pairs),
+        weights=coefficients,
+        patterns=haufe_patterns(values, coefficients),
+    ).spread(finite)
+
+
+def _fitted(values: Floats, design: Design, config: MvpaConfig) -> tuple[Floats, bool]:
+    """(m, n_voxels) weights, and whether each is of a pair of classes; the model itself goes, and what it
+    kept of ``values``.
+    """
     model = config.model.build().fit(values, design.encoded())
     if not hasattr(model, "coef_"):
         raise InputError(f"estimator {config.model.estimator} has no weights; choose a linear one")
@@ -49,12 +71,7 @@ def weight_maps(patterns: Floats, design: Design, config: MvpaConfig) -> Weights
             f"estimator {config.model.estimator} has {coefficients.shape[1]} weights for {values.shape[1]} "
             "voxels; choose one that keeps all of them"
         )
-    weights = np.full((len(coefficients), len(finite)), np.nan)
-    shown = weights.copy()
-    weights[:, finite] = coefficients
-    shown[:, finite] = haufe_patterns(values, coefficients)
-    names = _names(design, len(coefficients), isinstance(model, SVC))  # it decides pair by pair
-    return Weights(names=names, weights=weights, patterns=shown)
+    return coefficients, isinstance(model, SVC)  # it decides pair by pair
 
 
 def haufe_patterns(values: Floats, weights: Floats) -> Floats:

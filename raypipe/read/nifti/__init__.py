@@ -8,7 +8,6 @@ here holds a scan in memory. Keeping what was read is ``raypipe.store.voxels``. 
 from __future__ import annotations
 
 from raypipe.read.nifti.codec import Codec, find_codec
-from raypipe.read.nifti.sample import content_sample
 from raypipe.read.nifti.scan import Scan, file_positions, open_scan
 from raypipe.read.nifti.slabs import SLAB_BYTES, Slab, slab_grid, slabs
 
@@ -17,7 +16,6 @@ __all__ = [
     "Codec",
     "Scan",
     "Slab",
-    "content_sample",
     "file_positions",
     "find_codec",
     "open_scan",

@@ -25,7 +25,8 @@ import numpy as np
 import xxhash
 
 from raypipe.errors import InputError, StoreCorrupt
-from raypipe.read.nifti import Scan, content_sample
+from raypipe.read.nifti import Scan
+from raypipe.read.sample import content_sample
 
 FORMAT = 1
 

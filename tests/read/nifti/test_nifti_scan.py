@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from nifti_kit import AFFINE, SHAPE, put, raw_values, write_scan
 
 from raypipe.errors import InputError, MissingInput
-from raypipe.read.nifti import content_sample, file_positions, open_scan
-from raypipe.read.nifti.sample import BLOCK_BYTES, sample_offsets
+from raypipe.read.nifti import file_positions, open_scan
+from raypipe.read.sample import BLOCK_BYTES, content_sample
 
 
 def test_what_a_header_says(tmp_path):
@@ -116,16 +116,6 @@ def test_places_on_the_disk_are_numpys(shape, data):
     flat = np.array(data.draw(st.lists(st.integers(0, size - 1), max_size=20)), dtype=np.int64)
     wanted = np.ravel_multi_index(np.unravel_index(flat, shape), shape, order="F")
     np.testing.assert_array_equal(file_positions(flat, shape), wanted)
-
-
-@given(st.integers(0, 1 << 40))
-def test_a_sample_takes_in_both_ends(size):
-    offsets = sample_offsets(size)
-    assert offsets[0][0] == 0
-    assert sum(offsets[-1]) == size
-    assert all(at >= 0 and at + length <= size for at, length in offsets)
-    assert sum(length for _, length in offsets) <= 16 * BLOCK_BYTES
-    assert [at for at, _ in offsets] == sorted({at for at, _ in offsets})
 
 
 def test_a_sample_sees_one_value_in_the_middle_of_a_compressed_scan(tmp_path):

@@ -1,4 +1,5 @@
-"""A sample of a file's bytes: notices changed content behind an unchanged size and mtime.
+"""By what a file is known to have changed: its size, its time of change, and a sample of its bytes, which
+notices changed content behind an unchanged size and time.
 
 The first and the last block are always in it. The last one of a ``.nii.gz`` holds the CRC-32 of
 all its content, so there every change is noticed; in a plain ``.nii`` above 1 MiB a change that
@@ -22,6 +23,12 @@ def sample_offsets(size_bytes: int) -> list[tuple[int, int]]:
         return [(0, size_bytes)]
     last = size_bytes - BLOCK_BYTES
     return [(last * k // (BLOCKS - 1), BLOCK_BYTES) for k in range(BLOCKS)]
+
+
+def file_state(path: Path) -> tuple[int, int]:
+    """(bytes, nanoseconds of its last change)."""
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
 
 
 def content_sample(path: Path, size_bytes: int) -> str:
