@@ -103,13 +103,24 @@ def train_on_ray(
         batch_rows=batch_rows,
         workers=workers,
         memory=setup.memory,
-        say=log_to(setup.run_dir),
+        say=_aloud(setup.run_dir, tick),
     ) as shards:
         beside = shards.server_bytes + bytes_on_a_machine(decoders, workers)
         memory = replace(setup.memory, beside_bytes=beside)
         setup = replace(setup, shards=shards, decoders=decoders, memory=memory)
         trainer = _trainer(setup, plan, workers, use_gpu, cpus)
         return _fit_in_thread(trainer, tick)
+
+
+def _aloud(run_dir: Path, tick: Callable[[], None]) -> Callable[[str], None]:
+    """To the run's log, and shown at once: before training nobody follows the log."""
+    log = log_to(run_dir)
+
+    def say(text: str) -> None:
+        log(text)
+        tick()
+
+    return say
 
 
 def look_s(workers: int) -> float:
@@ -184,9 +195,10 @@ def _train_worker(config: dict[str, Any]) -> FitResult:
 
 
 def _leases(setup: TrainSetup) -> AbstractContextManager[Guard]:
+    say = log_to(setup.run_dir)
     if ray_train.get_context().get_world_size() == 1:
-        return budgeted(setup.memory, setup.name)
-    return budgeted_together(setup.memory, setup.name, _all)
+        return budgeted(setup.memory, setup.name, say=say)
+    return budgeted_together(setup.memory, setup.name, _all, say=say)
 
 
 def _all(mine: bool) -> bool:
@@ -223,6 +235,8 @@ def _train(setup: TrainSetup, batch_limit: int | None) -> FitResult:
     rank, world, shards = context.get_world_rank(), context.get_world_size(), setup.shards
     say = log_to(setup.run_dir)
     assert shards is not None
+    if rank == 0:
+        shards.workers_are_in()
     ways = shards.words(turn=rank)
     if ways:
         say(f"rank {rank} {ways}")
