@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from raypipe.cluster import datasets, pool, steps, trainer
+from raypipe.cluster.pieces import divide
 from raypipe.extract import plan
 from raypipe.memory import slot, watch
 from raypipe.store.commits import Commits, RowTable
@@ -80,6 +81,12 @@ def _descriptor_bytes() -> float:
     return table.nbytes / 64
 
 
+def _far_rows() -> float:
+    """Of a reader of 962 tokens, of two thousand that share object stores of 30 GB."""
+    share = divide(30 * 10**9, 2000, 962 * 768 * 2, BATCH)
+    return share.pieces * share.piece_rows
+
+
 CODE: dict[str, Callable[[], float]] = {
     "item_bytes": lambda: plan.ITEM_BYTES,
     "items_a_worker": lambda: plan.MIN_ITEMS_PER_WORKER,
@@ -92,6 +99,7 @@ CODE: dict[str, Callable[[], float]] = {
     "block_steps": lambda: datasets.MAX_STEPS_PER_BLOCK,
     "slot_bytes": lambda: slot._SIZE,
     "poll_s": lambda: watch.POLL_S,
+    "far_rows": _far_rows,
     "group_poll_s": lambda: trainer.look_s(1000),
     "checkpoint_every_s": lambda: TrainConfig().checkpoint_every_s,
     "item_attempts": lambda: pool.MAX_ATTEMPTS,
