@@ -218,7 +218,7 @@ class LocalRunner:
         """
         from raypipe.stream.at_hand import ways_at_hand
         from raypipe.train import WorkerContext, checkpoint, fit, training_plan
-        from raypipe.train.follow import TrainProgress, log_to
+        from raypipe.train.follow import TrainProgress, log_aloud
         from raypipe.train.stop import stop_on_interrupt, stop_wished, unless_stopped
 
         if workers != 1:
@@ -236,7 +236,7 @@ class LocalRunner:
             run_dir=run_dir,
             should_stop=lambda: stop_wished(run_dir),
             on_step=lambda _: progress.tick(),
-            say=log_to(run_dir),
+            say=log_aloud(run_dir, progress.tick),
         )
 
         def slices(start: Cursor) -> Iterator[StepSlice]:

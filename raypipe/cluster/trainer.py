@@ -38,7 +38,7 @@ from raypipe.memory.guard import Guard
 from raypipe.memory.limits import node_limits
 from raypipe.stream import Cursor, StepSlice, StreamPlan
 from raypipe.train import FitResult, Task, TrainConfig, WorkerContext, checkpoint, fit
-from raypipe.train.follow import log_to
+from raypipe.train.follow import log_aloud, log_to
 from raypipe.train.footprint import SIZES
 from raypipe.train.stop import stop_wished
 
@@ -103,24 +103,13 @@ def train_on_ray(
         batch_rows=batch_rows,
         workers=workers,
         memory=setup.memory,
-        say=_aloud(setup.run_dir, tick),
+        say=log_aloud(setup.run_dir, tick),
     ) as shards:
         beside = shards.server_bytes + bytes_on_a_machine(decoders, workers)
         memory = replace(setup.memory, beside_bytes=beside)
         setup = replace(setup, shards=shards, decoders=decoders, memory=memory)
         trainer = _trainer(setup, plan, workers, use_gpu, cpus)
         return _fit_in_thread(trainer, tick)
-
-
-def _aloud(run_dir: Path, tick: Callable[[], None]) -> Callable[[str], None]:
-    """To the run's log, and shown at once: before training nobody follows the log."""
-    log = log_to(run_dir)
-
-    def say(text: str) -> None:
-        log(text)
-        tick()
-
-    return say
 
 
 def look_s(workers: int) -> float:

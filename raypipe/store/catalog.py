@@ -243,8 +243,8 @@ def elsewhere(path: Path, places: Iterable[Place], node: str) -> StoreError:
     held = ", ".join(sorted({place.node for place in places})) or "no node"
     return StoreError(
         f"{path} lies on the disks of {held}, not of {node} (a node's id is its RAYPIPE_NODE, or host "
-        "name); copy it there with raypipe store replicate, or train by --runner ray, which reads it "
-        "from where it is"
+        "name); copy it to a disk that this node sees (raypipe store replicate, on a node that sees both), "
+        "or train by --runner ray, which reads it from where it is"
     )
 
 

@@ -14,8 +14,9 @@ its way is waited for, or given up: `raypipe.stream.job`.
 from __future__ import annotations
 
 import os
+import sys
 from collections import deque
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -85,7 +86,8 @@ class Gatherer:
     ``lend``: batches stay valid as long as anything refers to them (CPU; on CUDA they always do).
     ``open_rows``: opens a source, for rows that are not in a file here (`raypipe.stream.reading`);
     None: this process does, a copy on its node's disk where the catalog lists one. A reader is asked
-    for every batch in the ring at once.
+    for every batch in the ring at once. ``say``: told of a file whose rows do not come, after 20 s and
+    every minute from then on; None: stderr is.
 
     Close it, or use it in a ``with`` block. Raises as `as_source`, `open_at_hand` (or ``open_rows``)
     and `lay_out`, and ConfigError.
@@ -105,6 +107,7 @@ class Gatherer:
         join: Mapping[str, Join | tuple[tuple[str, ...], int]] | None = None,
         lend: bool = False,
         open_rows: OpenRows | None = None,
+        say: Callable[[str], None] | None = None,
     ) -> None:
         import torch
 
@@ -138,6 +141,7 @@ class Gatherer:
             self._turns = Pool(self._slots, self._new_slot)
         self._stream = torch.cuda.Stream(self.device) if self._on_cuda else None
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="raypipe-gather")
+        self._say = say or _to_stderr
         self._busy = False
         self._pending: deque[Job] = deque()  # in the order of their batches
 
@@ -177,7 +181,7 @@ class Gatherer:
                     self._start(pending[-1])
                 if not pending:
                     return
-                pending[0].wait()
+                pending[0].wait(self._name_stalled)
                 yield self._hand_out(pending.popleft())
         finally:
             abandon(pending)
@@ -226,7 +230,9 @@ class Gatherer:
             if job.slot.copied is not None:
                 job.slot.copied.synchronize()
             for name, mapped in self._maps.items():
+                job.reading = name
                 copy_rows(mapped, rows, places, job.slot.targets[name])
+            job.reading = ""
             for name, fetch in job.fetches.items():  # last: they come while the others are copied
                 copy_rows(fetch.block(), np.arange(lo, hi), places, job.slot.targets[name])
             name = ""
@@ -269,6 +275,16 @@ class Gatherer:
             tensor.record_stream(compute)  # else the allocator could reuse it too early
         return job.uploaded
 
+    def _name_stalled(self, waited_s: float) -> None:
+        """The file that the batch waited for is read from; readers say for themselves what they wait for."""
+        job = self._pending[0]
+        mapped = self._maps.get(job.reading)
+        if mapped is not None:
+            self._say(
+                f"{job.reading}: has waited {waited_s:.0f} s for {job.rows.size} rows of "
+                f"{mapped.source.path}; its disk, or the network share that it is on, may hang"
+            )
+
     def _look_at_files(self, job: Job) -> None:
         """Of a batch that failed: what those files have against its rows that were not read for it."""
         for name, mapped in self._maps.items():
@@ -296,6 +312,10 @@ class Gatherer:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _to_stderr(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 _LINUX = hasattr(os, "sched_getaffinity")

@@ -7,7 +7,8 @@ given up is waited for too, but not the readers behind it: these are cancelled f
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, wait
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,9 @@ from raypipe.stream.fetch import Fetch, hear
 
 if TYPE_CHECKING:
     import torch
+
+# A batch that has not come is said to be waited for after so long, and again.
+FIRST_WORD_S, AGAIN_S = 20.0, 60.0
 
 
 class Job:
@@ -32,6 +36,7 @@ class Job:
         self.failures: dict[str, Exception] = {}  # of each source the first, in their order
         self.uploaded: dict[str, torch.Tensor] = {}
         self.left = 0  # pieces that are not whole yet
+        self.reading = ""  # the source that a thread came to last
         self._lock = threading.Lock()
 
     def last(self) -> bool:
@@ -46,17 +51,29 @@ class Job:
             if not isinstance(error, CancelledError):  # given up for another's error
                 self.failures.setdefault(source, error)
 
-    def wait(self) -> None:
+    def wait(self, stalled: Callable[[float], None]) -> None:
         """Until no thread writes to the slot any more. The first error ends it for all pieces: the
         others may wait for a reader that hangs. What befell the other readers is asked first.
+
+        stalled : told how many seconds it has waited, now and then.
         """
         if not self._done():  # to look is cheap, to wait is not
-            wait(self.pieces, return_when=FIRST_EXCEPTION)
+            self._await(stalled)
         if self.failures:
             for source, error in hear(self.fetches).items():
                 self.fail(source, error)
         if not self._done():
             abandon([self])
+
+    def _await(self, stalled: Callable[[float], None]) -> None:
+        """All pieces, or the first error."""
+        began, pause = time.monotonic(), FIRST_WORD_S
+        while True:
+            done, left = wait(self.pieces, pause, FIRST_EXCEPTION)
+            if not left or any(not piece.cancelled() and piece.exception() for piece in done):
+                return
+            stalled(time.monotonic() - began)
+            pause = AGAIN_S
 
     def raise_error(self) -> None:
         """Raise what befell the batch first; what befell its other sources too is in the notes."""

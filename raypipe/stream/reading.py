@@ -49,7 +49,7 @@ class RowReader(Protocol):
     """Rows of one source, however they come. All calls are made by one thread, but for the wait.
 
     Batches under way may number as many as the gatherer's ``depth``: what they hold on the way is
-    the reader's to bound.
+    the reader's to bound. One that may wait long says so itself, within 30 s, and for what.
     """
 
     @property

@@ -29,7 +29,6 @@ from raypipe.cluster import remote_rows
 from raypipe.cluster.pieces import PIECE_BYTES, Share, divide
 from raypipe.cluster.remote_rows import Copy, Patience, RemoteRows
 from raypipe.cluster.shards import Shards, open_shards
-from raypipe.cluster.trainer import _aloud
 from raypipe.errors import (
     ConfigError,
     MemoryBudgetExceeded,
@@ -41,7 +40,7 @@ from raypipe.store import FeatureStore, Placement, declare, stand_in, this_node
 from raypipe.store.adoption import adopt, plan_adoption
 from raypipe.stream import ArraySource, Gatherer
 from raypipe.stream.reading import RowReader
-from raypipe.train.follow import TrainProgress
+from raypipe.train.follow import TrainProgress, log_aloud
 
 N = 90
 
@@ -312,7 +311,7 @@ def test_what_is_said_before_training_is_shown_at_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with TrainProgress(1, tmp_path) as progress:
-        _aloud(tmp_path, progress.tick)("row servers start on node A for x")
+        log_aloud(tmp_path, progress.tick)("row servers start on node A for x")
         assert capsys.readouterr().err == "row servers start on node A for x\n"
     assert (tmp_path / "train.log").read_text() == "row servers start on node A for x\n"
 

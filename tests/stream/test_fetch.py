@@ -19,7 +19,7 @@ from PIL import Image
 
 from raypipe.backbone import Preprocess
 from raypipe.errors import ConfigError, RaypipeError, WorkerFailed, in_one_line
-from raypipe.stream import ArraySource, Gatherer
+from raypipe.stream import ArraySource, Gatherer, MappedRows, job
 from raypipe.stream.fetch import Fetch
 from raypipe.stream.pixels import PixelSource
 from raypipe.stream.scan import scan
@@ -321,3 +321,39 @@ def test_a_file_and_a_reader_and_two_files_are_all_told(file: ArraySource, tmp_p
     told = " ".join(error.__notes__)
     assert "far: node A is gone" in told and "short.npy" in told
     assert len(error.__notes__) == 2
+
+
+def test_a_file_whose_rows_do_not_come_is_named_and_a_reader_names_itself(
+    file: ArraySource, reader: Stalling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a network share that hangs: nothing fails, and nothing comes."""
+    assert job.FIRST_WORD_S <= 30
+    monkeypatch.setattr(job, "FIRST_WORD_S", 0.15)
+    monkeypatch.setattr(job, "AGAIN_S", 0.15)
+    said: list[str] = []
+    with Gatherer({"near": file}, 4, say=said.append) as gatherer:
+        list(gatherer.batches([np.arange(4)]))
+    assert not said
+    take = MappedRows.take
+
+    def hang(self: MappedRows, rows: np.ndarray, out: np.ndarray) -> None:
+        time.sleep(0.5)
+        take(self, rows, out)
+
+    with monkeypatch.context() as patch, Gatherer({"near": file}, 4, say=said.append) as gatherer:
+        patch.setattr(MappedRows, "take", hang)
+        (batch,) = gatherer.batches([np.arange(4)])
+        assert batch["near"].tolist() == [0, 1, 2, 3]
+    assert 1 < len(said) < 4
+    for text in said:
+        assert text.startswith("near: has waited 0 s for 4 rows of ") and str(file.path) in text
+    said.clear()
+    reader._first = 0
+    threading.Timer(0.5, reader.answer.set).start()
+    options = {
+        "say": said.append,
+        "open_rows": lambda s: reader if s is reader.source else s.open(),
+    }
+    with Gatherer({"far": reader.source, "near": file}, 4, **options) as gatherer:
+        list(gatherer.batches([np.arange(4)]))
+    assert not said
