@@ -106,6 +106,7 @@ class RayRunner:
             torch_threads=None if on_cuda else max(1, int(_node_cpus() // workers)),
             memory=self._worker_memory(workers, run_dir, bundle),
             name=f"train-worker-{secrets.token_hex(3)}",
+            grows=self._joined,
         )
         plan = training_plan(task.train_rows, cfg, workers, run_dir)
         steps = plan.steps_per_epoch * plan.epochs

@@ -107,13 +107,15 @@ def open_shards(
     memory: WorkerMemory | None,
     say: Callable[[str], None],
     patience: Patience | None = None,
+    grows: bool = True,
 ) -> Iterator[Shards]:
     """Find where ``sources`` lie, and keep servers on the nodes that alone have some of them.
 
-    ``batch_rows``: of a worker's largest batch. Raises MissingInput when no node of the cluster has
-    a source, StoreError for a copy that is not where it is listed, MemoryBudgetExceeded when rows do
-    not fit the object store or a server its node's budget, or when other runs held the memory for as
-    long as was waited, WorkerFailed when a server does not start.
+    ``batch_rows``: of a worker's largest batch. ``grows``: nodes may come that have no copy of what
+    lies on nodes' disks; where none does, what every node has needs no server. Raises MissingInput
+    when no node of the cluster has a source, StoreError for a copy that is not where it is listed,
+    MemoryBudgetExceeded when rows do not fit the object store or a server its node's budget, or when
+    other runs held the memory for as long as was waited, WorkerFailed when a server does not start.
     """
     files = {name: source for name, source in sources.items() if isinstance(source, ArraySource)}
     names: dict[ArraySource, str] = {}
@@ -127,6 +129,11 @@ def open_shards(
     nodes = node_ids()
     for source in far:
         placed[source] = _present(names[source], placed[source], nodes, say)
+    everywhere = [s for s in far if {place.node for place in placed[s].places} >= nodes.keys()]
+    far = [source for source in far if grows or source not in everywhere]
+    if not far:
+        yield Shards(names=names, placements=placed)
+        return
     # A worker holds two rings, one to train and one to validate, and both may be full.
     readers = 2 * workers * len(far)
     room = smallest_object_store()

@@ -57,7 +57,8 @@ LOOK_S, LOOKS_PER_S, RAY_LOOK_S = 0.1, 500, 2.0
 class TrainSetup:
     """What travels to every Train worker. Locators and configuration only, never rows.
 
-    name : of this call's workers, unlike any other call's, for verdicts. shards : where the rows
+    name : of this call's workers, unlike any other call's, for verdicts. grows : nodes may still come.
+    shards : where the rows
     lie, decoders : who decodes images for a worker, by source; `train_on_ray` finds both out.
     """
 
@@ -67,6 +68,7 @@ class TrainSetup:
     torch_threads: int | None
     memory: WorkerMemory
     name: str
+    grows: bool = True
     shards: Shards | None = None
     decoders: Mapping[str, Crew] = field(default_factory=dict)
 
@@ -104,6 +106,7 @@ def train_on_ray(
         workers=workers,
         memory=setup.memory,
         say=log_aloud(setup.run_dir, tick),
+        grows=setup.grows,
     ) as shards:
         beside = shards.server_bytes + bytes_on_a_machine(decoders, workers)
         memory = replace(setup.memory, beside_bytes=beside)

@@ -201,6 +201,16 @@ class TestOneNode:
         with pytest.raises(ConfigError, match="which has 90"):
             opened(source).check(np.array([N]))
 
+    def test_what_every_node_has_needs_no_server_where_no_node_will_come(
+        self, source: ArraySource, rows_file: Path, said: list[str]
+    ) -> None:
+        with open_shards(
+            {"x": source}, batch_rows=8, workers=1, memory=None, say=said.append, grows=False
+        ) as shards:
+            assert not shards.servers and not said
+            opened = shards.open_rows(source, turn=0, say=said.append)
+            assert opened.source.path == rows_file and not isinstance(opened, RemoteRows)
+
     @pytest.mark.parametrize("share", [Share(3, 2), Share(1, 1), Share(8, 1)])
     def test_pieces_make_the_batch_and_no_more_than_the_share_is_under_way(
         self, shards: Shards, source: ArraySource, rows_file: Path, share: Share
