@@ -86,7 +86,7 @@ class Gatherer:
     ``lend``: batches stay valid as long as anything refers to them (CPU; on CUDA they always do).
     ``open_rows``: opens a source, for rows that are not in a file here (`raypipe.stream.reading`);
     None: this process does, a copy on its node's disk where the catalog lists one. A reader is asked
-    for every batch in the ring at once. ``say``: told of a file whose rows do not come, after 20 s and
+    for every batch in the ring at once. ``say``: told of a source whose rows do not come, after 20 s and
     every minute from then on; None: stderr is.
 
     Close it, or use it in a ``with`` block. Raises as `as_source`, `open_at_hand` (or ``open_rows``)
@@ -232,8 +232,8 @@ class Gatherer:
             for name, mapped in self._maps.items():
                 job.reading = name
                 copy_rows(mapped, rows, places, job.slot.targets[name])
-            job.reading = ""
             for name, fetch in job.fetches.items():  # last: they come while the others are copied
+                job.reading = name
                 copy_rows(fetch.block(), np.arange(lo, hi), places, job.slot.targets[name])
             name = ""
             if job.last():
@@ -276,14 +276,16 @@ class Gatherer:
         return job.uploaded
 
     def _name_stalled(self, waited_s: float) -> None:
-        """The file that the batch waited for is read from; readers say for themselves what they wait for."""
+        """What the batch waits for, unless that is a reader that says so itself."""
         job = self._pending[0]
-        mapped = self._maps.get(job.reading)
-        if mapped is not None:
-            self._say(
-                f"{job.reading}: has waited {waited_s:.0f} s for {job.rows.size} rows of "
-                f"{mapped.source.path}; its disk, or the network share that it is on, may hang"
-            )
+        source = self.sources.get(job.reading)
+        if source is None or getattr(self._readers.get(job.reading), "names_itself", False):
+            return
+        of = f" of {path}" if (path := getattr(source, "path", "")) else ""
+        self._say(
+            f"{job.reading}: has waited {waited_s:.0f} s for {job.rows.size} rows{of}; its disk, or the "
+            "network share that it is on, may hang"
+        )
 
     def _look_at_files(self, job: Job) -> None:
         """Of a batch that failed: what those files have against its rows that were not read for it."""
