@@ -11,8 +11,12 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from raypipe.cluster import datasets, pool, steps, trainer
@@ -25,6 +29,7 @@ from raypipe.store.journal import CommitRecord, RowSource
 from raypipe.store.layout import CellGrid, npy_header
 from raypipe.store.manifest import sealed_fields
 from raypipe.store.narrow import NarrowingError
+from raypipe.store.placed import note_of, write_note
 from raypipe.stream import StreamPlan
 from raypipe.train import TrainConfig
 
@@ -71,6 +76,17 @@ def _index_row_bytes() -> float:
     return len(index_bytes([f"image-{i:09d}.jpg" for i in range(ROWS)], table)) / ROWS
 
 
+def _note_row_bytes() -> float:
+    index = pa.table(
+        {"name": [f"image-{i:09d}.jpg" for i in range(ROWS)], "valid": np.ones(ROWS, bool)}
+    )
+    store: Any = SimpleNamespace(index=index, manifest={}, fingerprint="f" * 64)
+    with TemporaryDirectory() as folder:
+        at = Path(folder) / "train.npy"
+        write_note(store, at)
+        return note_of(at).stat().st_size / ROWS
+
+
 def _commit_cell_bytes() -> float:
     arrays = [a for a in vars(Commits(_grid(ROWS))).values() if isinstance(a, np.ndarray)]
     return sum(array.nbytes for array in arrays) / (ROWS // BATCH)
@@ -94,6 +110,7 @@ CODE: dict[str, Callable[[], float]] = {
     "record_bytes": _record_bytes,
     "manifest_cell_bytes": _manifest_cell_bytes,
     "index_row_bytes": _index_row_bytes,
+    "note_row_bytes": _note_row_bytes,
     "commit_cell_bytes": _commit_cell_bytes,
     "descriptor_bytes": _descriptor_bytes,
     "block_steps": lambda: datasets.MAX_STEPS_PER_BLOCK,
