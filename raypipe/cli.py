@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from raypipe import config as configs
-from raypipe.errors import Interrupted, RaypipeError, UnknownName
+from raypipe.errors import Interrupted, RaypipeError, UnknownName, in_one_line
 from raypipe.launch import LaunchConfig, open_prospect, open_runner
 
 
@@ -157,7 +157,7 @@ def guarded(action: Callable[[], Any]) -> int:
     try:
         action()
     except RaypipeError as error:
-        return _fail(str(error), error.exit_code)
+        return _fail(in_one_line(error), error.exit_code)
     except KeyboardInterrupt:
         stopped = Interrupted("interrupted; what was committed is kept: the same command resumes")
         return _fail(str(stopped), stopped.exit_code)

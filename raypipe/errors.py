@@ -22,13 +22,14 @@ RaypipeError                       4
 
 RaypipeWarning                         the work goes on, but its result may not mean what it seems to
 
-A message is one line: the value received, the rule it broke, the next step.
+A message is one line: the value received, the rule it broke, the next step. Where several things
+failed at once the first is raised, and the others are its notes (`together`, `in_one_line`).
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class RaypipeError(Exception):
@@ -125,3 +126,23 @@ class Interrupted(RaypipeError):
 
 class RaypipeWarning(UserWarning):
     """The work goes on, but its result may not mean what it seems to."""
+
+
+def together(errors: Sequence[Exception]) -> Exception:
+    """The first of ``errors``, with what the others say as its notes, each once.
+
+    Notes are in a traceback, go along in a pickle, and are told by `in_one_line`.
+    """
+    first, *others = errors
+    said = {str(first), *getattr(first, "__notes__", ())}
+    for other in others:
+        note = f"also: {in_one_line(other)}"
+        if not {note, str(other)} & said:
+            first.add_note(note)
+            said |= {note, str(other)}
+    return first
+
+
+def in_one_line(error: BaseException) -> str:
+    """What a person is told of ``error``: its message, then its notes."""
+    return "; ".join((str(error), *getattr(error, "__notes__", ())))

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -22,6 +22,7 @@ from raypipe.memory.guard import note
 
 if TYPE_CHECKING:
     from raypipe.stream import Cursor, StepSlice
+    from raypipe.stream.reading import OpenRows, Source
     from raypipe.train import FitResult, Task, TrainConfig
 
 
@@ -170,6 +171,14 @@ class Runner(Protocol):
         resume: bool = True,
     ) -> FitResult: ...
 
+    def reading(
+        self, sources: Mapping[str, Source], batch_rows: int
+    ) -> AbstractContextManager[OpenRows]:
+        """How this process itself opens ``sources``, wherever their rows lie, for the block: to look
+        at some, ``batch_rows`` at once at most, before it plans a fit.
+        """
+        ...
+
     def resolve_device(self, device: str) -> str: ...
 
     def needs(self, workers: int | None, device: str) -> Needs: ...
@@ -209,7 +218,7 @@ class LocalRunner:
         """
         from raypipe.stream.at_hand import ways_at_hand
         from raypipe.train import WorkerContext, checkpoint, fit, training_plan
-        from raypipe.train.follow import TrainProgress, log_to
+        from raypipe.train.follow import TrainProgress, log_aloud
         from raypipe.train.stop import stop_on_interrupt, stop_wished, unless_stopped
 
         if workers != 1:
@@ -227,7 +236,7 @@ class LocalRunner:
             run_dir=run_dir,
             should_stop=lambda: stop_wished(run_dir),
             on_step=lambda _: progress.tick(),
-            say=log_to(run_dir),
+            say=log_aloud(run_dir, progress.tick),
         )
 
         def slices(start: Cursor) -> Iterator[StepSlice]:
@@ -238,6 +247,14 @@ class LocalRunner:
                 run_dir.mkdir(parents=True, exist_ok=True)
                 ctx.say(f"read {ways}")
             return unless_stopped(fit(task, cfg, ctx, slices))
+
+    def reading(
+        self, sources: Mapping[str, Source], batch_rows: int
+    ) -> AbstractContextManager[OpenRows]:
+        """What is at hand here, and nothing else."""
+        from raypipe.stream.at_hand import open_at_hand
+
+        return nullcontext(open_at_hand)
 
     def resolve_device(self, device: str) -> str:
         """``auto`` -> cuda where there is one; raises DeviceUnavailable for a missing cuda."""

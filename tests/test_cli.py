@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from raypipe.cli import COMMANDS, main
+from raypipe.cli import COMMANDS, guarded, main
+from raypipe.errors import StoreError, WorkerFailed, together
 
 
 @pytest.fixture
@@ -199,3 +200,11 @@ def test_ctrl_c_while_importing_is_one_line_and_130() -> None:
     (line,) = done.stderr.splitlines()
     assert line.startswith("raypipe: interrupted")
     assert done.stdout == ""
+
+
+def test_errors_of_one_moment_are_one_line_by_the_first(capsys: pytest.CaptureFixture[str]) -> None:
+    def act() -> None:
+        raise together([StoreError("x is cut short"), WorkerFailed("y: node B is gone")])
+
+    assert guarded(act) == StoreError.exit_code
+    assert error_line(capsys) == "raypipe: x is cut short; also: y: node B is gone"

@@ -11,11 +11,16 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from raypipe.cluster import datasets, pool, steps, trainer
+from raypipe.cluster.pieces import divide
 from raypipe.extract import plan
 from raypipe.memory import slot, watch
 from raypipe.store.commits import Commits, RowTable
@@ -24,6 +29,7 @@ from raypipe.store.journal import CommitRecord, RowSource
 from raypipe.store.layout import CellGrid, npy_header
 from raypipe.store.manifest import sealed_fields
 from raypipe.store.narrow import NarrowingError
+from raypipe.store.placed import note_of, write_note
 from raypipe.stream import StreamPlan
 from raypipe.train import TrainConfig
 
@@ -70,6 +76,17 @@ def _index_row_bytes() -> float:
     return len(index_bytes([f"image-{i:09d}.jpg" for i in range(ROWS)], table)) / ROWS
 
 
+def _note_row_bytes() -> float:
+    index = pa.table(
+        {"name": [f"image-{i:09d}.jpg" for i in range(ROWS)], "valid": np.ones(ROWS, bool)}
+    )
+    store: Any = SimpleNamespace(index=index, manifest={}, fingerprint="f" * 64)
+    with TemporaryDirectory() as folder:
+        at = Path(folder) / "train.npy"
+        write_note(store, at)
+        return note_of(at).stat().st_size / ROWS
+
+
 def _commit_cell_bytes() -> float:
     arrays = [a for a in vars(Commits(_grid(ROWS))).values() if isinstance(a, np.ndarray)]
     return sum(array.nbytes for array in arrays) / (ROWS // BATCH)
@@ -80,6 +97,12 @@ def _descriptor_bytes() -> float:
     return table.nbytes / 64
 
 
+def _far_rows() -> float:
+    """Of a reader of 962 tokens, of two thousand that share object stores of 30 GB."""
+    share = divide(30 * 10**9, 2000, 962 * 768 * 2, BATCH)
+    return share.pieces * share.piece_rows
+
+
 CODE: dict[str, Callable[[], float]] = {
     "item_bytes": lambda: plan.ITEM_BYTES,
     "items_a_worker": lambda: plan.MIN_ITEMS_PER_WORKER,
@@ -87,11 +110,13 @@ CODE: dict[str, Callable[[], float]] = {
     "record_bytes": _record_bytes,
     "manifest_cell_bytes": _manifest_cell_bytes,
     "index_row_bytes": _index_row_bytes,
+    "note_row_bytes": _note_row_bytes,
     "commit_cell_bytes": _commit_cell_bytes,
     "descriptor_bytes": _descriptor_bytes,
     "block_steps": lambda: datasets.MAX_STEPS_PER_BLOCK,
     "slot_bytes": lambda: slot._SIZE,
     "poll_s": lambda: watch.POLL_S,
+    "far_rows": _far_rows,
     "group_poll_s": lambda: trainer.look_s(1000),
     "checkpoint_every_s": lambda: TrainConfig().checkpoint_every_s,
     "item_attempts": lambda: pool.MAX_ATTEMPTS,

@@ -16,7 +16,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from raypipe.cluster.remote_guard import LeaseTimeout, RemoteGuard, join
+from raypipe.cluster.remote_guard import (
+    SAY_WAITING_EVERY_S,
+    LeaseTimeout,
+    RemoteGuard,
+    join,
+    to_stderr,
+)
 from raypipe.errors import MemoryBudgetExceeded
 from raypipe.memory.attend import FOLDER, attend
 from raypipe.memory.config import MemoryConfig, ResolvedMemory
@@ -127,7 +133,12 @@ def is_younger(guard: Guard, than: float) -> bool:
 
 @contextmanager
 def leased(
-    order: WorkerMemory, name: str, share: Share, limits: NodeLimits, wait_s: float
+    order: WorkerMemory,
+    name: str,
+    share: Share,
+    limits: NodeLimits,
+    wait_s: float,
+    say: Callable[[str], None] = to_stderr,
 ) -> Iterator[Guard]:
     """This process under its node's memory actor, with ``share`` as its lease, for the length of the
     block; its log is ``name`` and its number. Raises as `remote_guard.join`.
@@ -145,6 +156,7 @@ def leased(
             priority=share.priority,
             verdict_dir=order.verdict_dir,
             wait_s=wait_s,
+            say=say,
         ) as guard,
         attend(order.memory, order.run_dir, f"{name}-{os.getpid()}", guard),
     ):
@@ -152,11 +164,16 @@ def leased(
 
 
 @contextmanager
-def budgeted(order: WorkerMemory, name: str, wait_s: float = LEASE_WAIT_S) -> Iterator[Guard]:
+def budgeted(
+    order: WorkerMemory,
+    name: str,
+    wait_s: float = LEASE_WAIT_S,
+    say: Callable[[str], None] = to_stderr,
+) -> Iterator[Guard]:
     """A worker with its share of the node. Raises as ``worker_share`` and ``leased``."""
     limits = node_limits()
     share = worker_share(order.memory, order.per_node, limits, order.beside_bytes)
-    with leased(order, name, share, limits, wait_s) as guard:
+    with leased(order, name, share, limits, wait_s, say) as guard:
         yield guard
 
 
@@ -167,21 +184,31 @@ def helping(
     budget_bytes: int,
     *,
     wait_s: float = HELPER_WAIT_S,
+    goes_on: bool = True,
 ) -> Iterator[Guard]:
     """A process beside the workers, with a budget that was computed. Raises as ``leased``.
 
-    It comes before workers that wait: of a run that goes on already, it must not wait for theirs.
+    Of a run that ``goes_on`` already it comes before workers that wait: it must not wait for theirs.
+    Of one that only starts it waits behind who asked before.
     """
     limits = node_limits()
     capacity = order.memory.config.capacity_bytes(limits)
-    share = Share(budget_bytes=min(budget_bytes, capacity), capacity_bytes=capacity, priority=-1)
+    share = Share(
+        budget_bytes=min(budget_bytes, capacity),
+        capacity_bytes=capacity,
+        priority=-1 if goes_on else 0,
+    )
     with leased(order, name, share, limits, wait_s) as guard:
         yield guard
 
 
 @contextmanager
 def budgeted_together(
-    order: WorkerMemory, name: str, agree: Callable[[bool], bool], gather_s: float = GATHER_S
+    order: WorkerMemory,
+    name: str,
+    agree: Callable[[bool], bool],
+    gather_s: float = GATHER_S,
+    say: Callable[[str], None] = to_stderr,
 ) -> Iterator[Guard]:
     """As ``budgeted``, for workers that go on only together: all have their leases, or none has.
 
@@ -189,17 +216,21 @@ def budgeted_together(
     for the other's for ever. So a group that is not complete after ``gather_s`` gives all back and
     tries again after a pause; its length is the group's own, so that of two groups one comes first.
 
-    agree(mine) : whether all members say yes; called by all of them, in step. Raises LeaseTimeout.
+    agree(mine) : whether all members say yes; called by all of them, in step. say : told by those
+    who miss theirs, within 30 s. Raises LeaseTimeout.
     """
-    pauses = random.Random(name)
-    for _ in range(math.ceil(LEASE_WAIT_S / gather_s)):
+    pauses, next_word = random.Random(name), time.monotonic()
+    for left in range(math.ceil(LEASE_WAIT_S / gather_s), 0, -1):
         missing: LeaseTimeout | None = None
         with ExitStack() as stack:
             guard: Guard | None = None
             try:
-                guard = stack.enter_context(budgeted(order, name, gather_s))
+                guard = stack.enter_context(budgeted(order, name, gather_s, say))
             except LeaseTimeout as error:
                 missing = error
+                if time.monotonic() >= next_word:
+                    say(f"{error}; it asks {left - 1} times more")
+                    next_word = time.monotonic() + SAY_WAITING_EVERY_S
             if agree(guard is not None):
                 assert guard is not None
                 yield guard

@@ -86,6 +86,8 @@ class Decoders:
     memory : of the run; None: nobody watches the actors. name : of them, in logs and verdicts.
     """
 
+    names_itself = True
+
     def __init__(
         self,
         source: Decoded,

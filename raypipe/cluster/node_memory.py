@@ -112,6 +112,18 @@ def verdict_of(node_id: str, pid: int, timeout_s: float = CALL_TIMEOUT_S) -> Ver
         return None
 
 
+def why_waiting(node_id: str, label: str, timeout_s: float = CALL_TIMEOUT_S) -> str:
+    """What the process called ``label`` waits for on that node, and who holds it, by the node's ledger.
+
+    "" when it does not wait, or the node's actor does not answer.
+    """
+    try:
+        actor = ray.get_actor(actor_name(node_id), namespace=NAMESPACE)
+        return str(ray.get(actor.why_waiting.remote(label), timeout=timeout_s))
+    except (ValueError, *ACTOR_LOST, GetTimeoutError):
+        return ""
+
+
 def call(
     node_id: str, method: str, told: Any, timeout_s: float, ended: threading.Event | None = None
 ) -> Any:

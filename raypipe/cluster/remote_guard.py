@@ -29,17 +29,24 @@ from raypipe.memory.probe import ProcessProbe, charge_bytes, pinned_bytes
 from raypipe.memory.records import Ask, node_folder, slot_path
 from raypipe.memory.registration import Registration
 from raypipe.memory.slot import Slot
+from raypipe.store import this_node
 from raypipe.units import format_bytes
 
 ASK_AGAIN_S = 0.25
 LOOK_EVERY_S = 0.1
 # A watch that has not looked at us for so many of our looks hangs.
 STALLED_LOOKS = 50
-SAY_WAITING_EVERY_S = 30.0
+# Longer than one round of a group (`budget.GATHER_S`), which says for itself what it misses.
+FIRST_WORD_S, SAY_WAITING_EVERY_S = 20.0, 30.0
 
 
 class LeaseTimeout(MemoryBudgetExceeded):
     """The lease may come later: others held the memory as long as was waited."""
+
+
+def to_stderr(text: str) -> None:
+    """A worker's own: shown with --verbose only."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def join(
@@ -53,7 +60,7 @@ def join(
     priority: int = 0,
     verdict_dir: Path | None,
     wait_s: float,
-    say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
+    say: Callable[[str], None] = to_stderr,
 ) -> RemoteGuard:
     """Wait for this process's lease on its node, and have it watched until the guard is closed.
 
@@ -232,8 +239,8 @@ def _introduce(
 
 
 def _wait_for_lease(node_id: str, ask: Ask, wait_s: float, say: Callable[[str], None]) -> Answer:
-    deadline, next_word = time.monotonic() + wait_s, time.monotonic() + SAY_WAITING_EVERY_S
-    label = ask.registration.label
+    deadline, next_word = time.monotonic() + wait_s, time.monotonic() + FIRST_WORD_S
+    label = f"{ask.registration.label} on node {this_node()}"
     while True:
         answer: Answer = call(node_id, "admit", ask, START_TIMEOUT_S)
         if answer.state == "granted":
@@ -249,7 +256,8 @@ def _wait_for_lease(node_id: str, ask: Ask, wait_s: float, say: Callable[[str], 
                 "--workers or a smaller --max-memory-per-process, or wait for the others to end"
             )
         if time.monotonic() >= next_word:
-            say(f"{label} waits for memory: {answer.text}")
+            left_s = deadline - time.monotonic()
+            say(f"{label} waits for memory: {answer.text}; ends in {left_s:.0f} s")
             next_word = time.monotonic() + SAY_WAITING_EVERY_S
         time.sleep(min(ASK_AGAIN_S, max(0.0, deadline - time.monotonic())))
 

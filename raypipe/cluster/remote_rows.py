@@ -64,6 +64,8 @@ class RemoteRows:
     each time; and what the server raises.
     """
 
+    names_itself = True
+
     def __init__(
         self,
         source: ArraySource,

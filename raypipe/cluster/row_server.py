@@ -1,6 +1,6 @@
 """What reads rows of files on one node's disk for readers elsewhere: an actor a node and run.
 
-It is made by the driver before training (`shards`), opens its files then, so that a copy which is
+It is made by the driver before training (`serving`), opens its files then, so that a copy which is
 not there is an error at once, and takes part in its node's budget: a lease of what `THREADS` pieces
 take. Ray starts it again on its node when it dies, and sends it what was not answered once more; one
 that was ended for its memory asks for twice as much then. Whose last try it was, says `remote_rows`.
@@ -59,10 +59,12 @@ def grown_bytes(lease: Lease, ended: int) -> int:
 
 
 class RowServer:
-    """Reads rows of ``files``, which lie on this node. An ordinary class: `shards` makes it an actor.
+    """Reads rows of ``files``, which lie on this node. An ordinary class: `serving` makes it an actor.
 
-    ``lease``: see `budget_bytes`; None: nobody watches it.
+    ``lease``: see `budget_bytes`; None: nobody watches it. It is waited for as long as workers wait.
     """
+
+    lease_wait_s = LEASE_WAIT_S
 
     def __init__(self, files: Sequence[Held], lease: Lease | None) -> None:
         self._files, self._lease = tuple(files), lease
@@ -70,14 +72,15 @@ class RowServer:
         self._held: ExitStack | None = None
         self._lock = threading.Lock()
 
-    def ready(self) -> int:
+    def ready(self, starting: bool = False) -> int:
         """Take the lease and open the files, once; this process's number.
 
-        Raises StoreError, which names node and path, and MemoryBudgetExceeded.
+        starting : the run has not begun: see `helping`. Raises StoreError, which names node and path,
+        and MemoryBudgetExceeded.
         """
         with self._lock:
             if self._maps is None:
-                self._held = self._held or self._watched()
+                self._held = self._held or self._watched(goes_on=not starting)
                 self._maps = {held.there: _opened(held) for held in self._files}
         return os.getpid()
 
@@ -99,13 +102,18 @@ class RowServer:
         if self._held is not None:
             self._held.close()
 
-    def _watched(self) -> ExitStack:
+    def _watched(self, goes_on: bool) -> ExitStack:
         stack, lease = ExitStack(), self._lease
         if lease is not None:
             budget_bytes = grown_bytes(lease, len(verdicts(lease.order, lease.label)))
-            # As long as workers wait: it asks before them, whatever else runs there.
             stack.enter_context(
-                helping(lease.order, lease.label, budget_bytes, wait_s=LEASE_WAIT_S)
+                helping(
+                    lease.order,
+                    lease.label,
+                    budget_bytes,
+                    wait_s=self.lease_wait_s,
+                    goes_on=goes_on,
+                )
             )
             note(phase="read rows")
         return stack

@@ -6,7 +6,9 @@ import os
 import secrets
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import ray
@@ -15,12 +17,15 @@ from ray.autoscaler.sdk import request_resources
 from raypipe.cluster.budget import WorkerMemory, worker_share
 from raypipe.cluster.node_memory import make_everywhere
 from raypipe.cluster.pool import SAY_WAITING_EVERY_S, START_TIMEOUT_S, RayPool
+from raypipe.cluster.shards import open_shards
 from raypipe.cluster.trainer import TrainSetup, train_on_ray
 from raypipe.errors import ConfigError, DeviceUnavailable, WorkerFailed
 from raypipe.memory.attend import attend
 from raypipe.memory.config import ResolvedMemory, resolve
 from raypipe.memory.limits import node_limits
 from raypipe.runner import Machines, Needs, StepWorker
+from raypipe.stream.at_hand import far_sources, open_at_hand
+from raypipe.stream.reading import OpenRows, Source
 from raypipe.train import FitResult, Task, TrainConfig, checkpoint, training_plan
 from raypipe.train.follow import TrainProgress
 from raypipe.train.stop import stop_on_interrupt, unless_stopped
@@ -101,6 +106,7 @@ class RayRunner:
             torch_threads=None if on_cuda else max(1, int(_node_cpus() // workers)),
             memory=self._worker_memory(workers, run_dir, bundle),
             name=f"train-worker-{secrets.token_hex(3)}",
+            grows=self._joined,
         )
         plan = training_plan(task.train_rows, cfg, workers, run_dir)
         steps = plan.steps_per_epoch * plan.epochs
@@ -113,6 +119,24 @@ class RayRunner:
                 setup, plan, workers=workers, use_gpu=on_cuda, cpus=cpus, tick=progress.tick
             )
         return unless_stopped(result)
+
+    @contextmanager
+    def reading(self, sources: Mapping[str, Source], batch_rows: int) -> Iterator[OpenRows]:
+        """Rows of other nodes' disks are brought for as long as the block lasts. Raises as
+        `open_shards`.
+        """
+        far = {name: sources[name] for name in far_sources(sources)}
+        if not far:
+            yield open_at_hand
+            return
+        with open_shards(
+            far,
+            batch_rows=batch_rows,
+            workers=1,
+            memory=self._worker_memory(1, None, {"CPU": 1.0}),
+            say=self._say,
+        ) as shards:
+            yield partial(shards.open_rows, turn=0, say=self._say)
 
     def resolve_device(self, device: str) -> str:
         """``auto`` -> cuda where the cluster has a GPU now; a joined cluster may still add some.

@@ -8,25 +8,21 @@ node that has them (`remote_rows`).
 
 from __future__ import annotations
 
-import secrets
-import sys
-import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
-from ray.exceptions import RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raypipe.cluster.budget import LEASE_WAIT_S, Lease, WorkerMemory
-from raypipe.cluster.lost import ACTOR_LOST
+from raypipe.cluster.budget import Lease, WorkerMemory
+from raypipe.cluster.node_memory import START_TIMEOUT_S
 from raypipe.cluster.pieces import Share, divide, smallest_object_store
-from raypipe.cluster.remote_rows import Copy, Patience, RemoteRows, verdict_on
-from raypipe.cluster.row_server import THREADS, Held, RowServer, budget_bytes
-from raypipe.errors import MemoryBudgetExceeded, MissingInput, RaypipeError, WorkerFailed
+from raypipe.cluster.remote_rows import Copy, Patience, RemoteRows
+from raypipe.cluster.serving import Serving, serving
+from raypipe.cluster.turn import give_on
+from raypipe.errors import MissingInput, WorkerFailed
 from raypipe.store import Placement, Way, this_node
 from raypipe.store.placement import in_words
 from raypipe.stream import ArraySource
@@ -34,19 +30,13 @@ from raypipe.stream.mapped import MappedRows
 from raypipe.stream.reading import RowReader, Source
 from raypipe.units import format_bytes
 
-# A process starts in 1 s; on a node that pulls its packages first, in a minute.
-START_TIMEOUT_S = 120.0
-READY_S = START_TIMEOUT_S + LEASE_WAIT_S
-SAY_EVERY_S = 20.0
-# How often Ray starts a server again on its node, and sends it what it did not answer.
-RESTARTS = 3
-
 
 @dataclass(frozen=True, kw_only=True)
 class Shards:
     """Small and picklable. ``names``, ``placements``, ``shares``: by source; ``servers``: the actor
     handle of each node that rows are read on, by raypipe's node id; ``leases``: theirs, so that a
-    worker finds why one was ended; ``server_bytes``: most that those of one machine have leased.
+    worker finds why one was ended; ``server_bytes``: most that those of one machine have leased;
+    ``run_turn``: the workers have not all got their memory (`raypipe.cluster.turn`).
     """
 
     names: Mapping[ArraySource, str]
@@ -56,6 +46,7 @@ class Shards:
     leases: Mapping[str, Lease] = field(default_factory=dict)
     patience: Patience = field(default_factory=Patience)
     server_bytes: int = 0
+    run_turn: Any = None
 
     def way(self, source: ArraySource, turn: int = 0) -> Way:
         """The way from this node to a source's rows; nothing is opened."""
@@ -63,6 +54,11 @@ class Shards:
         if placement is None:  # a task that makes other sources here than on the driver
             placement = Placement.of(source.path, source.fingerprint, source.node)
         return placement.way(this_node(), turn)
+
+    def workers_are_in(self) -> None:
+        """All workers have their leases: another run may take its turn now."""
+        if self.run_turn is not None:
+            give_on(self.run_turn)
 
     def words(self, turn: int = 0) -> str:
         """The ways from this node, for people: one line; "" when all sources are plain files."""
@@ -111,12 +107,15 @@ def open_shards(
     memory: WorkerMemory | None,
     say: Callable[[str], None],
     patience: Patience | None = None,
+    grows: bool = True,
 ) -> Iterator[Shards]:
     """Find where ``sources`` lie, and keep servers on the nodes that alone have some of them.
 
-    ``batch_rows``: of a worker's largest batch. Raises MissingInput when no node of the cluster has
-    a source, StoreError for a copy that is not where it is listed, MemoryBudgetExceeded when rows do
-    not fit the object store or a server its node's budget, WorkerFailed when one does not start.
+    ``batch_rows``: of a worker's largest batch. ``grows``: nodes may come that have no copy of what
+    lies on nodes' disks; where none does, what every node has needs no server. Raises MissingInput
+    when no node of the cluster has a source, StoreError for a copy that is not where it is listed,
+    MemoryBudgetExceeded when rows do not fit the object store or a server its node's budget, or when
+    other runs held the memory for as long as was waited, WorkerFailed when a server does not start.
     """
     files = {name: source for name, source in sources.items() if isinstance(source, ArraySource)}
     names: dict[ArraySource, str] = {}
@@ -130,39 +129,34 @@ def open_shards(
     nodes = node_ids()
     for source in far:
         placed[source] = _present(names[source], placed[source], nodes, say)
+    everywhere = [s for s in far if {place.node for place in placed[s].places} >= nodes.keys()]
+    far = [source for source in far if grows or source not in everywhere]
+    if not far:
+        yield Shards(names=names, placements=placed)
+        return
     # A worker holds two rings, one to train and one to validate, and both may be full.
     readers = 2 * workers * len(far)
     room = smallest_object_store()
     shares = {source: divide(room, readers, source.row_bytes, batch_rows) for source in far}
-    servers: dict[str, Any] = {}
-    addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
-    leases: dict[str, Lease] = {}
-    leased: Counter[str] = Counter()  # bytes by machine: several nodes may be one
-    try:
-        for node in sorted({place.node for source in far for place in placed[source].places}):
-            held = _held_on(node, {source: placed[source] for source in far})
-            piece_bytes = max(shares[h.source].piece_rows * h.source.row_bytes for h in held)
-            most_bytes = memory.memory.config.budget_bytes if memory else sys.maxsize
-            lease_bytes = budget_bytes(piece_bytes, most_bytes)
-            leased[addresses[nodes[node]]] += lease_bytes
-            if memory is not None:
-                # Of this call alone: the verdicts of an earlier try stay in the run's folder.
-                label = f"row-server-{node}-{secrets.token_hex(3)}"
-                leases[node] = Lease(order=memory, label=label, budget_bytes=lease_bytes)
-            servers[node] = _start_server(nodes[node], held, leases.get(node))
-        _await_ready(servers, leases, say)
-        say(_summary(servers, shares, names, readers, room))
+    with serving(
+        {source: placed[source] for source in far},
+        names,
+        shares,
+        nodes=nodes,
+        memory=memory,
+        say=say,
+    ) as found:
+        say(_summary(found, shares, names, readers, room))
         yield Shards(
             names=names,
             placements=placed,
             shares=shares,
-            servers=servers,
-            leases=leases,
+            servers=found.servers,
+            leases=found.leases,
             patience=patience or Patience(),
-            server_bytes=max(leased.values()),
+            server_bytes=found.most_bytes,
+            run_turn=found.turn,
         )
-    finally:
-        _end(servers.values())
 
 
 def node_ids() -> dict[str, str]:
@@ -208,65 +202,8 @@ def _present(
     return replace(placement, places=there)
 
 
-def _held_on(node: str, placed: Mapping[ArraySource, Placement]) -> list[Held]:
-    """Every file that ``node`` has."""
-    return [
-        Held(source, placement, place)
-        for source, placement in placed.items()
-        for place in placement.places
-        if place.node == node
-    ]
-
-
-def _start_server(ray_node: str, held: Sequence[Held], lease: Lease | None) -> Any:
-    return (
-        ray.remote(RowServer)
-        .options(
-            num_cpus=0,
-            max_concurrency=THREADS,
-            max_restarts=RESTARTS,
-            max_task_retries=RESTARTS,
-            scheduling_strategy=NodeAffinitySchedulingStrategy(ray_node, soft=False),
-        )
-        .remote(held, lease)
-    )
-
-
-def _await_ready(
-    servers: Mapping[str, Any], leases: Mapping[str, Lease], say: Callable[[str], None]
-) -> None:
-    """Until all have their leases and files. Raises the first error."""
-    waiting = {server.ready.remote(): node for node, server in servers.items()}
-    deadline = time.monotonic() + READY_S
-    while waiting:
-        ready, _ = ray.wait(list(waiting), timeout=SAY_EVERY_S)
-        for ref in ready:
-            node = waiting.pop(ref)
-            try:
-                ray.get(ref)
-            except RayTaskError as error:
-                raise (error.cause if isinstance(error.cause, RaypipeError) else error) from None
-            except ACTOR_LOST as error:
-                if verdict := verdict_on(leases.get(node)):
-                    raise MemoryBudgetExceeded(verdict.message()) from error
-                raise WorkerFailed(
-                    f"the row server of node {node} did not start ({str(error).splitlines()[0]}); "
-                    "see to that node, then run the same command again"
-                ) from error
-        late = ", ".join(sorted(waiting.values()))
-        if late and time.monotonic() >= deadline:
-            raise WorkerFailed(
-                f"the row server of node {late} is not ready in {READY_S:.0f} s; see to "
-                "that node and its disk, then run the same command again"
-            )
-        if late and not ready:
-            say(
-                f"waiting for the row server of node {late}, which waits for its memory, or opens its files"
-            )
-
-
 def _summary(
-    servers: Mapping[str, Any],
+    found: Serving,
     shares: Mapping[ArraySource, Share],
     names: Mapping[ArraySource, str],
     readers: int,
@@ -277,17 +214,7 @@ def _summary(
         for source, share in shares.items()
     )
     return (
-        f"rows are read on {', '.join(servers)} for workers elsewhere; under way at most, for each of "
-        f"{readers} readers: {each}; in all half of an object store of {format_bytes(room)}"
+        f"row servers are ready after {found.took_s:.1f} s: rows are read on "
+        f"{', '.join(found.servers)} for workers elsewhere; under way at most, for each of {readers} "
+        f"readers: {each}; in all half of an object store of {format_bytes(room)}"
     )
-
-
-def _end(servers: Any) -> None:
-    """Give leases back, then end the actors; one that hangs is ended all the same."""
-    if not ray.is_initialized():
-        return
-    closing = [server.close.remote() for server in servers]
-    if closing:
-        ray.wait(closing, num_returns=len(closing), timeout=5.0)
-    for server in servers:
-        ray.kill(server)

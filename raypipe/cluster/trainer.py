@@ -38,7 +38,7 @@ from raypipe.memory.guard import Guard
 from raypipe.memory.limits import node_limits
 from raypipe.stream import Cursor, StepSlice, StreamPlan
 from raypipe.train import FitResult, Task, TrainConfig, WorkerContext, checkpoint, fit
-from raypipe.train.follow import log_to
+from raypipe.train.follow import log_aloud, log_to
 from raypipe.train.footprint import SIZES
 from raypipe.train.stop import stop_wished
 
@@ -57,7 +57,8 @@ LOOK_S, LOOKS_PER_S, RAY_LOOK_S = 0.1, 500, 2.0
 class TrainSetup:
     """What travels to every Train worker. Locators and configuration only, never rows.
 
-    name : of this call's workers, unlike any other call's, for verdicts. shards : where the rows
+    name : of this call's workers, unlike any other call's, for verdicts. grows : nodes may still come.
+    shards : where the rows
     lie, decoders : who decodes images for a worker, by source; `train_on_ray` finds both out.
     """
 
@@ -67,6 +68,7 @@ class TrainSetup:
     torch_threads: int | None
     memory: WorkerMemory
     name: str
+    grows: bool = True
     shards: Shards | None = None
     decoders: Mapping[str, Crew] = field(default_factory=dict)
 
@@ -103,7 +105,8 @@ def train_on_ray(
         batch_rows=batch_rows,
         workers=workers,
         memory=setup.memory,
-        say=log_to(setup.run_dir),
+        say=log_aloud(setup.run_dir, tick),
+        grows=setup.grows,
     ) as shards:
         beside = shards.server_bytes + bytes_on_a_machine(decoders, workers)
         memory = replace(setup.memory, beside_bytes=beside)
@@ -184,9 +187,10 @@ def _train_worker(config: dict[str, Any]) -> FitResult:
 
 
 def _leases(setup: TrainSetup) -> AbstractContextManager[Guard]:
+    say = log_to(setup.run_dir)
     if ray_train.get_context().get_world_size() == 1:
-        return budgeted(setup.memory, setup.name)
-    return budgeted_together(setup.memory, setup.name, _all)
+        return budgeted(setup.memory, setup.name, say=say)
+    return budgeted_together(setup.memory, setup.name, _all, say=say)
 
 
 def _all(mine: bool) -> bool:
@@ -223,6 +227,8 @@ def _train(setup: TrainSetup, batch_limit: int | None) -> FitResult:
     rank, world, shards = context.get_world_rank(), context.get_world_size(), setup.shards
     say = log_to(setup.run_dir)
     assert shards is not None
+    if rank == 0:
+        shards.workers_are_in()
     ways = shards.words(turn=rank)
     if ways:
         say(f"rank {rank} {ways}")

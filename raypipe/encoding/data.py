@@ -22,7 +22,7 @@ from raypipe.encoding.shapes import TokenShape
 from raypipe.errors import ConfigError, InputError, MissingInput, UnknownName
 from raypipe.read import AlgonautsSubject
 from raypipe.report.saved import read_json, write_json
-from raypipe.store import FeatureStore
+from raypipe.store import open_or_placed
 from raypipe.stream import ArraySource, KeyedPermutation
 from raypipe.stream.source import as_source
 
@@ -95,7 +95,7 @@ def open_split(
         features = ComputedFeatures.open(paths, place, kept_in)
     else:
         path = _shard(place.features_dir.resolve(), place.feature, subject, split)
-        features = StoredFeatures(FeatureStore.open(path))
+        features = StoredFeatures(open_or_placed(path))
         _check_names(features, subject, split)
     responses = subject.fmri(split) if fmri else None
     for hemi, file in (responses or {}).items():
@@ -114,7 +114,8 @@ def _shard(features_dir: Path, feature: str, subject: AlgonautsSubject, split: s
         raise MissingInput(f"features folder {features_dir} does not exist; run raypipe extract")
     folder = features_dir / feature
     if not folder.is_dir():
-        shards = features_dir.glob("*/*/*.manifest.json")
+        kinds = ("manifest", "places")  # of stores, of catalogs that stand for some
+        shards = [path for kind in kinds for path in features_dir.glob(f"*/*/*.{kind}.json")]
         known = {path.parent.parent.name for path in shards}
         raise UnknownName.of("feature", feature, known, f"folders below {features_dir}")
     return folder / subject.subj / f"{subject.shard_name(split)}.npy"

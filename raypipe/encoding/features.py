@@ -21,7 +21,7 @@ from raypipe.backbone.options import ITEMSIZE, FeatureOptions, feature_identity
 from raypipe.encoding.frozen import FrozenBackbone, frozen
 from raypipe.errors import ConfigError
 from raypipe.report.saved import write_bytes
-from raypipe.store import FeatureStore
+from raypipe.store import FeatureStore, PlacedStore
 from raypipe.stream import ArraySource
 from raypipe.stream.pixels import PixelSource
 from raypipe.stream.reading import Source
@@ -71,9 +71,9 @@ class Features(Protocol):
 
 @dataclass(frozen=True)
 class StoredFeatures:
-    """Features in a sealed store."""
+    """Features in a sealed store, here or on nodes' disks."""
 
-    store: FeatureStore
+    store: FeatureStore | PlacedStore
     backbone: FrozenBackbone | None = None
 
     @property

@@ -6,6 +6,7 @@ responses is read, once: they must be finite, and a resumed run must find the sa
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,12 @@ from raypipe.encoding import data
 from raypipe.encoding.config import FitConfig
 from raypipe.encoding.features import ComputedFeatures
 from raypipe.encoding.readout import HEMIS, build_readout
-from raypipe.encoding.task import EncodingTask, token_statistics
+from raypipe.encoding.task import STATISTICS_BATCH, EncodingTask, token_statistics
+from raypipe.runner import Runner
 from raypipe.store.space import free_bytes
 from raypipe.stream import ArraySource
+from raypipe.stream.at_hand import far_sources
+from raypipe.stream.reading import OpenRows
 from raypipe.train import TrainConfig, checkpoint
 from raypipe.train.checkpoint import on_disk_bytes
 from raypipe.units import format_bytes
@@ -138,6 +142,9 @@ class Prepared:
         budget = cfg.train.fit_gpu_bytes
         if budget is None and cfg.train.predict_memory is False:
             return [], cfg.train
+        if far := far_sources(self.task.sources()):
+            lies = f"rows of {', '.join(far)} lie on other nodes' disks"
+            return [f"a step is not foretold here: {lies}; the run does it there"], cfg.train
         on_cuda = cfg.device != "cpu" and torch.cuda.is_available()
         plan = predict(
             self.task, cfg.train, torch.device("cuda" if on_cuda else "cpu"), cfg.workers
@@ -150,8 +157,11 @@ class Prepared:
         return [*plan.lines(choice.cfg), choice.words(cfg.train)], choice.cfg
 
 
-def prepare(cfg: FitConfig, subj: str, run_dir: Path) -> Prepared:
-    """Open, check and split one subject's data, and build its task; writes nothing."""
+def prepare(cfg: FitConfig, subj: str, run_dir: Path, runner: Runner | None = None) -> Prepared:
+    """Open, check and split one subject's data, and build its task; writes nothing.
+
+    ``runner``: brings rows that lie on other nodes' disks; None: nobody does.
+    """
     place = cfg.images if cfg.on_the_fly else _stores(cfg)
     opened = data.open_split(
         cfg.data_dir, place, subj, "train", kept_in=run_dir if cfg.resume else None
@@ -166,15 +176,21 @@ def prepare(cfg: FitConfig, subj: str, run_dir: Path) -> Prepared:
     cls = cfg.encoder.model == "linear" and cfg.encoder.linear_pool == "cls"
     features = opened.features
     statistics = None
-    if cfg.encoder.standardise and not (cfg.on_the_fly and cfg.dry_run):  # would take its minutes
-        statistics = token_statistics(
-            features.sources(),
-            opened.shape,
-            split.train,
-            cls=cls,
-            backbone=features.backbone,
-            device=_statistics_device(cfg),
-        )
+    if cfg.encoder.standardise and not cfg.dry_run:  # on the fly it would take its minutes
+        sources = features.sources()
+        bring: AbstractContextManager[OpenRows | None] = nullcontext(None)
+        if runner is not None:
+            bring = runner.reading(sources, STATISTICS_BATCH)
+        with bring as open_rows:
+            statistics = token_statistics(
+                sources,
+                opened.shape,
+                split.train,
+                cls=cls,
+                backbone=features.backbone,
+                device=_statistics_device(cfg),
+                open_rows=open_rows,
+            )
     task = EncodingTask(
         features=features.sources(),
         responses=responses,

@@ -68,7 +68,7 @@ def fit(cfg: FitConfig, runner: Runner | None) -> FitSummary:
     folders = {s: run_dir / f"subj{s}" if len(subjects) > 1 else run_dir for s in subjects}
     # The driver's own part, which on the fly runs a backbone: under its budget too.
     with attend(runner.memory, None, "driver") if runner else nullcontext():
-        prepared = {subj: prepare(cfg, subj, folder) for subj, folder in folders.items()}
+        prepared = {s: prepare(cfg, s, folder, runner) for s, folder in folders.items()}
     if cfg.dry_run:
         for ready in prepared.values():
             print(ready.describe(cfg))

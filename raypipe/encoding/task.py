@@ -22,14 +22,14 @@ from raypipe.encoding.shapes import TokenShape
 from raypipe.memory.guard import current, relieve
 from raypipe.report.metrics import pearson_from_sums
 from raypipe.stream import ArraySource, Gatherer
-from raypipe.stream.reading import Source
+from raypipe.stream.reading import OpenRows, Source
 
 Batch = Mapping[str, Tensor]
 Rows = NDArray[np.int64]
 
 # Images behind the channel statistics: 128 x 961 tokens fix a mean to a thousandth of its spread.
 _STATISTICS_ROWS = 128
-_STATISTICS_BATCH = 8
+STATISTICS_BATCH = 8
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -128,16 +128,18 @@ def token_statistics(
     cls: bool = False,
     backbone: FrozenBackbone | None = None,
     device: str = "cpu",
+    open_rows: OpenRows | None = None,
 ) -> TokenStatistics:
     """Channel statistics of the patch tokens (``cls``: of the first token) of training rows.
 
     Over at most 128 of ``rows``, evenly spaced; read a few at a time, whatever the dtype. Pixels go
-    through ``backbone`` on ``device``. Raises MemoryBudgetExceeded when the process's guard does.
+    through ``backbone`` on ``device``. ``open_rows``: see `Gatherer`. Raises as that, and
+    MemoryBudgetExceeded when the process's guard does.
     """
     chosen = rows[np.linspace(0, len(rows) - 1, min(len(rows), _STATISTICS_ROWS)).astype(int)]
-    pieces = [chosen[i : i + _STATISTICS_BATCH] for i in range(0, len(chosen), _STATISTICS_BATCH)]
+    pieces = [chosen[i : i + STATISTICS_BATCH] for i in range(0, len(chosen), STATISTICS_BATCH)]
     n, total, squares = 0, torch.zeros(shape.dim).double(), torch.zeros(shape.dim).double()
-    with Gatherer(features, _STATISTICS_BATCH, device) as gatherer:
+    with Gatherer(features, STATISTICS_BATCH, device, open_rows=open_rows) as gatherer:
         for batch in gatherer.batches(pieces):
             tokens = tokens_of(batch, backbone).cpu()
             part = tokens[:, :1] if cls else tokens[:, shape.prefix :]

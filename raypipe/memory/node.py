@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from filelock import Timeout
 
@@ -154,6 +154,15 @@ class NodeMemory:
         """The last verdict on a process of that number, written or not; waits for the writing."""
         self._watch.flush()
         return self._verdicts.get(pid)
+
+    def why_waiting(self, label: str) -> str:
+        """What the process called ``label`` waits for, and who holds it; "" when it does not wait."""
+        with self._lock:
+            waiting = {lease.holder for lease in self._ledger.queue}
+            for holder, ask in self._asks.items():
+                if holder in waiting and ask.registration.label == label:
+                    return self._why_waiting(ask)
+        return ""
 
     def state(self) -> dict[str, Any]:
         """Who holds and who waits, as JSON types: for ``doctor`` and for tests."""
@@ -294,15 +303,17 @@ class NodeMemory:
         return text
 
     def _named(self, leases: Sequence[Lease], until: Holder | None = None) -> list[str]:
-        """``NAME (PID) SIZE`` of each, up to the one of ``until``."""
+        """``NAME (PID) SIZE of RUN`` of each, up to the one of ``until``."""
         first = itertools.takewhile(lambda lease: lease.holder != until, leases)
-        return [f"{self._label(lease)} {format_bytes(lease.n_bytes)}" for lease in first]
+        return [self._words(lease) for lease in first]
 
-    def _label(self, lease: Lease) -> str:
-        for holder, ask in self._asks.items():
-            if holder == lease.holder:
-                return f"{ask.registration.label} ({holder[0]})"
-        return str(lease.holder)
+    def _words(self, lease: Lease) -> str:
+        ask, size = self._asks.get(cast("Holder", lease.holder)), format_bytes(lease.n_bytes)
+        if ask is None:
+            return f"{lease.holder} {size}"
+        told = ask.registration
+        run = f" of {told.verdict_dir.parent}" if told.verdict_dir else ""  # its folder
+        return f"{told.label} ({told.pid}) {size}{run}"
 
     def _answer(self, state: str, text: str, budget_bytes: int = 0) -> Answer:
         notes, self._notes = tuple(self._notes), []

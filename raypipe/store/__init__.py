@@ -24,7 +24,8 @@ from raypipe.store.export import Export, export_store, plan_export
 from raypipe.store.info import describe, find_shards, refusal
 from raypipe.store.journal import CommitRecord, RowSource
 from raypipe.store.narrow import from_bfloat16, to_bfloat16
-from raypipe.store.placement import Placement, Way
+from raypipe.store.placed import PlacedStore
+from raypipe.store.placement import Placement, Way, open_or_placed
 from raypipe.store.reader import FeatureStore, StoreLocator, open_locator
 from raypipe.store.recover import space_needed
 from raypipe.store.replicate import Replica, plan_replicas, replicate_store, require_room
@@ -40,6 +41,7 @@ __all__ = [
     "Export",
     "FeatureStore",
     "Place",
+    "PlacedStore",
     "Placement",
     "Progress",
     "Replica",
@@ -62,6 +64,7 @@ __all__ = [
     "locate",
     "open_for_writing",
     "open_locator",
+    "open_or_placed",
     "place_on",
     "places_of",
     "plan_adoption",

@@ -2,7 +2,8 @@
 
 It lists copies on the disks of nodes (`replicate` writes these), and may say that the store's own
 path is nowhere but on such disks (`declare`): then it holds what a driver has to know of the store
-too (shape, dtype, fingerprint), and stands for it on a folder that all nodes see.
+too (shape, dtype, fingerprint; a note beside it says what the rows are: `placed`), and stands for it
+on a folder that all nodes see.
 
 A reader chooses by (node id, fingerprint), before anything is opened: `raypipe.store.placement`. A
 copy that is listed and not there is an error, not a reason to read elsewhere in silence: the run
@@ -23,6 +24,7 @@ from raypipe.errors import ConfigError, MissingInput, StoreCorrupt, StoreError
 from raypipe.store.durable import write_atomic
 from raypipe.store.flocks import held
 from raypipe.store.layout import ShardPaths
+from raypipe.store.placed import write_note
 from raypipe.store.reader import FeatureStore, StoreLocator
 
 _FORMAT, _VERSION = "raypipe-places", 1
@@ -119,8 +121,8 @@ def remove_place(store: Path, fingerprint: str, place: Place) -> None:
 def declare(store: FeatureStore, node: str | None = None, at: Path | None = None) -> Path:
     """Say that ``store`` lies on the disk of ``node`` (by default this one), not where all see it.
 
-    ``at``: the path that stands for it from now on, in a folder that every node sees (nothing but
-    the catalog is put there); by default its own, where only this node finds the catalog: enough
+    ``at``: the path that stands for it from now on, in a folder that every node sees (the catalog and
+    its note are put there, no rows); by default its own, where only this node finds the catalog: enough
     for a driver that runs here. Declared by several nodes at one ``at``, all are listed. Returns
     the path that stands for it. Raises ConfigError when another file lies at ``at``.
     """
@@ -139,7 +141,11 @@ def declare(store: FeatureStore, node: str | None = None, at: Path | None = None
     def unshared(old: Catalog) -> Catalog:
         return replace(old, places=(*old.places, place), shared=False, contents=contents)
 
-    _change(path, store.fingerprint, unshared)
+    def note() -> None:
+        if path != own:  # beside the store itself its own index says it
+            write_note(store, path)
+
+    _change(path, store.fingerprint, unshared, note)
     return path
 
 
@@ -148,7 +154,13 @@ def _check(place: Place) -> None:
         raise ConfigError(f"{place} needs a node id and an absolute path")
 
 
-def _change(store: Path, fingerprint: str, change: Callable[[Catalog], Catalog]) -> None:
+def _change(
+    store: Path,
+    fingerprint: str,
+    change: Callable[[Catalog], Catalog],
+    before: Callable[[], None] = lambda: None,
+) -> None:
+    """``before``: called under the lock when nothing speaks against the change."""
     file = ShardPaths.of(store).places
     busy = f"{file} is being changed by others for more than {_PATIENCE_S:.0f} s; try again"
     with held(file.with_name(f".{file.name}.lock"), busy, _PATIENCE_S):
@@ -157,6 +169,7 @@ def _change(store: Path, fingerprint: str, change: Callable[[Catalog], Catalog])
         new = change(found if found and known else Catalog(fingerprint=fingerprint))
         if found and not known and not found.shared:
             _check_superseded(file, found, new)
+        before()
         fields: dict[str, Any] = {
             "format": _FORMAT,
             "version": _VERSION,
@@ -230,8 +243,8 @@ def elsewhere(path: Path, places: Iterable[Place], node: str) -> StoreError:
     held = ", ".join(sorted({place.node for place in places})) or "no node"
     return StoreError(
         f"{path} lies on the disks of {held}, not of {node} (a node's id is its RAYPIPE_NODE, or host "
-        "name); copy it there with raypipe store replicate, or train by --runner ray, which reads it "
-        "from where it is"
+        "name); copy it to a disk that this node sees (raypipe store replicate, on a node that sees both), "
+        "or train by --runner ray, which reads it from where it is"
     )
 
 

@@ -9,6 +9,7 @@ For a shard ``train.npy`` the folder holds::
     train.journal/        commit records, one file a writer, and the fence (`journal`, `fence`)
     train.lock            held by the run that writes it; train.owner.json says who (`lock`)
     train.places.json     where its copies lie, once there are any (`catalog`)
+    train.places.parquet  beside the catalog of a store that lies on nodes' disks: its rows (`placed`)
 
 A sealed shard keeps the .npy, the manifest, the index and the places only.
 """

@@ -15,6 +15,8 @@ from typing import Literal
 from raypipe.errors import StoreError
 from raypipe.store.catalog import Place, elsewhere, open_copy, read_catalog, this_node
 from raypipe.store.layout import ShardPaths
+from raypipe.store.placed import PlacedStore
+from raypipe.store.reader import FeatureStore
 
 #: shared: the source's own path. local: a copy on this node's disk. remote: other nodes' disks.
 Kind = Literal["shared", "local", "remote"]
@@ -118,6 +120,17 @@ class Placement:
         plain = place.path.suffix != ".npy" or not ShardPaths.of(place.path).manifest.exists()
         if self.listed or not plain:
             open_copy(self.path, self.fingerprint, place)
+
+
+def open_or_placed(path: Path) -> FeatureStore | PlacedStore:
+    """The store at ``path``; where that stands for one on nodes' disks, what its catalog says of it.
+
+    Raises as `FeatureStore.open`, or as `PlacedStore.open`.
+    """
+    catalog = read_catalog(path)
+    if catalog is None or catalog.contents is None or ShardPaths.of(path).manifest.exists():
+        return FeatureStore.open(path)
+    return PlacedStore.open(catalog.contents)
 
 
 def in_words(ways: Mapping[str, Way]) -> str:

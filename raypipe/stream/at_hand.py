@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from raypipe.store import this_node
 from raypipe.store.placement import Placement, Way, in_words
 from raypipe.stream.mapped import MappedRows
 from raypipe.stream.reading import RowReader, Source
@@ -37,5 +38,18 @@ def ways_at_hand(sources: Mapping[str, Source]) -> str:
     return in_words({name: _way(source) for name, source in files.items()})
 
 
+def far_sources(sources: Mapping[str, Source]) -> tuple[str, ...]:
+    """Names of those that lie on other nodes' disks only. Nothing is opened, nor checked."""
+    return tuple(
+        name
+        for name, source in sources.items()
+        if isinstance(source, ArraySource) and _placement(source).way(this_node()).kind == "remote"
+    )
+
+
 def _way(source: ArraySource) -> Way:
-    return Placement.of(source.path, source.fingerprint, source.node).at_hand()
+    return _placement(source).at_hand()
+
+
+def _placement(source: ArraySource) -> Placement:
+    return Placement.of(source.path, source.fingerprint, source.node)

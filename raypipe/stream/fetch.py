@@ -7,12 +7,16 @@ Ctrl-C): then nobody stays with a reader that hangs. What a reader is: `raypipe.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
 from concurrent.futures import CancelledError
 
 import numpy as np
 
 from raypipe.stream.reading import Cancellable, Fetched, RowReader
+
+# What made one reader fail (a node, a network) makes the next one fail in the same moment.
+HEAR_S = 0.5
 
 
 class Fetch:
@@ -66,6 +70,35 @@ class Fetch:
     def forget(self) -> None:
         """Let go of the rows, which are copied: a batch that waits its turn holds no second one."""
         self._block = None
+
+
+def hear(fetches: Mapping[str, Fetch]) -> dict[str, Exception]:
+    """What went wrong with ``fetches``, of a batch that has failed: errors that come in `HEAR_S`.
+
+    Who has not answered by then is cancelled, and not waited for.
+    """
+    told: dict[str, Exception] = {}
+
+    def listen(name: str, fetch: Fetch) -> None:
+        try:
+            fetch.block()
+        except CancelledError:
+            pass
+        except Exception as error:
+            told[name] = error
+
+    threads = [
+        threading.Thread(target=listen, args=each, name="raypipe-hear", daemon=True)
+        for each in fetches.items()
+    ]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + HEAR_S
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    for fetch in fetches.values():
+        fetch.cancel()
+    return dict(told)
 
 
 class _Aside:

@@ -14,8 +14,9 @@ its way is waited for, or given up: `raypipe.stream.job`.
 from __future__ import annotations
 
 import os
+import sys
 from collections import deque
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from raypipe.errors import ConfigError
+from raypipe.errors import ConfigError, RaypipeError
 from raypipe.stream.ahead import Ahead
 from raypipe.stream.at_hand import open_at_hand
 from raypipe.stream.buffers import Pool, Ring, Slot
@@ -85,7 +86,8 @@ class Gatherer:
     ``lend``: batches stay valid as long as anything refers to them (CPU; on CUDA they always do).
     ``open_rows``: opens a source, for rows that are not in a file here (`raypipe.stream.reading`);
     None: this process does, a copy on its node's disk where the catalog lists one. A reader is asked
-    for every batch in the ring at once.
+    for every batch in the ring at once. ``say``: told of a source whose rows do not come, after 20 s and
+    every minute from then on; None: stderr is.
 
     Close it, or use it in a ``with`` block. Raises as `as_source`, `open_at_hand` (or ``open_rows``)
     and `lay_out`, and ConfigError.
@@ -105,6 +107,7 @@ class Gatherer:
         join: Mapping[str, Join | tuple[tuple[str, ...], int]] | None = None,
         lend: bool = False,
         open_rows: OpenRows | None = None,
+        say: Callable[[str], None] | None = None,
     ) -> None:
         import torch
 
@@ -138,6 +141,7 @@ class Gatherer:
             self._turns = Pool(self._slots, self._new_slot)
         self._stream = torch.cuda.Stream(self.device) if self._on_cuda else None
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="raypipe-gather")
+        self._say = say or _to_stderr
         self._busy = False
         self._pending: deque[Job] = deque()  # in the order of their batches
 
@@ -154,8 +158,9 @@ class Gatherer:
         """One dict of tensors (n, *row_shape) for each array of rows (n,), in order.
 
         On the CPU the tensors are views of the ring: valid until the next one is asked for, unless
-        they are lent. An error of reading is raised in place of the batch that it befell. However it
-        ends, a reader that hangs keeps it for about a second at most.
+        they are lent. An error of reading is raised in place of the batch that it befell; where other
+        sources of that batch failed too, what they say is in its notes (`raypipe.errors.together`).
+        However it ends, a reader that hangs keeps it for about a second at most.
         """
         if self._busy:
             raise ConfigError("this Gatherer is already giving batches; open a second one")
@@ -179,7 +184,7 @@ class Gatherer:
                     self._start(pending[-1])
                 if not pending:
                     return
-                pending[0].wait()
+                pending[0].wait(self._name_stalled)
                 under_way = most
                 yield self._hand_out(pending.popleft())
         finally:
@@ -199,33 +204,50 @@ class Gatherer:
                     f"a batch of {n} rows; this Gatherer was made for {self.max_rows}"
                 )
             job.order, job.left = self._ahead.order(job.rows), count
-            if n and self._readers:
-                asked = job.rows[job.order]
-                for name, reader in self._readers.items():
-                    job.fetches[name] = Fetch(reader, asked)
         except Exception as error:  # raised in place of this batch, after those before it
-            job.error = error
+            job.fail("", error)
+            return
+        if n and self._readers:
+            self._ask_readers(job)
+        if job.failures:
             job.cancel()
             return
         cuts = [n * index // count for index in range(count + 1)]
         for lo, hi in pairwise(cuts):
             job.pieces.append(self._pool.submit(self._fill, job, lo, hi))
 
+    def _ask_readers(self, job: Job) -> None:
+        """Every one of them, so that all that have something against the rows say it."""
+        asked = job.rows[job.order]
+        for name, reader in self._readers.items():
+            try:
+                job.fetches[name] = Fetch(reader, asked)
+            except Exception as error:
+                job.fail(name, error)
+
     def _fill(self, job: Job, lo: int, hi: int) -> None:
         """In a thread: one piece of a batch; the last one to finish sends it to the device."""
-        if job.slot.copied is not None:
-            job.slot.copied.synchronize()
         places = job.order[lo:hi]
         rows = job.rows[places]
-        for name, mapped in self._maps.items():
-            copy_rows(mapped, rows, places, job.slot.targets[name])
-        for name, fetch in job.fetches.items():  # last: they come while the others are copied
-            copy_rows(fetch.block(), np.arange(lo, hi), places, job.slot.targets[name])
-        if job.last():
-            for fetch in job.fetches.values():
-                fetch.forget()
-            if self._on_cuda:
-                job.uploaded = self._upload(job.slot, job.rows.size)
+        name = ""
+        try:
+            if job.slot.copied is not None:
+                job.slot.copied.synchronize()
+            for name, mapped in self._maps.items():
+                job.reading = name
+                copy_rows(mapped, rows, places, job.slot.targets[name])
+            for name, fetch in job.fetches.items():  # last: they come while the others are copied
+                job.reading = name
+                copy_rows(fetch.block(), np.arange(lo, hi), places, job.slot.targets[name])
+            name = ""
+            if job.last():
+                for fetch in job.fetches.values():
+                    fetch.forget()
+                if self._on_cuda:
+                    job.uploaded = self._upload(job.slot, job.rows.size)
+        except Exception as error:
+            job.fail(name, error)
+            raise
 
     def _upload(self, slot: Slot, n: int) -> dict[str, torch.Tensor]:
         """Start the copies on a stream of their own, so that they overlap the caller's kernels."""
@@ -243,6 +265,8 @@ class Gatherer:
     def _hand_out(self, job: Job) -> dict[str, torch.Tensor]:
         import torch
 
+        if job.failures:
+            self._look_at_files(job)
         job.raise_error()
         n = job.rows.size
         if isinstance(self._turns, Pool):
@@ -254,6 +278,27 @@ class Gatherer:
         for tensor in job.uploaded.values():
             tensor.record_stream(compute)  # else the allocator could reuse it too early
         return job.uploaded
+
+    def _name_stalled(self, waited_s: float) -> None:
+        """What the batch waits for, unless that is a reader that says so itself."""
+        job = self._pending[0]
+        source = self.sources.get(job.reading)
+        if source is None or getattr(self._readers.get(job.reading), "names_itself", False):
+            return
+        of = f" of {path}" if (path := getattr(source, "path", "")) else ""
+        self._say(
+            f"{job.reading}: has waited {waited_s:.0f} s for {job.rows.size} rows{of}; its disk, or the "
+            "network share that it is on, may hang"
+        )
+
+    def _look_at_files(self, job: Job) -> None:
+        """Of a batch that failed: what those files have against its rows that were not read for it."""
+        for name, mapped in self._maps.items():
+            if name not in job.failures and job.rows.size:
+                try:
+                    mapped.check(job.rows)
+                except RaypipeError as error:
+                    job.fail(name, error)
 
     def _new_slot(self) -> Slot:
         return Slot(self.outputs, self.sources, self.max_rows, self._on_cuda)
@@ -273,6 +318,10 @@ class Gatherer:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _to_stderr(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 _LINUX = hasattr(os, "sched_getaffinity")

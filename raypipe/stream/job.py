@@ -7,17 +7,22 @@ given up is waited for too, but not the readers behind it: these are cancelled f
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, wait
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from raypipe.errors import together
 from raypipe.stream.buffers import Slot
-from raypipe.stream.fetch import Fetch
+from raypipe.stream.fetch import Fetch, hear
 
 if TYPE_CHECKING:
     import torch
+
+# A batch that has not come is said to be waited for after so long, and again.
+FIRST_WORD_S, AGAIN_S = 20.0, 60.0
 
 
 class Job:
@@ -28,9 +33,10 @@ class Job:
         self.order = np.arange(0)
         self.pieces: list[Future[None]] = []
         self.fetches: dict[str, Fetch] = {}
-        self.error: Exception | None = None  # it never came to pieces
+        self.failures: dict[str, Exception] = {}  # of each source the first, in their order
         self.uploaded: dict[str, torch.Tensor] = {}
         self.left = 0  # pieces that are not whole yet
+        self.reading = ""  # the source that a thread came to last
         self._lock = threading.Lock()
 
     def last(self) -> bool:
@@ -39,21 +45,41 @@ class Job:
             self.left -= 1
             return self.left == 0
 
-    def wait(self) -> None:
+    def fail(self, source: str, error: Exception) -> None:
+        """``error`` befell that source of the batch. In any thread."""
+        with self._lock:
+            if not isinstance(error, CancelledError):  # given up for another's error
+                self.failures.setdefault(source, error)
+
+    def wait(self, stalled: Callable[[float], None]) -> None:
         """Until no thread writes to the slot any more. The first error ends it for all pieces: the
-        others may wait for a reader that hangs.
+        others may wait for a reader that hangs. What befell the other readers is asked first.
+
+        stalled : told how many seconds it has waited, now and then.
         """
-        if self._done():  # to look is cheap, to wait is not
-            return
-        wait(self.pieces, return_when=FIRST_EXCEPTION)
+        if not self._done():  # to look is cheap, to wait is not
+            self._await(stalled)
+        if self.failures:
+            for source, error in hear(self.fetches).items():
+                self.fail(source, error)
         if not self._done():
             abandon([self])
 
+    def _await(self, stalled: Callable[[float], None]) -> None:
+        """All pieces, or the first error."""
+        began, pause = time.monotonic(), FIRST_WORD_S
+        while True:
+            done, left = wait(self.pieces, pause, FIRST_EXCEPTION)
+            if not left or any(not piece.cancelled() and piece.exception() for piece in done):
+                return
+            stalled(time.monotonic() - began)
+            pause = AGAIN_S
+
     def raise_error(self) -> None:
-        """Raise what befell the batch or a piece of it; what was only given up for that comes last."""
-        if self.error is not None:
-            raise self.error
-        for piece in sorted(self.pieces, key=_given_up):
+        """Raise what befell the batch first; what befell its other sources too is in the notes."""
+        if self.failures:
+            raise together(list(self.failures.values()))
+        for piece in self.pieces:
             piece.result()
 
     def cancel(self) -> None:
@@ -78,7 +104,3 @@ def abandon(jobs: Iterable[Job]) -> None:
         job.cancel()
     # One that no thread had begun is never said to be done: no thread may come to it any more.
     wait([piece for job in jobs for piece in job.pieces if not piece.cancelled()])
-
-
-def _given_up(piece: Future[None]) -> bool:
-    return piece.cancelled() or isinstance(piece.exception(), CancelledError)

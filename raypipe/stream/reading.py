@@ -49,7 +49,8 @@ class RowReader(Protocol):
     """Rows of one source, however they come. All calls are made by one thread, but for the wait.
 
     Batches under way may number as many as the gatherer's ``depth``: what they hold on the way is
-    the reader's to bound.
+    the reader's to bound. The gatherer says of a source that its rows do not come; a reader that says so
+    itself, within 30 s and better, has ``names_itself = True``.
     """
 
     @property

@@ -71,6 +71,9 @@ class TrainConfig:
     run; on a CPU it takes as long as some steps."""
     seed: int = 0
     """Seeds the weights, the order of rows and (with the rank) dropout."""
+    shuffle_window: int = 0
+    """Shuffle within windows of so many rows, read as 16 pieces of neighbours, for disks that dislike
+    jumping: choose it so that a piece is some megabytes; 0: shuffle over all rows."""
     checkpoint_every_steps: int = 0
     """Also write a checkpoint every so many optimiser steps; 0: not by steps."""
     checkpoint_every_s: float = 600.0
@@ -86,7 +89,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "accumulate", "step_size", "keep"):
             self._require(name, getattr(self, name) >= 1, "give at least 1")
-        for name in ("warmup_steps", "seed", "checkpoint_every_steps", "patience"):
+        whole = ("warmup_steps", "seed", "shuffle_window", "checkpoint_every_steps", "patience")
+        for name in whole:
             self._require(name, getattr(self, name) >= 0, "give 0 or more")
         for name in ("lr", "init_scale"):
             self._require(name, _finite(getattr(self, name), above=0), "give a number above 0")
@@ -119,6 +123,10 @@ class TrainConfig:
         """Rows of one optimiser step over ``world`` workers."""
         return self.batch_size * self.accumulate * world
 
+    def read_ahead(self, world: int) -> int | None:
+        """Micro batches of one of ``world`` workers in a window, to be read together; None without."""
+        return -(-self.shuffle_window // (self.batch_size * world)) or None
+
     def recipe(self) -> dict[str, object]:
         """The options that a resumed run must share with the one that it goes on from.
 
@@ -129,7 +137,8 @@ class TrainConfig:
         names = ["lr", "weight_decay", "schedule", "warmup_steps", "clip_norm", "amp", "seed"]
         names += {"step": ["step_size", "gamma"], "cosine": ["epochs"]}.get(self.schedule, [])
         # Named where they are used only, so that runs from before they existed go on.
-        names += [name for name in ("sync_batch_norm", "ema_decay") if getattr(self, name)]
+        later = ("sync_batch_norm", "ema_decay", "shuffle_window")
+        names += [name for name in later if getattr(self, name)]
         return {name: getattr(self, name) for name in names}
 
 

@@ -68,11 +68,17 @@ def plan_from(
     A range of rows stays one: rows are computed when a step needs them.
     """
     if found is None:
-        return StreamPlan(train_rows, cfg.seed, cfg.rows_per_step(world), cfg.epochs)
+        return _plan(train_rows, cfg, cfg.rows_per_step(world))
     rows_per_step = _recorded_rows_per_step(found, cfg, world)
-    plan = StreamPlan(train_rows, cfg.seed, rows_per_step, cfg.epochs)
+    plan = _plan(train_rows, cfg, rows_per_step)
     check_same_run(found, plan, cfg)
     return plan
+
+
+def _plan(
+    train_rows: np.ndarray | range | RowRange, cfg: TrainConfig, rows_per_step: int
+) -> StreamPlan:
+    return StreamPlan(train_rows, cfg.seed, rows_per_step, cfg.epochs, cfg.shuffle_window)
 
 
 def stream_record(

@@ -96,6 +96,17 @@ def log_to(run_dir: Path) -> Callable[[str], None]:
     return say
 
 
+def log_aloud(run_dir: Path, tick: Callable[[], None]) -> Callable[[str], None]:
+    """As `log_to`, and shown at once by ``tick``: where no step comes by that would show it."""
+    log = log_to(run_dir)
+
+    def say(text: str) -> None:
+        log(text)
+        tick()
+
+    return say
+
+
 def _epoch_line(record: dict[str, Any]) -> str:
     """``epoch 3: train_loss 1.51, val_loss 1.62 (best)``."""
     named = ("train_loss", "val_loss", "val_r", "val_dice")

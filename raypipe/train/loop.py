@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -163,11 +164,10 @@ class _Fit:
 
     def _open(self, stack: ExitStack) -> tuple[Gatherer, Gatherer]:
         """For training, and for validation: one ring has a batch of the next epoch in it by then."""
-        sources, device = self.task.sources(), self.ctx.torch_device
-        size, opener = self.cfg.batch_size, self.ctx.open_rows
-        new = (Gatherer(sources, size, device, _DEPTH, open_rows=opener) for _ in range(2))
-        train, val = (stack.enter_context(gatherer) for gatherer in new)
-        return train, val
+        what = (self.task.sources(), self.cfg.batch_size, self.ctx.torch_device, _DEPTH)
+        new = partial(Gatherer, *what, open_rows=self.ctx.open_rows, say=self.ctx.say)
+        train = stack.enter_context(new(read_ahead=self.cfg.read_ahead(self.ctx.world)))
+        return train, stack.enter_context(new())
 
     def _steps(self, slices: Iterator[StepSlice], train: Gatherer) -> None:
         """All steps that are left, or those until someone asks to stop."""

@@ -84,6 +84,7 @@ def on_three_nodes(task: PlacedTask, cfg: TrainConfig, folder: Path) -> None:
     measured = replace(cfg, predict_memory=True)  # which reads rows too
     RayRunner(joined=True, on_event=print).fit(task, measured, run_dir, workers=3, device="cpu")
     log = (run_dir / "train.log").read_text()
+    assert log.startswith("row servers start on node A for x; node B for y; node C for row\n"), log
     assert log.count("local copy") == 3 and log.count("from node") == 6, log
     ray.shutdown()
     for node in reversed(cluster.list_all_nodes()):  # nothing is left to be done gracefully

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raypipe.cluster.budget import LEAST_BYTES, worker_share
+from raypipe.cluster import budget as budget_file
+from raypipe.cluster import remote_guard
+from raypipe.cluster.budget import LEAST_BYTES, WorkerMemory, budgeted_together, worker_share
+from raypipe.cluster.remote_guard import LeaseTimeout
 from raypipe.errors import MemoryBudgetExceeded
 from raypipe.memory.config import MemoryFlags, ResolvedMemory, resolve
 from raypipe.memory.limits import NodeLimits
+from raypipe.memory.node import Answer
 from raypipe.memory.policy import SMALLEST_BUDGET_BYTES
+from raypipe.memory.records import Ask
+from raypipe.memory.registration import Registration
+from raypipe.store import this_node
 
 GIB = 1024**3
 
@@ -79,3 +87,46 @@ def test_a_stated_budget_counts_those_beside_it() -> None:
         MemoryBudgetExceeded, match=r"need 24\.0 GiB and 2\.00 GiB for the decoders"
     ):
         worker_share(memory, 4, node(32), 2 * GIB)
+
+
+HELD = "6.00 GiB are asked for, 1.00 GiB of 8.00 GiB are free; held by row-server-A (7) 7.00 GiB"
+
+
+def test_who_waits_says_on_which_node_for_what_and_who_holds_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answer = Answer(state="queued", text=HELD, pid=1)
+    monkeypatch.setattr(remote_guard, "call", lambda *_: answer)
+    monkeypatch.setattr(remote_guard, "FIRST_WORD_S", 0.1)
+    slot = Path("/nowhere/slot")
+    mine = Registration(pid=1, start_ticks=1, budget_bytes=6 * GIB, label="worker", slot_path=slot)
+    ask, said = Ask(registration=mine, capacity_bytes=8 * GIB), list[str]()
+    with pytest.raises(
+        LeaseTimeout, match=rf"on node {this_node()} did not .* in 1 s: 6\.00 GiB"
+    ) as stop:
+        remote_guard._wait_for_lease("ab", ask, 0.6, said.append)
+    assert stop.value.exit_code == 3
+    assert said == [f"worker on node {this_node()} waits for memory: {HELD}; ends in 0 s"]
+
+
+def test_a_group_that_misses_a_lease_says_so_in_its_first_round(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its rounds are shorter than a single worker's first word."""
+
+    def budgeted(*_: object) -> None:
+        raise LeaseTimeout(f"worker on node A did not get its memory in 15 s: {HELD}")
+
+    monkeypatch.setattr(budget_file, "budgeted", budgeted)
+    monkeypatch.setattr(budget_file, "LEASE_WAIT_S", 0.3)
+    assert budget_file.GATHER_S < remote_guard.FIRST_WORD_S <= 30
+    order = WorkerMemory(memory=resolved(None, 8), per_node=1, run_dir=None)
+    said: list[str] = []
+    with (
+        pytest.raises(LeaseTimeout, match="held by row-server-A"),
+        budgeted_together(order, "group", lambda mine: mine, 0.1, said.append),
+    ):
+        pass
+    assert len(said) == 1 and said[0].endswith(
+        "held by row-server-A (7) 7.00 GiB; it asks 2 times more"
+    )

@@ -19,9 +19,15 @@ from ray.exceptions import (
     RuntimeEnvSetupError,
 )
 
-from raypipe.cluster import node_memory, remote_guard, shards
-from raypipe.cluster.node_memory import call, make_everywhere, node_actor, verdict_of
-from raypipe.cluster.shards import _await_ready
+from raypipe.cluster import node_memory, remote_guard, serving
+from raypipe.cluster.node_memory import (
+    call,
+    make_everywhere,
+    node_actor,
+    verdict_of,
+    why_waiting,
+)
+from raypipe.cluster.serving import _await_ready
 from raypipe.errors import WorkerFailed
 
 NOWHERE = "ab" * 28
@@ -60,6 +66,7 @@ class TestEachError:
         monkeypatch.setattr(node_memory, "node_actor", lambda node_id: Handle())
         assert make_everywhere() == {}
         assert verdict_of(NOWHERE, 1) is None
+        assert why_waiting(NOWHERE, "x") == ""
         with pytest.raises(WorkerFailed, match="memory actor of node abababab did not answer"):
             call(NOWHERE, "admit", None, 0.1)
 
@@ -74,9 +81,9 @@ class TestEachError:
         assert not slot.path.exists() and not remote_guard._joined.locked()
 
     def test_row_servers(self, error: RayError, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(shards, "ray", fake_ray(error))
+        monkeypatch.setattr(serving, "ray", fake_ray(error))
         with pytest.raises(WorkerFailed, match="row server of node B did not start") as caught:
-            _await_ready({"B": Handle()}, {}, print)
+            _await_ready({"B": Handle()}, {}, {"B": NOWHERE}, print)
         assert "\n" not in str(caught.value)
 
 

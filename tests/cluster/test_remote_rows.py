@@ -6,6 +6,7 @@ Most tests take this machine's one Ray node for both sides: the reader only says
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -39,6 +40,7 @@ from raypipe.store import FeatureStore, Placement, declare, stand_in, this_node
 from raypipe.store.adoption import adopt, plan_adoption
 from raypipe.stream import ArraySource, Gatherer
 from raypipe.stream.reading import RowReader
+from raypipe.train.follow import TrainProgress, log_aloud
 
 N = 90
 
@@ -176,7 +178,11 @@ class TestOneNode:
         assert shards.words() == f"on node {this_node()}, x: local copy {rows_file}"
         mapped = shards.open_rows(source, turn=0, say=said.append)
         assert not isinstance(mapped, RemoteRows)
-        assert said and "in all half of an object store" in said[0]
+        assert said[0] == f"row servers start on node {this_node()} for x"
+        assert re.match(
+            rf"row servers are ready after \d+\.\d s: rows are read on {this_node()} ", said[1]
+        )
+        assert "in all half of an object store" in said[1] and len(said) == 2
         monkeypatch.setenv("RAYPIPE_NODE", "elsewhere")
         assert f"x: rows of {rows_file} from node" in shards.words()
         asked = [np.random.default_rng(k).integers(0, N, 8) for k in range(30)]
@@ -194,6 +200,16 @@ class TestOneNode:
                     os.kill(ray.get(server.ready.remote()), signal.SIGKILL)
         with pytest.raises(ConfigError, match="which has 90"):
             opened(source).check(np.array([N]))
+
+    def test_what_every_node_has_needs_no_server_where_no_node_will_come(
+        self, source: ArraySource, rows_file: Path, said: list[str]
+    ) -> None:
+        with open_shards(
+            {"x": source}, batch_rows=8, workers=1, memory=None, say=said.append, grows=False
+        ) as shards:
+            assert not shards.servers and not said
+            opened = shards.open_rows(source, turn=0, say=said.append)
+            assert opened.source.path == rows_file and not isinstance(opened, RemoteRows)
 
     @pytest.mark.parametrize("share", [Share(3, 2), Share(1, 1), Share(8, 1)])
     def test_pieces_make_the_batch_and_no_more_than_the_share_is_under_way(
@@ -291,11 +307,23 @@ class TestOneNode:
 
 def test_plain_files_need_no_server_and_no_ray(rows_file: Path) -> None:
     source = ArraySource.npy(rows_file)
-    with open_shards({"x": source}, batch_rows=8, workers=9, memory=None, say=print) as shards:
+    said: list[str] = []
+    with open_shards(
+        {"x": source}, batch_rows=8, workers=9, memory=None, say=said.append
+    ) as shards:
         assert shards.words() == "" and not shards.servers
-        opened = shards.open_rows(source, turn=0, say=print)
-    assert not isinstance(opened, RemoteRows)
+        opened = shards.open_rows(source, turn=0, say=said.append)
+    assert not isinstance(opened, RemoteRows) and not said
     assert Placement.of(source.path).way("any").kind == "shared"
+
+
+def test_what_is_said_before_training_is_shown_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with TrainProgress(1, tmp_path) as progress:
+        log_aloud(tmp_path, progress.tick)("row servers start on node A for x")
+        assert capsys.readouterr().err == "row servers start on node A for x\n"
+    assert (tmp_path / "train.log").read_text() == "row servers start on node A for x\n"
 
 
 @pytest.mark.ray

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import re
+import signal
+import subprocess
 import sys
-from contextlib import AbstractContextManager
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +18,17 @@ import ray
 from hypothesis import given
 from hypothesis import strategies as st
 
-from raypipe.cluster import shards as shards_file
-from raypipe.cluster.budget import Lease, WorkerMemory, verdicts
+from raypipe.cluster import budget as budget_file
+from raypipe.cluster import serving as serving_file
+from raypipe.cluster import turn as turn_file
+from raypipe.cluster.budget import Lease, Share, WorkerMemory, verdicts
+from raypipe.cluster.remote_guard import join
 from raypipe.cluster.remote_rows import RemoteRows
 from raypipe.cluster.row_server import BASE_BYTES, RowServer, grown_bytes
 from raypipe.cluster.shards import Shards, open_shards
 from raypipe.errors import MemoryBudgetExceeded
 from raypipe.memory.config import MemoryFlags, resolve
-from raypipe.store import FeatureStore, declare, stand_in
+from raypipe.store import FeatureStore, declare, stand_in, this_node
 from raypipe.store.adoption import adopt, plan_adoption
 from raypipe.stream import ArraySource
 
@@ -52,8 +61,10 @@ def source(tmp_path: Path) -> ArraySource:
     return ArraySource.of_locator(stand_in(at))
 
 
-def shards(source: ArraySource, memory: WorkerMemory) -> AbstractContextManager[Shards]:
-    return open_shards({"x": source}, batch_rows=8, workers=1, memory=memory, say=print)
+def shards(
+    source: ArraySource, memory: WorkerMemory, say: Callable[[str], None] = print
+) -> AbstractContextManager[Shards]:
+    return open_shards({"x": source}, batch_rows=8, workers=1, memory=memory, say=say)
 
 
 def remote(shards: Shards, source: ArraySource) -> RemoteRows:
@@ -70,7 +81,7 @@ def remote(shards: Shards, source: ArraySource) -> RemoteRows:
 class TestKills:
     @pytest.fixture(autouse=True)
     def greedy(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(shards_file, "RowServer", Greedy)
+        monkeypatch.setattr(serving_file, "RowServer", Greedy)
 
     def test_one_above_its_lease_comes_back_with_a_larger_one(
         self, source: ArraySource, tmp_path: Path
@@ -96,6 +107,131 @@ class TestKills:
                 match=r"x: row-server-.* in read rows.* of 800 MiB.*larger --max",
             ):
                 reader.start(np.arange(8, 16))()
+
+
+class Impatient(RowServer):
+    """Waits for its lease for a few seconds only."""
+
+    lease_wait_s = 4.0
+
+
+class Rival:
+    """Another run's worker, which holds nearly all that the node gives out."""
+
+    def hold(self, run_dir: Path) -> int:
+        self.guard = join(
+            1 << 30,
+            "another-worker",
+            capacity_bytes=1200 << 20,
+            shared_by="this test",  # whatever other clusters of this machine hold
+            verdict_dir=run_dir / "memory",
+            wait_s=30,
+        )
+        return os.getpid()
+
+    def end(self) -> None:
+        self.guard.close()
+
+
+HAS_THE_TURN = """
+import sys, time, ray
+ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
+from raypipe.cluster.turn import _take
+mine = _take("the killed run", print)
+ray.get(mine.who.remote())
+print("mine", flush=True)
+time.sleep(100)
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_session")
+class TestTwoRuns:
+    def test_one_whose_memory_another_holds_says_so_and_ends_with_exit_code_3(
+        self, source: ArraySource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(serving_file, "RowServer", Impatient)
+        monkeypatch.setattr(serving_file, "SAY_EVERY_S", 1.0)
+        said: list[str] = []
+        rival = ray.remote(Rival).options(num_cpus=0).remote()
+        pid = ray.get(rival.hold.remote(tmp_path / "theirs"), timeout=60)
+        held = (
+            rf"of \S+ \S+ are free; held by another-worker \({pid}\) 1\.00 GiB of {tmp_path}/theirs"
+        )
+        try:
+            with (
+                pytest.raises(
+                    MemoryBudgetExceeded,
+                    match=rf"row-server-\S+ on node {this_node()} did not get its memory in 4 s: .*{held}",
+                ) as stop,
+                shards(source, order(tmp_path, "1GiB"), said.append),
+            ):
+                pass
+        finally:
+            ray.get(rival.end.remote())
+            ray.kill(rival)
+        assert stop.value.exit_code == 3
+        waits = [text for text in said if "for its memory there: 768 MiB are asked for" in text]
+        assert waits and re.search(held, waits[0]) and this_node() in waits[0], said
+
+    def test_the_second_waits_its_turn_holding_nothing_until_the_firsts_workers_are_in(
+        self, source: ArraySource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(turn_file, "TURN_WAIT_S", 2.0)
+        said: list[str] = []
+        mine = order(tmp_path / "second", "1GiB")
+        who = rf"{tmp_path}/first/run \(process {os.getpid()} on {this_node()}\), since \d+ s"
+        with shards(source, order(tmp_path / "first", "1GiB")) as first:
+            with (
+                pytest.raises(
+                    MemoryBudgetExceeded,
+                    match=rf"second/run .* did not get its turn .* in 2 s: {who} still takes its own",
+                ) as stop,
+                shards(source, mine, said.append),
+            ):
+                pass
+            assert stop.value.exit_code == 3
+            assert len(said) == 1 and re.search(rf"waits for its turn .*: {who}", said[0]), said
+            first.workers_are_in()
+            monkeypatch.setattr(turn_file, "TURN_WAIT_S", 30.0)
+            with shards(source, mine, said.append) as second:
+                assert remote(second, source).start(np.arange(8))().shape == (8, 20)
+                assert remote(first, source).start(np.arange(8))().shape == (8, 20)
+
+    def test_a_turn_ends_with_the_driver_that_has_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(turn_file, "TURN_WAIT_S", 30.0)
+        address = ray.get_runtime_context().gcs_address
+        said: list[str] = []
+        with subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", HAS_THE_TURN, address],
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as other:
+            assert other.stdout is not None and other.stdout.readline() == "mine\n"
+            threading.Timer(1.5, other.kill).start()
+            with turn_file.turn("this run", said.append):
+                assert other.wait(10) == -signal.SIGKILL
+        assert len(said) == 1 and "the killed run, since" in said[0]
+
+
+@pytest.mark.parametrize(("starting", "priority"), [(True, 0), (False, -1)])
+def test_a_server_of_a_run_that_starts_waits_behind_who_asked_before(
+    starting: bool, priority: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that Ray started again comes before workers that wait: its run goes on."""
+    asked: list[int] = []
+
+    @contextmanager
+    def leased(order: WorkerMemory, name: str, share: Share, *_: object) -> Iterator[None]:
+        asked.append(share.priority)
+        yield
+
+    monkeypatch.setattr(budget_file, "leased", leased)
+    lease = Lease(order=order(tmp_path, "1GiB"), label="x", budget_bytes=1 << 30)
+    server = RowServer([], lease)
+    server.ready(starting)
+    server.ready()
+    assert asked == [priority]
 
 
 @given(ended=st.integers(0, 9), lease_mib=st.integers(1, 4096), most_mib=st.integers(600, 4096))

@@ -108,7 +108,10 @@ def test_a_lease_goes_with_its_holder(
     waiting = ask_of(second, folder, 8)
     answer = node.admit(waiting)
     assert answer.state == "queued"
-    assert f"p{first.pid} ({first.pid}) 8.00 GiB" in answer.text
+    held = f"held by p{first.pid} ({first.pid}) 8.00 GiB of {folder.parent}"
+    assert held in answer.text
+    assert held in node.why_waiting(f"p{second.pid}")
+    assert node.why_waiting(f"p{first.pid}") == node.why_waiting("nobody") == ""
     first.kill()  # and not reaped: a zombie holds nothing
     until(lambda: node.admit(waiting).state == "granted")
     assert node.state()["leases"] == {str(second.pid): 8 * GIB}

@@ -11,8 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from raypipe import config
-from raypipe.errors import ConfigError, MissingInput, StoreError
-from raypipe.store import FeatureStore, Place, Placement, adopt, declare, plan_adoption, stand_in
+from raypipe.errors import ConfigError, MissingInput, StoreCorrupt, StoreError
+from raypipe.store import (
+    FeatureStore,
+    Place,
+    PlacedStore,
+    Placement,
+    adopt,
+    declare,
+    open_or_placed,
+    plan_adoption,
+    stand_in,
+)
 from raypipe.store.catalog import add_place, locate, read_catalog, remove_place
 from raypipe.store.place_commands import PlaceConfig, place
 
@@ -55,7 +65,10 @@ def test_a_store_on_nodes_disks_is_planned_from_its_catalog_alone(
 ) -> None:
     at = declare(store, "A", at=tmp_path / "seen-by-all" / "train.npy")
     add_place(at, store.fingerprint, Place("B", Path("/data/train.npy")))
-    assert [path.name for path in at.parent.glob("[!.]*")] == ["train.places.json"]
+    assert sorted(path.name for path in at.parent.glob("[!.]*")) == [
+        "train.places.json",
+        "train.places.parquet",
+    ]
     found = stand_in(at)
     assert (found.path, found.shape, found.dtype) == (at, (6, 4), "float32")
     assert (found.offset, found.fingerprint) == (store.locator().offset, store.fingerprint)
@@ -143,3 +156,47 @@ def test_a_catalog_of_another_store_is_not_replaced_in_silence(
     declare(FeatureStore.open(store.path), "A", at=at)
     found = read_catalog(at)
     assert found is not None and found.fingerprint != store.fingerprint
+
+
+def test_a_catalog_says_all_of_a_store_but_its_rows(store: FeatureStore, tmp_path: Path) -> None:
+    at = declare(store, "A", at=tmp_path / "seen-by-all" / "train.npy")
+    assert isinstance(open_or_placed(store.path), FeatureStore)
+    declare(store, "A")  # and where it lies, it is still opened there
+    assert isinstance(open_or_placed(store.path), FeatureStore)
+    for file in [store.path, *store.path.parent.glob("train.*")]:
+        file.unlink(missing_ok=True)
+    found = open_or_placed(at)
+    assert isinstance(found, PlacedStore) and found.path == at
+    assert (found.names, found.valid.tolist()) == (store.names, store.valid.tolist())
+    assert (found.shape, found.logical_dtype) == (store.shape, store.logical_dtype)
+    assert found.fingerprint == store.fingerprint
+    assert found.manifest == {k: store.manifest[k] for k in ("identity", "token_layout")}
+    assert found.locator() == stand_in(at)
+    note = at.with_name("train.places.parquet")
+    data = note.read_bytes()
+    note.unlink()  # as of a catalog that an earlier raypipe wrote
+    with pytest.raises(StoreError, match=r"places.parquet.* is not there; .* raypipe store place"):
+        open_or_placed(at)
+    note.write_bytes(data[:-9])
+    with pytest.raises(StoreCorrupt, match="cannot be read"):
+        open_or_placed(at)
+
+
+def test_a_note_of_another_store_is_not_believed_and_is_made_anew(
+    store: FeatureStore, tmp_path: Path
+) -> None:
+    at = tmp_path / "seen-by-all" / "train.npy"
+    declare(store, "A", at=at)
+    note = at.with_name("train.places.parquet")
+    old = note.read_bytes()
+    for file in [store.path, *store.path.parent.glob("train.*")]:
+        file.unlink(missing_ok=True)
+    np.save(store.path, np.ones((9, 4), np.float32))
+    adopt(plan_adoption(store.path))
+    again = FeatureStore.open(store.path)
+    declare(again, "A", at=at)
+    found = open_or_placed(at)
+    assert (len(found.names), found.fingerprint) == (9, again.fingerprint)
+    note.write_bytes(old)
+    with pytest.raises(StoreError, match="is of another store"):
+        open_or_placed(at)

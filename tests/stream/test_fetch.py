@@ -18,7 +18,7 @@ from PIL import Image
 
 from raypipe.backbone import Preprocess
 from raypipe.errors import ConfigError
-from raypipe.stream import ArraySource, Gatherer
+from raypipe.stream import ArraySource, Gatherer, MappedRows, job
 from raypipe.stream.fetch import Fetch
 from raypipe.stream.pixels import PixelSource
 from raypipe.stream.scan import scan
@@ -93,12 +93,18 @@ def reader(request: pytest.FixtureRequest) -> Iterator[Stalling]:
     made.answer.set()
 
 
-def opened(reader: Stalling, file: ArraySource, threads: int = 2) -> Gatherer:
+def opened(
+    reader: Stalling,
+    file: ArraySource,
+    threads: int = 2,
+    say: Callable[[str], None] | None = None,
+) -> Gatherer:
     return Gatherer(
         {"far": reader.source, "near": file},
         4,
         threads=threads,
         open_rows=lambda s: reader if s is reader.source else s.open(),
+        say=say,
     )
 
 
@@ -247,3 +253,39 @@ def test_images_on_a_disk_that_hangs_are_let_go(
     disk.set()
     time.sleep(0.1)
     assert begun == [0]  # the second image was not begun any more
+
+
+def test_what_does_not_come_is_named_unless_its_reader_does_so_itself(
+    file: ArraySource, reader: Stalling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a network share that hangs: nothing fails, and nothing comes."""
+    assert job.FIRST_WORD_S <= 30
+    monkeypatch.setattr(job, "FIRST_WORD_S", 0.15)
+    monkeypatch.setattr(job, "AGAIN_S", 0.15)
+    said: list[str] = []
+    with Gatherer({"near": file}, 4, say=said.append) as gatherer:
+        list(gatherer.batches([np.arange(4)]))
+    assert not said
+    take = MappedRows.take
+
+    def hang(self: MappedRows, rows: np.ndarray, out: np.ndarray) -> None:
+        time.sleep(0.5)
+        take(self, rows, out)
+
+    with monkeypatch.context() as patch, Gatherer({"near": file}, 4, say=said.append) as gatherer:
+        patch.setattr(MappedRows, "take", hang)
+        (batch,) = gatherer.batches([np.arange(4)])
+        assert batch["near"].tolist() == [0, 1, 2, 3]
+    assert len(said) > 1
+    for text in said:
+        assert text.startswith("near: has waited 0 s for 4 rows of ") and str(file.path) in text
+    reader._first = 0
+    for names_itself in (False, True):
+        said.clear()
+        reader.names_itself = names_itself  # type: ignore[attr-defined]
+        reader.answer.clear()
+        threading.Timer(0.5, reader.answer.set).start()
+        with opened(reader, file, say=said.append) as gatherer:
+            list(gatherer.batches([np.arange(4)]))
+        assert bool(said) != names_itself
+        assert all(text.startswith("far: has waited 0 s for 4 rows of far;") for text in said)

@@ -24,7 +24,8 @@ from raypipe.train.schedule import learning_rate
     ("name", "value"),
     [
         *((name, 0) for name in ("epochs", "batch_size", "accumulate", "step_size", "keep")),
-        *((name, -1) for name in ("warmup_steps", "seed", "checkpoint_every_steps")),
+        *((name, -1) for name in ("warmup_steps", "seed", "shuffle_window")),
+        ("checkpoint_every_steps", -1),
         *((name, v) for name in ("lr", "init_scale") for v in (0.0, -1.0, math.nan, math.inf)),
         *(("checkpoint_every_s", v) for v in (-1.0, math.nan, math.inf)),
         ("weight_decay", -0.1),

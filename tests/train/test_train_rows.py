@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from train_helpers import ToyTask, config, run, write_toy
+import pytest
+import torch
+from torch import Tensor, nn
+from train_helpers import N_TRAIN, ToyTask, config, run, write_toy
 
-from raypipe.stream import RowRange
+from raypipe.errors import ConfigError
+from raypipe.stream import RowRange, WindowShuffle
 from raypipe.stream.reading import RowReader, Source
 from raypipe.train.feed import training_plan
 from raypipe.train.result import FitResult
@@ -75,3 +79,34 @@ def test_a_plan_of_a_range_lists_no_rows() -> None:
     assert isinstance(plan.rows, RowRange)
     assert rows.max() < 10**9
     assert peak < 1 << 20
+
+
+SEEN: list[int] = []
+
+
+@dataclass(frozen=True)
+class Noting(ToyTask):
+    """Notes the rows that it trains on, in their order."""
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        if torch.is_grad_enabled():
+            SEEN.extend(batch["row"].tolist())
+        return super().loss(model, batch)
+
+
+def test_training_in_windows_sees_their_rows_in_turn_and_does_not_resume_without(
+    tmp_path: Path,
+) -> None:
+    SEEN.clear()
+    task = Noting(write_toy(tmp_path / "toy").data)
+    run(task, config(epochs=2, shuffle_window=16, seed=5), tmp_path / "run")
+    orders = [WindowShuffle(N_TRAIN, 16, (5, epoch))(np.arange(N_TRAIN)) for epoch in (0, 1)]
+    assert np.array_equal(SEEN, np.concatenate(orders))
+    with pytest.raises(ConfigError, match="shuffle_window 16 -> None"):
+        run(task, config(epochs=3, seed=5), tmp_path / "run")
+
+
+def test_a_window_is_asked_for_together() -> None:
+    assert config(batch_size=8).read_ahead(1) is None
+    assert config(batch_size=8, shuffle_window=100).read_ahead(1) == 13
+    assert config(batch_size=8, shuffle_window=100).read_ahead(4) == 4
