@@ -283,13 +283,15 @@ def device_budget(device: torch.device, budget_bytes: int | None) -> Iterator[No
     if device.type != "cuda" or budget_bytes is None:
         yield
         return
-    total = torch.cuda.get_device_properties(device).total_memory
+    index = device.index or 0  # alone in torch, this setting takes no "cuda" without a number
+    total = torch.cuda.get_device_properties(index).total_memory
     part = min(1.0, max(0, budget_bytes - CUDA_CONTEXT_BYTES) / total)
-    torch.cuda.set_per_process_memory_fraction(part, device)
+    before = torch.cuda.get_per_process_memory_fraction(index)
+    torch.cuda.set_per_process_memory_fraction(part, index)
     try:
         yield
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.set_per_process_memory_fraction(before, index)
 
 
 @dataclass(frozen=True)
