@@ -9,6 +9,7 @@ The decision is `raypipe.memory.policy`'s, the reading `raypipe.memory.guard`'s.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -20,6 +21,9 @@ from raypipe.memory.policy import Throttle
 from raypipe.train.context import WorkerContext
 
 T = TypeVar("T")
+
+# CUBLAS_STATUS_ALLOC_FAILED, CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED, the runtime's own.
+_LIBRARY = re.compile(r"\b[A-Z]+_STATUS_\w*ALLOC\w*|CUDA (driver )?error: out of memory")
 
 
 class BatchLimit:
@@ -88,7 +92,16 @@ def out_of_memory(failure: str, why: str) -> MemoryBudgetExceeded:
     )
 
 
-def short(error: torch.OutOfMemoryError) -> str:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` is of a device without memory: torch's own, or one of CUDA's libraries, which
+    take their workspaces themselves and which torch passes on as plain RuntimeErrors.
+    """
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and _LIBRARY.search(str(error)) is not None
+
+
+def short(error: BaseException) -> str:
     """torch's message up to its first full stop: the rest advises on allocator settings."""
     return " ".join(str(error).split()).partition(". ")[0][:200]
 
@@ -100,5 +113,7 @@ def _attempt(act: Callable[[], T]) -> tuple[tuple[T] | None, str]:
     """
     try:
         return (act(),), ""
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         return None, short(error)

@@ -38,7 +38,7 @@ from raypipe.train.feed import (
     source_fingerprints,
     stream_record,
 )
-from raypipe.train.limit import BatchLimit, out_of_memory, short
+from raypipe.train.limit import BatchLimit, is_out_of_memory, out_of_memory, short
 from raypipe.train.metrics import MetricsLog, plain
 from raypipe.train.numbers import StepNumbers
 from raypipe.train.planner import Planned, device_budget, plan_for
@@ -87,7 +87,9 @@ def fit(
             planned = plan_for(task, cfg, ctx, found)
             with device_budget(ctx.torch_device, cfg.fit_gpu_bytes):
                 return _Fit(task, planned, ctx, found, batch_limit).run(slices)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise out_of_memory(short(error), "not in a micro batch, which could be halved") from error
 
 
@@ -200,7 +202,9 @@ class _Fit:
             return
         try:
             self._add(micro, batch)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             raise out_of_memory(short(error), "with several workers no step is redone") from error
 
     def _at_boundary(self) -> None:
