@@ -29,6 +29,7 @@ from raypipe.train.feed import Micro
 from raypipe.train.limit import BatchLimit
 from raypipe.train.precision import prepare
 from raypipe.train.task import Task, check_per_row
+from raypipe.train.trial import unreached
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,9 @@ class Engine:
         rng.seed_all(cfg.seed)  # the same weights on every rank
         module = task.build_model()
         blocks = task.checkpoint_blocks(module) if cfg.checkpointing else ()
-        self.prepared = prepare(module, blocks, cfg, ctx)
+        self.prepared = prepare(
+            module, blocks, cfg, ctx, lambda prepared: unreached(task, cfg, ctx, prepared)
+        )
         self.module = self.prepared.module
         made(self.module)
         trainable = [p for p in self.module.parameters() if p.requires_grad]
