@@ -165,9 +165,12 @@ class Engine:
         with self._judged():
             return self.model_state()
 
-    def training_state(self) -> dict[str, Any]:
-        """All else that resuming needs; collective, because each rank has its own generators."""
-        states = self.ctx.collect(rng.capture(self.ctx.torch_device))
+    def training_state(self, *, alone: bool = False) -> dict[str, Any]:
+        """All else that resuming needs; collective, because each rank has its own generators, unless
+        rank 0 has to do ``alone``.
+        """
+        own = rng.capture(self.ctx.torch_device)
+        states = [own] if alone else self.ctx.collect(own)
         scaler = self.prepared.scaler.state_dict()
         state = {"optimizer": self.optimizer.state_dict(), "scaler": scaler, "rng": states}
         return state if self.average is None else state | {"average": self.average.state_dict()}

@@ -52,16 +52,22 @@ class BatchLimit:
             guard.relieve()
             self._changed("memory is near its budget")
 
+    def follow(self, rows: int, why: str) -> None:
+        """No more than ``rows`` from here on."""
+        if rows < self.rows:
+            self._throttle = Throttle(max(1, rows))
+            self._changed(why)
+
     def retry(self, act: Callable[[], T], again: Callable[[], T] | None = None) -> T:
         """``act()``; whenever the device runs out of memory in it, half the rows and ``again()``
         (default: ``act``).
 
         Raises MemoryBudgetExceeded when one row at once is still too many.
         """
-        done, outcome = _attempt(act)
+        done, outcome = attempt(act)
         while done is None:
             self._halve(outcome)
-            done, outcome = _attempt(again or act)
+            done, outcome = attempt(again or act)
         return done[0]
 
     def _halve(self, failure: str) -> None:
@@ -88,7 +94,16 @@ def out_of_memory(failure: str, why: str) -> MemoryBudgetExceeded:
     return MemoryBudgetExceeded(
         f"the device ran out of memory ({failure}): {why}; give --fit-gpu with what the device has,"
         " or a smaller --batch-size with as much more --accumulate: the same run then goes on from"
-        " its last checkpoint"
+        " its last checkpoint, or begins again where there is none yet"
+    )
+
+
+def stopped_together(ctx: WorkerContext, steps: int) -> MemoryBudgetExceeded:
+    """What the others raise where one worker's memory ended training."""
+    return MemoryBudgetExceeded(
+        f"another worker ran out of its memory budget; all stopped after {steps} steps, saved in"
+        f" {ctx.run_dir / 'last'}: the same command with a larger --max-memory-per-process, or a"
+        " smaller --batch-size with as much more --accumulate, goes on from there"
     )
 
 
@@ -106,7 +121,7 @@ def short(error: BaseException) -> str:
     return " ".join(str(error).split()).partition(". ")[0][:200]
 
 
-def _attempt(act: Callable[[], T]) -> tuple[tuple[T] | None, str]:
+def attempt(act: Callable[[], T]) -> tuple[tuple[T] | None, str]:
     """((result,), "") or (None, what the device said).
 
     The error ends here: its traceback holds the frames, and they the tensors, of what failed.

@@ -251,7 +251,7 @@ def _checkpoints_words(cfg: TrainConfig) -> str:
     if cfg.checkpoint_every_steps:
         words.append(f"every {cfg.checkpoint_every_steps} steps")
     if cfg.checkpoint_every_s:
-        words.append(f"{format_seconds(cfg.checkpoint_every_s)} after the last")
+        words.append(f"a minute in, {format_seconds(cfg.checkpoint_every_s)} after the last")
     return f"{', '.join(words)}; {cfg.keep} kept"
 
 

@@ -1,4 +1,5 @@
-"""What a few real rows show of a model before its first step: which parameters the loss never reaches.
+"""What a few real rows show of a model before its first step: which parameters the loss never
+reaches, and whether one row is enough for its batch norm.
 
 A trial leaves nothing behind: gradients, buffers and generators are as before. It runs the prepared
 model without DDP, because DDP is what has to know: it waits at the second step for a gradient that
@@ -19,6 +20,7 @@ from raypipe.stream import Gatherer
 from raypipe.train import rng
 from raypipe.train.config import TrainConfig
 from raypipe.train.context import WorkerContext
+from raypipe.train.cut import Cut
 from raypipe.train.task import Task, check_per_row
 
 if TYPE_CHECKING:
@@ -46,6 +48,34 @@ def unreached(
 
     of_all = ctx.collect(ctx.together(look))
     return tuple(sorted({name for names in of_all for name in names}))
+
+
+def least_rows(task: Task, cfg: TrainConfig, ctx: WorkerContext, prepared: Prepared) -> int:
+    """Rows that a micro batch needs: 2 where batch norm sees maps of one pixel, else 1."""
+    norms = nn.modules.batchnorm._BatchNorm
+    if not any(isinstance(part, norms) for part in prepared.module.modules()):
+        return 1
+
+    def look() -> int:
+        batch = prepared.place(_first_rows(task, ctx, 1))
+        with torch.no_grad(), _unchanged(prepared.module, ctx), _eager(cfg):
+            try:
+                with prepared.autocast():
+                    task.loss(prepared.module, batch)
+            except ValueError as error:
+                if "more than 1 value per channel" not in str(error):
+                    raise
+                return 2
+        return 1
+
+    return max(ctx.collect(ctx.together(look)))
+
+
+def cut_for(task: Task, cfg: TrainConfig, ctx: WorkerContext, prepared: Prepared) -> Cut:
+    """How steps have to be cut for this model."""
+    least = least_rows(task, cfg, ctx, prepared)
+    in_step = prepared.synced_norms > 0
+    return Cut(batch_size=cfg.batch_size, world=ctx.world, in_step=in_step, least=least)
 
 
 def _first_rows(task: Task, ctx: WorkerContext, n: int) -> dict[str, Tensor]:
