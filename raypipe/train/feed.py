@@ -31,9 +31,9 @@ from raypipe.train.task import Task
 class Micro:
     """One micro batch of a step: ``rows`` (b,) int64, ``counted`` of them (all, or none).
 
-    A rank that was dealt no row of a small step still takes part, with one row (or as few as the
-    model takes) that counts nothing: the others' gradients wait for it. ``widest``: rows of the
-    largest micro batch that any rank computes meanwhile, where the ranks go in step (``cut``).
+    A rank that was dealt no row of a small step still takes part, with one row that counts nothing:
+    the others' gradients wait for it. (Not under SyncBN, see ``cut``.) ``widest``: rows of the
+    largest micro batch that any rank computes meanwhile, where the ranks go in step.
     """
 
     cursor: Cursor
@@ -181,7 +181,7 @@ def micro_batches(slices: Iterable[StepSlice], cut: Cut, idle_row: int) -> Itera
     for part in slices:
         n = len(part.rows)
         if n == 0:
-            idle = np.full(cut.least, idle_row, dtype=np.int64)
+            idle = np.array([idle_row], dtype=np.int64)
             yield Micro(part.cursor, part.global_rows, idle, 0, True)
             continue
         pieces, widest = cut.micros(n, part.global_rows), cut.widest(part.global_rows)
