@@ -74,7 +74,9 @@ def build_model(spec: ModelSpec, seed: int = 0) -> nn.Module:
     and the former are left as they are. An encoder's published weights replace its own.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)  # for a parameter of one number, which looks like a constant
+        # For a parameter of one number, which looks like a constant. Not by torch.manual_seed: it
+        # would seed CUDA's generators too, which are not put back.
+        torch.random.default_generator.manual_seed(seed)
         if isinstance(spec, UNetConfig):
             return fill_random(UNet(spec), seed)
         return load_encoder(fill_random(build_library(spec), seed), spec)

@@ -77,7 +77,8 @@ class TrainConfig:
     checkpoint_every_steps: int = 0
     """Also write a checkpoint every so many optimiser steps; 0: not by steps."""
     checkpoint_every_s: float = 600.0
-    """Also write one when so many seconds have passed since the last; 0: not by time.
+    """Also write one when so many seconds have passed since the last; 0: not by time. The first one
+    of a run is written after a minute, where that is sooner.
 
     Ten minutes are little to lose; writing the default encoder's 0.4 GB takes about a second.
     """

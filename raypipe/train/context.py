@@ -88,6 +88,14 @@ class WorkerContext:
             dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
         return tensor
 
+    def smallest(self, number: int) -> int:
+        """The smallest ``number`` of all workers, on every one."""
+        if self.world == 1:
+            return number
+        box = torch.tensor(number, dtype=torch.int64, device=self.torch_device)
+        dist.all_reduce(box, op=dist.ReduceOp.MIN)
+        return int(box)
+
     def from_main(self, value: Any) -> Any:
         """Rank 0's ``value`` (a small picklable), on every rank."""
         if self.world == 1:

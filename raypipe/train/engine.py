@@ -29,6 +29,7 @@ from raypipe.train.feed import Micro
 from raypipe.train.limit import BatchLimit
 from raypipe.train.precision import prepare
 from raypipe.train.task import Task, check_per_row
+from raypipe.train.trial import unreached
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,9 @@ class Engine:
         rng.seed_all(cfg.seed)  # the same weights on every rank
         module = task.build_model()
         blocks = task.checkpoint_blocks(module) if cfg.checkpointing else ()
-        self.prepared = prepare(module, blocks, cfg, ctx)
+        self.prepared = prepare(
+            module, blocks, cfg, ctx, lambda prepared: unreached(task, cfg, ctx, prepared)
+        )
         self.module = self.prepared.module
         made(self.module)
         trainable = [p for p in self.module.parameters() if p.requires_grad]
@@ -162,9 +165,12 @@ class Engine:
         with self._judged():
             return self.model_state()
 
-    def training_state(self) -> dict[str, Any]:
-        """All else that resuming needs; collective, because each rank has its own generators."""
-        states = self.ctx.collect(rng.capture(self.ctx.torch_device))
+    def training_state(self, *, alone: bool = False) -> dict[str, Any]:
+        """All else that resuming needs; collective, because each rank has its own generators, unless
+        rank 0 has to do ``alone``.
+        """
+        own = rng.capture(self.ctx.torch_device)
+        states = [own] if alone else self.ctx.collect(own)
         scaler = self.prepared.scaler.state_dict()
         state = {"optimizer": self.optimizer.state_dict(), "scaler": scaler, "rng": states}
         return state if self.average is None else state | {"average": self.average.state_dict()}

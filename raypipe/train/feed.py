@@ -17,12 +17,13 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from raypipe.errors import ConfigError
+from raypipe.errors import ConfigError, WorkerFailed
 from raypipe.stream import Cursor, Gatherer, StepSlice, StreamPlan, split_micro
 from raypipe.stream.reading import Source
 from raypipe.stream.rows import RowRange
 from raypipe.train import checkpoint
 from raypipe.train.config import TrainConfig
+from raypipe.train.cut import Cut, n_pieces
 from raypipe.train.task import Task
 
 
@@ -31,7 +32,8 @@ class Micro:
     """One micro batch of a step: ``rows`` (b,) int64, ``counted`` of them (all, or none).
 
     A rank that was dealt no row of a small step still takes part, with one row that counts nothing:
-    the others' gradients wait for it.
+    the others' gradients wait for it. (Not under SyncBN, see ``cut``.) ``widest``: rows of the
+    largest micro batch that any rank computes meanwhile, where the ranks go in step.
     """
 
     cursor: Cursor
@@ -39,6 +41,7 @@ class Micro:
     rows: np.ndarray
     counted: int
     last: bool
+    widest: int | None = None
 
 
 def training_plan(
@@ -151,15 +154,26 @@ def check_same_sources(found: checkpoint.Found, fingerprints: Mapping[str, str])
         )
 
 
+def check_place(micro: Micro, plan: StreamPlan, at: Cursor, rank: int) -> None:
+    """Raise WorkerFailed when the feeder's slice is not the plan's next one, ``at``."""
+    if micro.cursor != at or micro.global_rows != plan.step_size(at.step):
+        raise WorkerFailed(
+            f"the stream of rank {rank} gave epoch {micro.cursor.epoch} step "
+            f"{micro.cursor.step} ({micro.global_rows} rows); the plan's next is epoch "
+            f"{at.epoch} step {at.step} ({plan.step_size(at.step)} rows)"
+        )
+
+
 def in_pieces(
-    micro: Micro, batch: Mapping[str, Tensor], limit: int
+    micro: Micro, batch: Mapping[str, Tensor], limit: int, least: int = 1
 ) -> Iterator[tuple[Micro, dict[str, Tensor]]]:
     """A gathered micro batch in views of at most ``limit`` rows, of sizes that differ by at most 1.
 
     Cut here, not where rows are chosen: batches are read ahead, and a limit holds from now on.
+    ``least``: see `raypipe.train.cut`, which says where a piece is a row above the limit.
     """
     n = len(micro.rows)
-    pieces = split_micro(n, -(-n // limit))
+    pieces = split_micro(n, n_pieces(n, limit, least=least, widest=micro.widest))
     for index, piece in enumerate(pieces):
         rows = micro.rows[piece]
         last = micro.last and index == len(pieces) - 1
@@ -168,18 +182,19 @@ def in_pieces(
         yield part, {name: tensor[piece] for name, tensor in batch.items()}
 
 
-def micro_batches(slices: Iterable[StepSlice], batch_size: int, idle_row: int) -> Iterator[Micro]:
-    """Each slice in pieces of at most ``batch_size`` rows, of sizes that differ by at most one."""
+def micro_batches(slices: Iterable[StepSlice], cut: Cut, idle_row: int) -> Iterator[Micro]:
+    """Each slice in ``cut``'s micro batches."""
     for part in slices:
         n = len(part.rows)
         if n == 0:
             idle = np.array([idle_row], dtype=np.int64)
             yield Micro(part.cursor, part.global_rows, idle, 0, True)
             continue
-        pieces = split_micro(n, -(-n // batch_size))
+        pieces, widest = cut.micros(n, part.global_rows), cut.widest(part.global_rows)
         for index, piece in enumerate(pieces):
-            rows = part.rows[piece]
-            yield Micro(part.cursor, part.global_rows, rows, len(rows), index == len(pieces) - 1)
+            rows, last = part.rows[piece], index == len(pieces) - 1
+            largest = widest[index] if cut.in_step else None
+            yield Micro(part.cursor, part.global_rows, rows, len(rows), last, largest)
 
 
 def gathered(

@@ -9,6 +9,7 @@ The decision is `raypipe.memory.policy`'s, the reading `raypipe.memory.guard`'s.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -20,6 +21,9 @@ from raypipe.memory.policy import Throttle
 from raypipe.train.context import WorkerContext
 
 T = TypeVar("T")
+
+# CUBLAS_STATUS_ALLOC_FAILED, CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED, the runtime's own.
+_LIBRARY = re.compile(r"\b[A-Z]+_STATUS_\w*ALLOC\w*|CUDA (driver )?error: out of memory")
 
 
 class BatchLimit:
@@ -48,16 +52,22 @@ class BatchLimit:
             guard.relieve()
             self._changed("memory is near its budget")
 
+    def follow(self, rows: int, why: str) -> None:
+        """No more than ``rows`` from here on."""
+        if rows < self.rows:
+            self._throttle = Throttle(max(1, rows))
+            self._changed(why)
+
     def retry(self, act: Callable[[], T], again: Callable[[], T] | None = None) -> T:
         """``act()``; whenever the device runs out of memory in it, half the rows and ``again()``
         (default: ``act``).
 
         Raises MemoryBudgetExceeded when one row at once is still too many.
         """
-        done, outcome = _attempt(act)
+        done, outcome = attempt(act)
         while done is None:
             self._halve(outcome)
-            done, outcome = _attempt(again or act)
+            done, outcome = attempt(again or act)
         return done[0]
 
     def _halve(self, failure: str) -> None:
@@ -84,21 +94,41 @@ def out_of_memory(failure: str, why: str) -> MemoryBudgetExceeded:
     return MemoryBudgetExceeded(
         f"the device ran out of memory ({failure}): {why}; give --fit-gpu with what the device has,"
         " or a smaller --batch-size with as much more --accumulate: the same run then goes on from"
-        " its last checkpoint"
+        " its last checkpoint, or begins again where there is none yet"
     )
 
 
-def short(error: torch.OutOfMemoryError) -> str:
+def stopped_together(ctx: WorkerContext, steps: int) -> MemoryBudgetExceeded:
+    """What the others raise where one worker's memory ended training."""
+    return MemoryBudgetExceeded(
+        f"another worker ran out of its memory budget; all stopped after {steps} steps, saved in"
+        f" {ctx.run_dir / 'last'}: the same command with a larger --max-memory-per-process, or a"
+        " smaller --batch-size with as much more --accumulate, goes on from there"
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` is of a device without memory: torch's own, or one of CUDA's libraries, which
+    take their workspaces themselves and which torch passes on as plain RuntimeErrors.
+    """
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and _LIBRARY.search(str(error)) is not None
+
+
+def short(error: BaseException) -> str:
     """torch's message up to its first full stop: the rest advises on allocator settings."""
     return " ".join(str(error).split()).partition(". ")[0][:200]
 
 
-def _attempt(act: Callable[[], T]) -> tuple[tuple[T] | None, str]:
+def attempt(act: Callable[[], T]) -> tuple[tuple[T] | None, str]:
     """((result,), "") or (None, what the device said).
 
     The error ends here: its traceback holds the frames, and they the tensors, of what failed.
     """
     try:
         return (act(),), ""
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         return None, short(error)

@@ -12,7 +12,6 @@ The test split has no way in here: the best epoch is the one of lowest ``val_los
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from functools import partial
@@ -25,12 +24,13 @@ from raypipe.memory import guard
 from raypipe.stream import Cursor, Gatherer, StepSlice
 from raypipe.stream.gather import ring_bytes
 from raypipe.stream.reading import Source
-from raypipe.train import checkpoint, rng
+from raypipe.train import checkpoint, limit, rng
 from raypipe.train.config import TrainConfig
 from raypipe.train.context import WorkerContext
 from raypipe.train.engine import Engine, check_finite
 from raypipe.train.feed import (
     Micro,
+    check_place,
     check_same_sources,
     gathered,
     in_pieces,
@@ -39,15 +39,15 @@ from raypipe.train.feed import (
     source_fingerprints,
     stream_record,
 )
-from raypipe.train.limit import BatchLimit, out_of_memory, short
 from raypipe.train.metrics import MetricsLog, plain
 from raypipe.train.numbers import StepNumbers
 from raypipe.train.planner import Planned, device_budget, plan_for
 from raypipe.train.precision import format_table, settings_table, use_device
 from raypipe.train.result import FitResult, Progress
-from raypipe.train.saving import Saver
+from raypipe.train.saving import Saver, begin
 from raypipe.train.schedule import learning_rate
 from raypipe.train.task import Task, epoch_cost, epoch_stride
+from raypipe.train.trial import cut_for
 
 # One batch in use, one being read. Not more: feeders may block at the start of an epoch until all
 # ranks ask for it (Ray Data), and a rank that looked two batches ahead could ask, and wait, before
@@ -84,31 +84,16 @@ def fit(
         raise ConfigError("no validation rows: the best epoch is chosen on them; hold some out")
     try:
         with rng.preserved(ctx.torch_device):
-            found = _begin(ctx, resume)
+            found = begin(ctx, resume)
             planned = plan_for(task, cfg, ctx, found)
             with device_budget(ctx.torch_device, cfg.fit_gpu_bytes):
                 return _Fit(task, planned, ctx, found, batch_limit).run(slices)
-    except torch.OutOfMemoryError as error:
-        raise out_of_memory(short(error), "not in a micro batch, which could be halved") from error
-
-
-def _begin(ctx: WorkerContext, resume: bool) -> checkpoint.Found | None:
-    """Rank 0 chooses the checkpoint, so that all go on from the same one."""
-
-    def choose() -> checkpoint.Found | None:
-        ctx.run_dir.mkdir(parents=True, exist_ok=True)
-        if not resume:
-            checkpoint.discard(ctx.run_dir)
-        return checkpoint.newest(ctx.run_dir)
-
-    found: checkpoint.Found | None = ctx.on_main(choose)
-    ctx.together(lambda: _check_visible(found, ctx))
-    return found
-
-
-def _check_visible(found: checkpoint.Found | None, ctx: WorkerContext) -> None:
-    if found and not found.path.is_dir():
-        raise ConfigError(f"worker {ctx.rank} cannot see {found.path}; put it on a shared disk")
+    except RuntimeError as error:
+        if not limit.is_out_of_memory(error):
+            raise
+        raise limit.out_of_memory(
+            limit.short(error), "not in a micro batch, which could be halved"
+        ) from error
 
 
 class _Fit:
@@ -130,6 +115,8 @@ class _Fit:
         if found:
             ctx.together(lambda: check_same_sources(found, made_of))
         self.engine = Engine(task, cfg, ctx)
+        self.cut = cut_for(task, cfg, ctx, self.engine.prepared)
+        self.cut.check(self.plan)
         self.progress = Progress()
         self.stream = stream_record(self.plan, cfg, ctx.world, found, made_of)
         self.found = found
@@ -138,6 +125,7 @@ class _Fit:
             self.progress = Progress(**found.meta["progress"])
         self.earlier_seconds = self.progress.seconds
         self.batch_limit = batch_limit
+        self.exhausted: MemoryBudgetExceeded | None = None
         self.step_micros: list[Micro] = []
         self._start_step()
 
@@ -146,7 +134,7 @@ class _Fit:
         log_path = self.ctx.run_dir / "metrics.jsonl" if self.ctx.is_main else None
         log_bytes = self.found.meta["metrics_bytes"] if self.found else 0
         self._announce()
-        self.limit = BatchLimit(self.cfg.batch_size, self.batch_limit, self.ctx)
+        self.limit = limit.BatchLimit(self.cfg.batch_size, self.batch_limit, self.ctx)
         with MetricsLog(log_path, log_bytes) as self.log, ExitStack() as stack:
             self._keep_books()
             if not self.progress.is_over(self.cfg):
@@ -172,10 +160,10 @@ class _Fit:
     def _steps(self, slices: Iterator[StepSlice], train: Gatherer) -> None:
         """All steps that are left, or those until someone asks to stop."""
         self.engine.module.train()
-        micros = micro_batches(slices, self.cfg.batch_size, int(self.plan.rows[0]))
+        micros = micro_batches(slices, self.cut, int(self.plan.rows[0]))
         with closing(gathered(train, micros, self.stride)) as stream:
             for micro, batch in stream:
-                self._check_place(micro)
+                check_place(micro, self.plan, self.progress.cursor, self.ctx.rank)
                 self._compute(micro, batch)
                 if micro.last and self._end_step(micro):
                     return
@@ -189,34 +177,56 @@ class _Fit:
         """The micro batch's gradients, in pieces within the limit.
 
         A device that runs out of memory may have added half a piece's gradients: the step is then
-        computed again from its first row. Not where other workers wait for its gradients.
+        computed again from its first row. Not where other workers wait for its gradients: there
+        nobody can be asked to save together any more, and rank 0 saves for itself.
         """
         if not self.step_micros:
             guard.note(step=self.progress.global_step, phase="train")
             self._at_boundary()
         self.step_micros.append(micro)
         if self.ctx.world == 1:
-            self.limit.retry(lambda: self._add(micro, batch), self._step_again)
+            try:
+                self.limit.retry(lambda: self._add(micro, batch), self._step_again)
+            except MemoryBudgetExceeded:
+                self._rescue()
+                raise
             return
-        try:
-            self._add(micro, batch)
-        except torch.OutOfMemoryError as error:
-            raise out_of_memory(short(error), "with several workers no step is redone") from error
+        done, failure = limit.attempt(lambda: self._add(micro, batch))
+        if done is None:
+            self._rescue()
+            raise limit.out_of_memory(failure, "with several workers no step is redone")
 
     def _at_boundary(self) -> None:
         """Ask whether memory allows another step. Where it does not, what was learnt is saved: the
-        same command with more memory goes on. Several workers save together, and one stops alone.
+        same command with more memory goes on.
+
+        Several workers save and stop together, two steps later (`StepNumbers`): until then the one
+        without memory computes as little at once as it can.
         """
         try:
             self.limit.at_boundary()
-        except MemoryBudgetExceeded:
+        except MemoryBudgetExceeded as error:
             if self.ctx.world == 1:
-                self.numbers.settle()
-                self._save(best=False)
-            raise
+                self._rescue()
+                raise
+            self.exhausted = self.exhausted or error
+            self.limit.follow(1, "memory is over its budget")
+        if self.cut.in_step:
+            rows = self.ctx.smallest(self.limit.rows)
+            self.limit.follow(rows, "another worker's memory is short")
+
+    def _rescue(self) -> None:
+        """Save, without the others, the weights of the last whole step; before the first there is
+        nothing to save. Their generators are then missing: a resumed rank draws other dropout.
+        """
+        self.engine.clear()
+        if self.progress.global_step and self.ctx.is_main:
+            guard.relieve()
+            self.numbers.settle()
+            self.saver.save_alone()
 
     def _add(self, micro: Micro, batch: dict[str, Tensor]) -> None:
-        for part, rows in in_pieces(micro, batch, self.limit.rows):
+        for part, rows in in_pieces(micro, batch, self.limit.rows, self.cut.least):
             self.loss_sum += self.engine.backward(part, rows)
             self.counted += part.counted
 
@@ -227,16 +237,6 @@ class _Fit:
         with closing(gathered(self.val, iter(self.step_micros), self.stride)) as stream:
             for micro, batch in stream:
                 self._add(micro, batch)
-
-    def _check_place(self, micro: Micro) -> None:
-        """Raise WorkerFailed when the feeder's slice is not the plan's next one."""
-        at = self.progress.cursor
-        if micro.cursor != at or micro.global_rows != self.plan.step_size(at.step):
-            raise WorkerFailed(
-                f"the stream of rank {self.ctx.rank} gave epoch {micro.cursor.epoch} step "
-                f"{micro.cursor.step} ({micro.global_rows} rows); the plan's next is epoch "
-                f"{at.epoch} step {at.step} ({self.plan.step_size(at.step)} rows)"
-            )
 
     def _start_step(self) -> None:
         self.step_micros = []
@@ -262,13 +262,24 @@ class _Fit:
         elif numbers.stopping or numbers.save_is_due or self.saver.is_due_by_steps():
             numbers.settle()
             self._save(best=False)
-        return numbers.stopping or progress.is_over(self.cfg)
+        return self._is_over()
+
+    def _is_over(self) -> bool:
+        """Whether the run ends here. Raises MemoryBudgetExceeded when the memory of a worker is what
+        ends it: on all of them, after they have saved.
+        """
+        if self.progress.is_over(self.cfg):
+            return True
+        if self.numbers.exhausted:
+            raise self.exhausted or limit.stopped_together(self.ctx, self.progress.global_step)
+        return self.numbers.stopping
 
     def _update(self, micro: Micro) -> None:
         """The optimiser's step; its numbers are on their way, those of the step before are read."""
         lr = learning_rate(self.cfg, self.progress.global_step, self.plan.steps_per_epoch)
         notes = self.engine.update(lr)
-        wishes = self.ctx.should_stop(), self.saver.is_due_by_time()
+        over = self.exhausted is not None
+        wishes = self.ctx.should_stop(), self.saver.is_due_by_time(), over
         rest = torch.tensor([self.counted, *wishes], dtype=torch.float64)
         sums = self.ctx.add_up(torch.cat([self.loss_sum[None], rest.to(self.loss_sum.device)]))
         record = {
@@ -297,18 +308,7 @@ class _Fit:
         if best:
             progress.best_cost, progress.best_val_loss = cost, val_loss
             progress.best_epoch = progress.epoch
-        rows = progress.epoch_rows
-        record = plain(
-            {
-                "kind": "epoch",
-                "epoch": progress.epoch,
-                "global_step": progress.global_step,
-                "train_loss": progress.epoch_loss_sum / rows if rows else math.nan,
-                **metrics,
-                "best": best,
-                "seconds": self._seconds(),
-            }
-        )
+        record = plain({**progress.epoch_record(metrics, best), "seconds": self._seconds()})
         progress.history.append(record)
         self.log.append(record)
         progress.epoch, progress.step = following.epoch, following.step

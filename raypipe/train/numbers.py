@@ -28,7 +28,7 @@ class _Pending:
     """A step whose numbers are still on the device: read after the next one was launched."""
 
     record: dict[str, Any]
-    sums: Tensor  # float64 (4,): loss sum, rows counted, ranks that want to stop, save is due
+    sums: Tensor  # float64 (5,), as `StepNumbers.follow` has them
     notes: StepNotes
 
 
@@ -36,6 +36,7 @@ class StepNumbers:
     """At most one step is pending; ``progress`` and ``log`` have all those before it.
 
     seconds : of training up to now. stopping, save_is_due : what any rank has asked for so far.
+    exhausted : a rank has no memory to go on with, so all are stopping.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class StepNumbers:
         log: MetricsLog,
         seconds: Callable[[], float],
     ) -> None:
-        self.stopping = self.save_is_due = False
+        self.stopping = self.save_is_due = self.exhausted = False
         self._cfg, self._ctx, self._progress, self._log = cfg, ctx, progress, log
         self._seconds = seconds
         self._pending: _Pending | None = None
@@ -55,7 +56,8 @@ class StepNumbers:
         """Settle the step before, whose numbers are ready, and keep this one's for later.
 
         record : of this step, as far as the host knows it. sums : over all ranks, on the device,
-        float64 (4,): loss sum, rows counted, ranks that want to stop, save is due.
+        float64 (5,): loss sum, rows counted, ranks that want to stop, save is due, ranks without
+        memory.
         """
         self.settle()
         self._pending = _Pending(record, sums, notes)
@@ -65,7 +67,7 @@ class StepNumbers:
         pending, self._pending = self._pending, None
         if pending is None:
             return
-        loss_sum, rows, stop, save = pending.sums.tolist()
+        loss_sum, rows, stop, save, without_memory = pending.sums.tolist()
         record, progress = pending.record, self._progress
         where = f"epoch {record['epoch']} step {record['step']}"
         if rows != record["rows"]:
@@ -77,7 +79,8 @@ class StepNumbers:
         if not pending.notes.skipped:
             progress.epoch_loss_sum += loss_sum
             progress.epoch_rows += int(rows)
-        self.stopping = self.stopping or stop > 0
+        self.exhausted = self.exhausted or without_memory > 0
+        self.stopping = self.stopping or stop > 0 or self.exhausted
         self.save_is_due = self.save_is_due or save > 0
         record |= {"loss": loss_sum / rows, **_noted(pending.notes), "seconds": self._seconds()}
         self._log.append(record)

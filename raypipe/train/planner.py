@@ -26,6 +26,7 @@ from raypipe.train.checkpoint import Found
 from raypipe.train.config import TrainConfig
 from raypipe.train.context import WorkerContext
 from raypipe.train.footprint import SIZES, Footprint, measure
+from raypipe.train.limit import is_out_of_memory
 from raypipe.train.precision import has_convolutions
 from raypipe.train.task import Task
 from raypipe.train.techniques import Amp, Techniques, mixed_type, techniques_of
@@ -234,18 +235,22 @@ def predict(
 
     ``open_rows``: see `WorkerContext`.
 
-    Leaves the global generators as they were. Raises what the task raises.
+    Leaves the global generators as they were. Raises what the task raises under the set that is
+    asked for; another set that fails has its reason in the table.
     """
     with rng.preserved(device):
         module = task.build_model()
         convolutions = has_convolutions(module)
         blocks = cfg.checkpointing or len(task.checkpoint_blocks(module)) > 0
         del module
+        asked = Techniques.of(cfg).possible(blocks=blocks, convolutions=convolutions)
         found: dict[Techniques, Prediction] = {}
         for techniques in techniques_of(cfg, mixed_type(cfg, device)):
             possible = techniques.possible(blocks=blocks, convolutions=convolutions)
             if possible not in found:
-                found[possible] = _predicted(task, cfg, device, possible, open_rows)
+                found[possible] = _predicted(
+                    task, cfg, device, possible, open_rows, asked=possible == asked
+                )
             elif techniques not in found:
                 found[techniques] = Prediction(
                     techniques=techniques, why_not=techniques.why_not(possible)
@@ -265,13 +270,20 @@ def _predicted(
     device: torch.device,
     techniques: Techniques,
     open_rows: OpenRows | None,
+    *,
+    asked: bool,
 ) -> Prediction:
+    """asked : the set that training was asked for, whose errors are raised."""
     try:
         footprint = measure(task, replace(cfg, **asdict(techniques)), device, open_rows)
-    except torch.OutOfMemoryError:
-        return Prediction(
-            techniques=techniques, why_not=f"{device} cannot hold {SIZES[1]} rows of it"
-        )
+    except Exception as error:
+        if is_out_of_memory(error):
+            why = f"{device} cannot hold {SIZES[1]} rows of it"
+        elif asked:
+            raise
+        else:  # a kernel without bf16, a view that NHWC breaks: training goes on without this set
+            why = f"not measured, {type(error).__name__}: {' '.join(str(error).split())[:100]}"
+        return Prediction(techniques=techniques, why_not=why)
     return Prediction(techniques=techniques, footprint=footprint)
 
 
@@ -294,13 +306,15 @@ def device_budget(device: torch.device, budget_bytes: int | None) -> Iterator[No
     if device.type != "cuda" or budget_bytes is None:
         yield
         return
-    total = torch.cuda.get_device_properties(device).total_memory
+    index = device.index or 0  # alone in torch, this setting takes no "cuda" without a number
+    total = torch.cuda.get_device_properties(index).total_memory
     part = min(1.0, max(0, budget_bytes - CUDA_CONTEXT_BYTES) / total)
-    torch.cuda.set_per_process_memory_fraction(part, device)
+    before = torch.cuda.get_per_process_memory_fraction(index)
+    torch.cuda.set_per_process_memory_fraction(part, index)
     try:
         yield
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.set_per_process_memory_fraction(before, index)
 
 
 @dataclass(frozen=True)

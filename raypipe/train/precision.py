@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ class Prepared:
     channels_last: bool
     checkpointed_blocks: int
     synced_norms: int = 0
+    unreached: tuple[str, ...] = ()
 
     def sync(self, last: bool) -> AbstractContextManager[Any]:
         """Around one micro batch: gradients are exchanged on the step's last one only."""
@@ -53,10 +54,15 @@ class Prepared:
 
 
 def prepare(
-    module: nn.Module, blocks: Sequence[nn.Module], cfg: TrainConfig, ctx: WorkerContext
+    module: nn.Module,
+    blocks: Sequence[nn.Module],
+    cfg: TrainConfig,
+    ctx: WorkerContext,
+    unreached: Callable[[Prepared], tuple[str, ...]] = lambda prepared: (),
 ) -> Prepared:
     """Apply ``cfg``'s techniques to ``module``, whose recomputable parts are ``blocks``.
 
+    ``unreached``: looks for the parameters that the loss never reaches; asked before DDP alone.
     Raises ConfigError for what this model cannot do.
     """
     device = ctx.torch_device
@@ -67,8 +73,12 @@ def prepare(
     checkpointed = _apply_checkpointing(blocks, cfg.use_reentrant) if cfg.checkpointing else 0
     autocast = _autocast(device, cfg)
     scaler = torch.amp.GradScaler(device.type, init_scale=cfg.init_scale, enabled=cfg.amp == "fp16")
-    model = _wrap_ddp(module, device) if ctx.world > 1 else module
-    return Prepared(model, module, autocast, scaler, channels_last, checkpointed, synced)
+    alone = Prepared(module, module, autocast, scaler, channels_last, checkpointed, synced)
+    if ctx.world == 1:
+        return alone
+    names = unreached(alone)
+    _check_recomputable(names, cfg)
+    return replace(alone, model=_wrap_ddp(module, device, names), unreached=names)
 
 
 def settings_table(
@@ -179,10 +189,34 @@ def _autocast(device: torch.device, cfg: TrainConfig) -> Callable[[], AbstractCo
     return lambda: torch.autocast(device.type, dtype=_AUTOCAST[cfg.amp])
 
 
-def _wrap_ddp(module: nn.Module, device: torch.device) -> DistributedDataParallel:
+def _check_recomputable(unreached: Sequence[str], cfg: TrainConfig) -> None:
+    """DDP takes what a reentrant block holds for unused too: its graph is made in the backward pass."""
+    if unreached and cfg.checkpointing and cfg.use_reentrant:
+        raise ConfigError(
+            f"train use_reentrant=True on several workers: the loss never reaches"
+            f" {_some(unreached)}, which DDP and reentrant checkpointing cannot both do without;"
+            " leave use_reentrant out"
+        )
+
+
+def _wrap_ddp(
+    module: nn.Module, device: torch.device, unreached: Sequence[str] = ()
+) -> DistributedDataParallel:
     ids = [device.index or 0] if device.type == "cuda" else None
-    # A view saves one copy of the gradients.
-    return DistributedDataParallel(module, device_ids=ids, gradient_as_bucket_view=True)
+    # A view saves one copy of the gradients. Looking for unused parameters in each step's graph costs
+    # time, so it is done where there are any. Not frozen instead: a branch may be taken later.
+    return DistributedDataParallel(
+        module,
+        device_ids=ids,
+        gradient_as_bucket_view=True,
+        find_unused_parameters=bool(unreached),
+    )
+
+
+def _some(names: Sequence[str]) -> str:
+    """How many, and the first two."""
+    more = ", ..." if len(names) > 2 else ""
+    return f"{len(names)} parameters ({', '.join(names[:2])}{more})"
 
 
 def _checkpointing_words(cfg: TrainConfig, prepared: Prepared | None) -> str:
@@ -201,8 +235,15 @@ def _optional_rows(
         "SyncBN": (norms if world > 1 else "off: one worker") if cfg.sync_batch_norm else "",
         "torch.compile": cfg.compile_backend if cfg.compile else "",
         "weight average": f"decay {cfg.ema_decay:g}" if cfg.ema_decay is not None else "",
+        "no gradient": _unreached_words(prepared),
     }
     return [(name, value) for name, value in rows.items() if value]
+
+
+def _unreached_words(prepared: Prepared | None) -> str:
+    if prepared is None or not prepared.unreached:
+        return ""
+    return f"{_some(prepared.unreached)} the loss did not reach; DDP looks for such at each step"
 
 
 def _checkpoints_words(cfg: TrainConfig) -> str:
@@ -210,7 +251,7 @@ def _checkpoints_words(cfg: TrainConfig) -> str:
     if cfg.checkpoint_every_steps:
         words.append(f"every {cfg.checkpoint_every_steps} steps")
     if cfg.checkpoint_every_s:
-        words.append(f"{format_seconds(cfg.checkpoint_every_s)} after the last")
+        words.append(f"a minute in, {format_seconds(cfg.checkpoint_every_s)} after the last")
     return f"{', '.join(words)}; {cfg.keep} kept"
 
 

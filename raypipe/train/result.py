@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,18 @@ class Progress:
     def __post_init__(self) -> None:
         if self.best_cost is None:  # a checkpoint from before there was another cost
             self.best_cost = self.best_val_loss
+
+    def epoch_record(self, metrics: Mapping[str, float], best: bool) -> dict[str, Any]:
+        """The line of metrics.jsonl about the epoch that ends here."""
+        rows = self.epoch_rows
+        return {
+            "kind": "epoch",
+            "epoch": self.epoch,
+            "global_step": self.global_step,
+            "train_loss": self.epoch_loss_sum / rows if rows else math.nan,
+            **metrics,
+            "best": best,
+        }
 
     def is_over(self, cfg: TrainConfig) -> bool:
         """Whether all epochs are done, or ``cfg.patience`` of them without a better one."""

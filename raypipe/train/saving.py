@@ -1,4 +1,5 @@
-"""When a fit saves, and what: its checkpoints hold all that going on from there needs.
+"""When a fit saves, and what: its checkpoints hold all that going on from there needs. And which
+one it begins from.
 
 How a checkpoint is written, found and thrown away is ``checkpoint``.
 """
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from raypipe.errors import ConfigError
 from raypipe.memory import guard
 from raypipe.train import checkpoint
 from raypipe.train.config import TrainConfig
@@ -19,6 +21,28 @@ from raypipe.train.context import WorkerContext
 from raypipe.train.engine import Engine
 from raypipe.train.metrics import MetricsLog
 from raypipe.train.result import Progress
+
+# Of a run without a checkpoint: a full disk, or memory that ends it, shows in its first minutes.
+FIRST_S = 60.0
+
+
+def begin(ctx: WorkerContext, resume: bool) -> checkpoint.Found | None:
+    """The checkpoint to go on from. Rank 0 chooses it, so that all go on from the same one."""
+
+    def choose() -> checkpoint.Found | None:
+        ctx.run_dir.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            checkpoint.discard(ctx.run_dir)
+        return checkpoint.newest(ctx.run_dir)
+
+    found: checkpoint.Found | None = ctx.on_main(choose)
+    ctx.together(lambda: _check_visible(found, ctx))
+    return found
+
+
+def _check_visible(found: checkpoint.Found | None, ctx: WorkerContext) -> None:
+    if found and not found.path.is_dir():
+        raise ConfigError(f"worker {ctx.rank} cannot see {found.path}; put it on a shared disk")
 
 
 class Saver:
@@ -42,6 +66,7 @@ class Saver:
         self._cfg, self._ctx, self._engine = cfg, ctx, engine
         self._progress, self._log, self._stream = progress, log, stream
         self._saved_at, self._seconds = started, seconds
+        self._is_first = progress.global_step == 0
 
     def is_due_by_steps(self) -> bool:
         """Whether the step that ended is one of ``cfg.checkpoint_every_steps``."""
@@ -51,34 +76,46 @@ class Saver:
     def is_due_by_time(self) -> bool:
         """Rank 0's own view: clocks differ, so the others learn it with the step's sums."""
         every_s = self._cfg.checkpoint_every_s
+        every_s = min(every_s, FIRST_S) if self._is_first else every_s
         return self._ctx.is_main and 0 < every_s <= self._ctx.clock() - self._saved_at
 
     def save(self, *, best: bool) -> None:
-        """Checkpoint; best before last, so that a last that knows of a best finds it there.
+        """Checkpoint, all ranks together; best before last, so that a last that knows of a best finds
+        it there.
 
         "judged" in meta.json: the weights beside it are those that the last entry of the history was
         measured on. The best are; the last are not when they went on, or when their average was judged.
         """
         guard.note(phase="save")
+        state, meta = self._engine.training_state(), self._meta()
+
+        def write() -> None:
+            if best:
+                judged = {"model": self._engine.judged_state()}
+                checkpoint.save(self._ctx.run_dir, "best", judged, {**meta, "judged": True})
+            self._write_last(state, meta)
+
+        self._ctx.on_main(write)
+        self._saved_at, self._is_first = self._ctx.clock(), False
+
+    def save_alone(self) -> None:
+        """Rank 0's checkpoint where the others cannot be waited for: without their generators."""
+        guard.note(phase="save")
+        self._write_last(self._engine.training_state(alone=True), self._meta())
+
+    def _meta(self) -> dict[str, Any]:
         self._progress.seconds = self._seconds()
-        state = self._engine.training_state()
-        meta = {
+        return {
             "progress": asdict(self._progress),
             "stream": self._stream,
             "metrics_bytes": self._log.sync(),
             "versions": {"torch": torch.__version__, "numpy": np.__version__},
         }
 
-        def write() -> None:
-            if best:
-                judged = {"model": self._engine.judged_state()}
-                checkpoint.save(self._ctx.run_dir, "best", judged, {**meta, "judged": True})
-            contents = {"model": self._engine.model_state(), "state": state}
-            about = {**meta, "judged": self._last_is_judged()}
-            checkpoint.save(self._ctx.run_dir, "last", contents, about, self._cfg.keep)
-
-        self._ctx.on_main(write)
-        self._saved_at = self._ctx.clock()
+    def _write_last(self, state: dict[str, Any], meta: dict[str, Any]) -> None:
+        contents = {"model": self._engine.model_state(), "state": state}
+        about = {**meta, "judged": self._last_is_judged()}
+        checkpoint.save(self._ctx.run_dir, "last", contents, about, self._cfg.keep)
 
     def _last_is_judged(self) -> bool:
         at = self._progress

@@ -48,6 +48,14 @@ def test_the_network_has_the_papers_sizes(width: int, depth: int, n_in: int, cla
     assert max(c.out_channels for c in convolutions) == width * 2 ** (depth - 1)
 
 
+def test_building_leaves_cudas_generators_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def seeded(seed: int) -> None:
+        raise AssertionError("CUDA's generators were seeded")
+
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded)
+    build_model(UNetConfig(width=2, depth=2), 7)
+
+
 @pytest.mark.parametrize("up", ["transposed", "bilinear"])
 def test_equal_seeds_give_equal_bits_whatever_the_process_drew(up: str) -> None:
     spec = UNetConfig(width=4, depth=3, up=up, classes=1, in_channels=2)  # type: ignore[arg-type]

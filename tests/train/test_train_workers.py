@@ -147,14 +147,14 @@ class counted_syncs:  # noqa: N801
     def __enter__(self) -> list[int]:
         self.real, calls = precision._wrap_ddp, []
 
-        def wrap(module: Any, device: Any) -> Any:
+        def wrap(*args: Any) -> Any:
             from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
             def hook(state, bucket):  # type: ignore[no-untyped-def]  # DDP reads annotations
                 calls.append(1)
                 return allreduce_hook(state, bucket)
 
-            model = self.real(module, device)
+            model = self.real(*args)
             model.register_comm_hook(None, hook)
             return model
 
