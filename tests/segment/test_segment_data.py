@@ -256,6 +256,21 @@ def test_normalisation_is_that_of_all_training_pixels(
     np.testing.assert_allclose(x, [[[0, 1]]], atol=1e-4)
 
 
+@pytest.mark.parametrize("hot", [1e5, 1e9, -1e9, 1e15])
+def test_a_hot_pixel_does_not_move_the_percentiles(tmp_path: Path, hot: float) -> None:
+    """What percentiles are for; a dead pixel as well, and the other channel has neither."""
+    pixels = np.random.default_rng(1).gamma(2, 20, (90, 80, 2))
+    pixels[30, 40, 0] = hot
+    how = {"photometric": "minisblack", "planarconfig": "contig"}
+    tifffile.imwrite(tmp_path / "0.tif", pixels, **how)
+    one = replace(pages(1, 1)[0], image=tmp_path / "0.tif", rows=(0, 90), cols=(0, 80), channels=2)
+    found = measure([one], "percentile", low=1.0, high=99.0, readers=Readers())
+    for channel in range(2):
+        wanted = [np.percentile(pixels[..., channel], q, method="lower") for q in (1, 99)]
+        got = [found.low[channel], found.high[channel]]
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-3 * (wanted[1] - wanted[0]))
+
+
 def test_a_constant_image_has_no_range() -> None:
     with pytest.raises(ConfigError, match="low must be below high"):
         Normalisation(kind="minmax", low=(3.0,), high=(3.0,))
