@@ -106,7 +106,7 @@ class NetworkConfig:
     """smp: published weights, or a file; random when left out."""
 
     def __post_init__(self) -> None:
-        for name in _SIZES if self.model != "unet" else ():
+        for name in _SIZES if self.model.startswith("smp:") else ():
             value = getattr(self, name)
             if value != type(self).__dataclass_fields__[name].default:
                 raise ConfigError(
