@@ -5,13 +5,15 @@ A picture of few pixels is computed whole, a larger one by ``raypipe.tile``, who
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from scipy import ndimage
 from torch import Tensor, nn
 
+from raypipe.errors import MemoryBudgetExceeded
 from raypipe.segment.instances import InstanceConfig, Labels, components, instances_of
 from raypipe.segment.labels import Target
 from raypipe.segment.metrics import predict_labels
@@ -19,6 +21,7 @@ from raypipe.segment.saved import SavedModel
 from raypipe.tile import Field, TileConfig, process_large_image
 from raypipe.tile.grid import reflected, round_up
 from raypipe.tile.plan import field_of
+from raypipe.tile.precision import exact_float32
 
 # A U-Net of width 64 holds about 1.5 kB a pixel on the way: 1.5 GiB here.
 MOST_WHOLE_PIXELS = 1 << 20
@@ -39,7 +42,8 @@ def field_for(
 
 
 def _measured(module: nn.Module, saved: SavedModel) -> Field:
-    return field_of(module, saved.spec.in_channels, 2, TileConfig(chunk_size=TILE))
+    with within_memory():
+        return field_of(module, saved.spec.in_channels, 2, TileConfig(chunk_size=TILE))
 
 
 def logits_of(
@@ -67,8 +71,21 @@ def logits_of(
         )
         return torch.from_numpy(np.asarray(found)).reshape(1, -1, h, w)
     x = torch.from_numpy(saved.prepare(image))[None]
-    with torch.inference_mode():
+    # TF32 off, as in tiles and in predict.
+    with torch.inference_mode(), exact_float32(device), within_memory():
         return module(padded(x, saved.multiple).to(device)).float().cpu()[..., :h, :w]
+
+
+@contextmanager
+def within_memory() -> Iterator[None]:
+    """Raises MemoryBudgetExceeded where the device runs out of memory inside."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MemoryBudgetExceeded(
+            f"the device ran out of memory on a picture ({error}); give --device cpu, or a device with"
+            " more free memory"
+        ) from error
 
 
 def padded(x: Tensor, multiple: int) -> Tensor:

@@ -23,6 +23,9 @@ from raypipe.segment.normalise import Kind
 from raypipe.segment.split import SplitBy
 from raypipe.train import TrainConfig
 
+_SIZES = ("width", "depth", "up", "dropout")  # of NetworkConfig: our own U-Net's
+_MOST_CLASSES = 2**15 - 1  # `labels.to_plane` gives int16
+
 
 @dataclass(frozen=True, kw_only=True)
 class InputConfig:
@@ -64,6 +67,8 @@ class InputConfig:
             raise ConfigError(f"crop {self.crop} is below 8 pixels; 128 to 512 are usual")
         if self.target == "classes" and self.classes < 2:
             raise ConfigError(f"classes {self.classes} with target classes; give 2 or more")
+        if self.classes > _MOST_CLASSES:
+            raise ConfigError(f"classes {self.classes}; give {_MOST_CLASSES} at most")
         if not 0 < self.val_fraction < 1:
             raise ConfigError(f"val_fraction {self.val_fraction} is outside 0..1; 0.2 is usual")
         if not 0 <= self.low_percentile < self.high_percentile <= 100:
@@ -100,6 +105,15 @@ class NetworkConfig:
     encoder_weights: str | None = None
     """smp: published weights, or a file; random when left out."""
 
+    def __post_init__(self) -> None:
+        for name in _SIZES if self.model.startswith("smp:") else ():
+            value = getattr(self, name)
+            if value != type(self).__dataclass_fields__[name].default:
+                raise ConfigError(
+                    f"{name} {value} with model {self.model}: sizes are of our own U-Net; leave it out,"
+                    " or choose --model unet"
+                )
+
     def spec(self, in_channels: int, classes: int) -> ModelSpec:
         """The model's spec. Raises UnknownName, ConfigError."""
         return spec_of(
@@ -111,7 +125,7 @@ class NetworkConfig:
         )
 
     def _sizes(self) -> dict[str, object]:
-        return {"width": self.width, "depth": self.depth, "up": self.up, "dropout": self.dropout}
+        return {name: getattr(self, name) for name in _SIZES}
 
 
 def default_train() -> TrainConfig:
@@ -151,6 +165,7 @@ class SegmentFitConfig:
     def __post_init__(self) -> None:
         if self.workers < 1:
             raise ConfigError(f"workers {self.workers} is below 1; give 1 or more")
+        self.loss.check_outputs(self.inputs.outputs)
 
 
 @dataclass(frozen=True, kw_only=True)

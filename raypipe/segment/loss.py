@@ -56,6 +56,21 @@ class LossConfig:
         positive = all(math.isfinite(w) and w > 0 for w in self.class_weights)
         self._require("class_weights", positive, "give numbers above 0")
 
+    def check_outputs(self, outputs: int) -> None:
+        """Raise ConfigError when an option does not apply to a model of ``outputs`` maps."""
+        n = len(self.class_weights)
+        if outputs == 1:
+            rule = "is for several classes, and --target foreground has one map; leave it out"
+            self._require("class_weights", not n, rule)
+            self._require("dice_background", not self.dice_background, rule)
+        else:
+            rule = (
+                f"is for --target foreground, and there are {outputs} classes; give class_weights"
+            )
+            self._require("positive_weight", self.positive_weight == 1, rule)
+            rule = f"{n} weights for {outputs} classes: give one for each, background first"
+            self._require("class_weights", n in (0, outputs), rule)
+
     def _require(self, name: str, holds: bool, rule: str) -> None:
         value = getattr(self, name)
         if not holds or (isinstance(value, float) and not math.isfinite(value)):
@@ -120,10 +135,7 @@ def _class_terms(
 ) -> tuple[Tensor, Tensor]:
     """Of K classes: as `_binary_terms`."""
     n_classes = logits.shape[1]
-    if cfg.class_weights and len(cfg.class_weights) != n_classes:
-        raise ConfigError(
-            f"class_weights={cfg.class_weights} for {n_classes} classes: give one for each"
-        )
+    cfg.check_outputs(n_classes)
     log_p = F.log_softmax(logits, dim=1)
     true_log_p = log_p.gather(1, labels[:, None])[:, 0]
     pixel = -true_log_p

@@ -3,7 +3,8 @@
     x = (value - low) / (high - low)
 
 ``low`` and ``high`` are percentiles, or the smallest and largest value, of all training pixels, found in
-one pass a strip of rows at a time (two for floats, whose histogram needs the range first). They are
+one pass a strip of rows at a time (two for floats, whose histogram needs the range first, and more
+where a few pixels lie far beyond all others). They are
 saved with the model: an image gives the same numbers alone, in a crop, or as a tile.
 """
 
@@ -22,6 +23,8 @@ from raypipe.segment.readers import Readers
 Kind = Literal["percentile", "minmax", "none"]
 # Of a float image's range: finer than 16 bits, and 8 MiB a channel.
 _BINS = 1 << 20
+# Percentiles this few bins apart are looked for again, at most so often: to a hot pixel of 1e15.
+_BINS_APART, _PASSES = 1 << 12, 3
 _STRIP_BYTES = 16 << 20
 
 
@@ -88,25 +91,41 @@ def _percentiles(
     """The values below which ``wanted`` percent of the pixels lie, of each channel."""
     ends = _range(pictures, channels, readers)
     whole = all(readers.dtype(p).kind in "uib" for p in pictures)
-    spans = ends[1] - ends[0]
-    exact = whole and bool((spans < _BINS).all())
-    counts = np.zeros((channels, _BINS), np.int64)
-    # A bin a value where values are whole and few; else equal parts of the range.
-    scale = np.where(exact | (spans == 0), 1.0, (_BINS - 1) / np.where(spans == 0, 1, spans))
+    exact = whole and bool((ends[1] - ends[0] < _BINS).all())
+    for _ in range(_PASSES):
+        spans = ends[1] - ends[0]
+        # A bin a value where values are whole and few; else equal parts of the range.
+        scale = np.where(exact | (spans == 0), 1.0, (_BINS - 1) / np.where(spans == 0, 1, spans))
+        counts = _counted(pictures, ends[0], scale, readers)
+        places = np.array([_places(count, wanted) for count in counts]).T
+        found = ends[0] + places / scale
+        coarse = (places[1] - places[0] < _BINS_APART) & (spans > 0)
+        if exact or not coarse.any():
+            break
+        # One pixel far beyond the others leaves a few bins for them all: again, within those.
+        ends = np.where(coarse, ends[0] + np.add(places, [[0], [1]]) / scale, ends)
+    return found[0].tolist(), found[1].tolist()
+
+
+def _counted(
+    pictures: Sequence[Picture], start: np.ndarray, scale: np.ndarray, readers: Readers
+) -> np.ndarray:
+    """(channels, 1 + bins + 1): pixels below the first bin, in each of them, and above the last."""
+    counts = np.zeros((len(start), _BINS + 2), np.int64)
     for pixels, _ in _strips(pictures, readers):
-        for channel, values in enumerate(pixels.reshape(channels, -1)):
-            places = ((values.astype(np.float64) - ends[0, channel]) * scale[channel]).astype(
-                np.int64
-            )
-            counts[channel] += np.bincount(places, minlength=_BINS)
-    found: tuple[list[float], list[float]] = ([], [])
-    for channel in range(channels):
-        below = np.cumsum(counts[channel])
-        for side, percent in zip(found, wanted, strict=True):
-            rank = percent / 100 * (below[-1] - 1)
-            place = int(np.searchsorted(below, rank, side="right"))
-            side.append(float(ends[0, channel] + place / scale[channel]))
-    return found
+        for channel, values in enumerate(pixels.reshape(len(start), -1)):
+            at = np.floor((values.astype(np.float64) - start[channel]) * scale[channel])
+            places = np.clip(at, -1, _BINS).astype(np.int64) + 1
+            counts[channel] += np.bincount(places, minlength=_BINS + 2)
+    return counts
+
+
+def _places(counts: np.ndarray, wanted: tuple[float, float]) -> list[int]:
+    """The bins, from 0 on, of the pixels below which ``wanted`` percent lie; ``counts`` of `_counted`."""
+    below = np.cumsum(counts)
+    ranks = [percent / 100 * (below[-1] - 1) for percent in wanted]
+    places = [int(np.searchsorted(below, rank, side="right")) - 1 for rank in ranks]
+    return [min(max(place, 0), _BINS - 1) for place in places]
 
 
 def _strips(pictures: Sequence[Picture], readers: Readers) -> Iterator[tuple[np.ndarray, str]]:

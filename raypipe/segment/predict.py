@@ -43,7 +43,8 @@ class SegmentPredictConfig:
     output: Path
     """.tif, .ome.tif, .npy or .zarr, written tile by tile, in a folder that is there."""
     what: What = "labels"
-    """labels (uint8, by the tuned threshold or the likeliest class), probabilities, or logits."""
+    """labels (uint8, above 256 classes uint16; by the tuned threshold or the likeliest class),
+    probabilities, or logits."""
     axes: str | None = None
     """A letter a dimension, of F (frames) C Y X, e.g. YXC; YX and FYX are known, and of TIFF files what they
     say (OME, ImageJ) is followed, as segment fit does; other pages are images."""
@@ -72,6 +73,16 @@ class Labels:
 
     def __call__(self, logits: Tensor) -> Tensor:
         return predict_labels(logits, self.threshold)[:, None].to(torch.uint8)
+
+
+@dataclass(frozen=True)
+class WideLabels:
+    """As `Labels`, uint16: for more than 256 classes."""
+
+    threshold: float
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        return predict_labels(logits, self.threshold)[:, None].to(torch.uint16)
 
 
 @dataclass(frozen=True)
@@ -128,4 +139,5 @@ def after_of(what: What, saved: SavedModel) -> After | None:
             "last has one at an epoch's end only, without --ema-decay; take --checkpoint best, or "
             "--what probabilities"
         )
-    return Labels(0.5 if saved.threshold is None else saved.threshold)
+    kind = Labels if saved.spec.classes <= 256 else WideLabels
+    return kind(0.5 if saved.threshold is None else saved.threshold)

@@ -25,6 +25,7 @@ from raypipe.segment.inputs import Inputs, States, recall, states_of
 from raypipe.segment.labels import IGNORE
 from raypipe.segment.model import record
 from raypipe.segment.normalise import measure
+from raypipe.segment.ome_sets import sets_of
 from raypipe.segment.pictures import Listed, Picture, list_files, open_listed
 from raypipe.segment.readers import Readers
 from raypipe.segment.saved import SavedModel
@@ -187,11 +188,13 @@ def _read(
     states: States,
 ) -> Inputs:
     how, readers = cfg.inputs, Readers()
+    opened = open_listed(listed, how.axes)
     pictures = divide(
-        open_listed(listed, how.axes),
+        opened,
         by=how.split_by,
         val_fraction=how.val_fraction,
         seed=how.split_seed,
+        sets=sets_of(picture.image for picture in opened) if how.split_by == "source" else {},
     )
     _check_channels(pictures)
     _check_masks(pictures, labelling, readers)

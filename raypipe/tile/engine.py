@@ -119,7 +119,7 @@ def run_of(plan: TilePlan) -> TileRun:
 
 def _setup(plan: TilePlan, runner: Runner, needs: Needs) -> TileSetup:
     return TileSetup(
-        model=_on(plan.model, needs.device),
+        model=_on(plan.model, needs.device, here=runner.name == "local"),
         source=plan.source,
         grid=plan.grid,
         device=needs.device,
@@ -131,10 +131,26 @@ def _setup(plan: TilePlan, runner: Runner, needs: Needs) -> TileSetup:
     )
 
 
-def _on(model: nn.Module, device: str) -> nn.Module:
-    """The model itself, or a copy of it to be moved to ``device``."""
-    first = next(model.parameters(), torch.empty(0))
-    return model if first.device.type == torch.device(device).type else copy.deepcopy(model)
+def _on(model: nn.Module, device: str, *, here: bool) -> nn.Module:
+    """The model itself where all of it lies where it is used, else a copy; for other processes (not
+    ``here``) one on the CPU, as they may have no GPU to unpickle it on. Each worker moves its own.
+    """
+    places = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    wanted = torch.device(device if here else "cpu")
+    if all(_same(place, wanted) for place in places):
+        return model
+    copied = copy.deepcopy(model)
+    return copied if here else copied.to("cpu")
+
+
+def _same(one: torch.device, other: torch.device) -> bool:
+    """Whether they are one device; "cuda" is the current one."""
+    if one.type != other.type:
+        return False
+    if one.type != "cuda":
+        return True
+    numbers = [torch.cuda.current_device() if d.index is None else d.index for d in (one, other)]
+    return numbers[0] == numbers[1]
 
 
 def _threads(needs: Needs) -> int | None:

@@ -29,11 +29,13 @@ _MOST_TIFF_TILE = 512  # viewers read whole tiles
 
 
 def kind_of(path: Path) -> str:
-    """npy, tiff or zarr. Raises ConfigError."""
+    """npy, tiff or zarr. Raises ConfigError; InputError where zarr is not installed."""
     if path.suffix not in KINDS:
         raise ConfigError(
             f"output {path}: name it .npy, .tif, .ome.tif or .zarr; the name says the kind"
         )
+    if path.suffix == ".zarr":
+        _zarr()  # asked for first, before a journal lies there
     return KINDS[path.suffix]
 
 

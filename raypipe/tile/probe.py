@@ -80,7 +80,7 @@ class Probe:
     def __enter__(self) -> Probe:
         self._held.enter_context(torch.inference_mode())
         # cuDNN's FFT and Winograd algorithms would spread a NaN over their whole tile.
-        self._held.enter_context(torch.backends.cudnn.flags(enabled=False))
+        self._held.enter_context(_without_cudnn())
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -176,6 +176,17 @@ class Probe:
     def equal(self, one: Tensor, other: Tensor) -> bool:
         """Whether they are the same everywhere."""
         return not self.differing(one, other).any()
+
+
+@contextmanager
+def _without_cudnn() -> Iterator[None]:
+    """Not ``cudnn.flags``: that reads allow_tf32, which raises where the caller used fp32_precision."""
+    before = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = before
 
 
 def dtype_of(model: nn.Module) -> torch.dtype:

@@ -28,6 +28,7 @@ from raypipe.runner import Done
 from raypipe.tile.blend import Blend, contribution, windows
 from raypipe.tile.grid import Box, Tile, TileGrid
 from raypipe.tile.ledger import TileTarget, TileWriter
+from raypipe.tile.precision import exact_float32
 from raypipe.tile.probe import dtype_of
 from raypipe.tile.source import Source, read_window
 
@@ -219,18 +220,24 @@ class TileWorker:
         done = 0
         while done < len(pixels):
             n = min(self._throttle.limit, len(pixels) - done)
-            try:
-                out = self._compute(pixels[done : done + n])
-            except torch.OutOfMemoryError as error:
-                if n == 1:
-                    raise MemoryBudgetExceeded(
-                        f"out of memory with one window at once ({error}); {LESS_MEMORY}"
-                    ) from error
+            out = self._tried(pixels[done : done + n])
+            if out is None:  # out of the except block: the error holds what was computed so far
                 self._throttle = Throttle(n // 2)
                 relieve()
                 continue
             yield from out
             done += n
+
+    def _tried(self, pixels: np.ndarray) -> np.ndarray | None:
+        """None when the device runs out of memory. Raises MemoryBudgetExceeded for one window."""
+        try:
+            return self._compute(pixels)
+        except torch.OutOfMemoryError as error:
+            if len(pixels) == 1:
+                raise MemoryBudgetExceeded(
+                    f"out of memory with one window at once ({error}); {LESS_MEMORY}"
+                ) from error
+            return None
 
     def _compute(self, pixels: np.ndarray) -> np.ndarray:
         with torch.inference_mode(), exact_float32(self._device):
@@ -320,21 +327,3 @@ def _keep_large_blocks_apart() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if sys.platform == "linux" and mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, 1 << 20)
-
-
-class exact_float32:  # noqa: N801  # reads as the statement that it is
-    """Inside, CUDA multiplies float32 as float32: TF32 keeps 10 bits, and tiles would differ by them."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._on = device.type == "cuda"
-
-    def __enter__(self) -> None:
-        if self._on:
-            cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-            self._before = cudnn.allow_tf32, matmul.allow_tf32
-            cudnn.allow_tf32 = matmul.allow_tf32 = False
-
-    def __exit__(self, *error: object) -> None:
-        if self._on:
-            cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
-            cudnn.allow_tf32, matmul.allow_tf32 = self._before

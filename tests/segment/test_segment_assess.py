@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from hypothesis import strategies as st
 from segment_runs import TRAIN, config
 from sklearn.metrics import f1_score
 
-from raypipe.errors import InputError, MissingInput
+from raypipe.errors import InputError, MemoryBudgetExceeded, MissingInput
 from raypipe.pages import report
 from raypipe.report.commands import ReportConfig
 from raypipe.runner import LocalRunner
@@ -27,7 +29,8 @@ from raypipe.segment.config import SegmentEvaluateConfig
 from raypipe.segment.planted import PlantedNucleiConfig, make_planted_nuclei
 from raypipe.segment.run import fit
 from raypipe.segment.saved import load_model
-from raypipe.tile import measure, plan
+from raypipe.tile import measure, plan, worker
+from raypipe.tile.precision import exact_float32
 
 
 def test_scores_are_those_of_a_plain_forward(fitted: Path, nuclei: Path) -> None:
@@ -90,6 +93,44 @@ def test_a_large_picture_scores_as_a_whole_one(
     monkeypatch.setattr(apply, "MOST_WHOLE_PIXELS", 100)
     monkeypatch.setattr(apply, "TILE", 16)
     torch.testing.assert_close(apply.logits_of(module, saved, image), whole, rtol=0, atol=1e-5)
+
+
+def test_a_small_picture_is_computed_without_tf32(
+    fitted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the same rule as tiles, on the network's own device; only a GPU could show the numbers."""
+    module, saved = load_model(fitted)
+    inside: list[torch.device] = []
+    seen: list[list[torch.device]] = []
+
+    @contextmanager
+    def exact(device: torch.device) -> Iterator[None]:
+        inside.append(device)
+        yield
+        inside.pop()
+
+    assert apply.exact_float32 is exact_float32 is worker.exact_float32
+    monkeypatch.setattr(apply, "exact_float32", exact)
+    module.register_forward_pre_hook(lambda *_: seen.append(list(inside)))
+    apply.logits_of(module, saved, np.zeros((1, 32, 32), np.uint16))
+    assert seen == [[torch.device("cpu")]]
+
+
+@pytest.mark.parametrize("side", [32, 64])
+def test_a_device_that_is_full_ends_with_exit_3(
+    fitted: Path, monkeypatch: pytest.MonkeyPatch, side: int
+) -> None:
+    """A picture computed whole, and one whose network is measured first."""
+    monkeypatch.setattr(apply, "MOST_WHOLE_PIXELS", 40 * 40)
+    module, saved = load_model(fitted)
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    module.register_forward_pre_hook(full)
+    with pytest.raises(MemoryBudgetExceeded, match=r"CUDA out of memory.*--device cpu") as refused:
+        apply.logits_of(module, saved, np.zeros((1, side, side), np.uint16))
+    assert refused.value.exit_code == 3
 
 
 @pytest.mark.usefixtures("no_page")

@@ -13,6 +13,7 @@ import tifffile
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from segment_runs import config
 from skimage.segmentation import find_boundaries
 
 from raypipe.errors import ConfigError, InputError, MissingInput, RaypipeError, UnknownName
@@ -21,8 +22,10 @@ from raypipe.segment import readers as readers_module
 from raypipe.segment.channels import open_pixels
 from raypipe.segment.labels import IGNORE, to_plane
 from raypipe.segment.normalise import Normalisation, measure
+from raypipe.segment.ome_sets import named_in, sets_of
 from raypipe.segment.pictures import Picture, find_pictures, parse_range
 from raypipe.segment.planted import PlantedNucleiConfig, make_planted_nuclei, nuclei
+from raypipe.segment.prepare import prepare
 from raypipe.segment.readers import Readers
 from raypipe.segment.split import check_apart, divide
 
@@ -115,6 +118,68 @@ def test_a_file_of_an_ome_set_gives_its_own_pages(tmp_path: Path) -> None:
         np.testing.assert_array_equal(readers.image(picture, (0, 20), (0, 30))[0], page)
 
 
+def test_an_ome_set_stands_on_one_side(tmp_path: Path) -> None:
+    """Three files of a set beside two that only look alike, one of them OME too: three sources."""
+    pixels = image(np.uint16, (5, 20, 30))
+    own = {f"set_{n}.ome.tif": pixels[n : n + 1] for n in range(3)}
+    for name in (*own, "other.ome.tif", "set_4.tif"):
+        save(tmp_path / "masks" / name, pixels[:1] % 2)
+        save(tmp_path / "images" / name, pixels[:1])
+    save_ome_set(tmp_path / "images", own)
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    save_ome_set(alone, {"other.ome.tif": pixels[4:]})
+    (alone / "other.ome.tif").rename(tmp_path / "images/other.ome.tif")
+    images = [(tmp_path / "images" / name).resolve() for name in own]
+    found = find_pictures(tmp_path)
+    sets = sets_of(p.image for p in found)
+    assert sets == dict.fromkeys(images, images[0])
+    chosen = set()
+    for seed in range(12):
+        divided = divide(found, by="source", val_fraction=0.3, seed=seed, sets=sets)
+        sides = {p.image: p.split for p in divided}
+        assert len({sides[name] for name in images}) == 1
+        chosen.add(sides[images[0]])
+        assert sum(one == "val" for one in sides.values()) in (1, 3)
+    assert chosen == {"train", "val"}
+    named = [replace(p, split="val" if p.image == images[1] else "train") for p in found]
+    said = r"set_0.ome.tif stands in train .* and set_1.ome.tif of its OME-TIFF set in val"
+    with pytest.raises(InputError, match=said):
+        divide(named, by="source", val_fraction=0.3, seed=0, sets=sets)
+    divide(named, by="page", val_fraction=0.3, seed=0)
+
+
+def test_a_fit_divides_by_sets(tmp_path: Path) -> None:
+    pixels = image(np.uint16, (4, 20, 30))
+    own = {f"{n}.ome.tif": pixels[n : n + 1] for n in range(4)}
+    for name in own:
+        save(tmp_path / "masks" / name, pixels[:1] % 2)
+    (tmp_path / "images").mkdir()
+    save_ome_set(tmp_path / "images", own)
+    cfg = config(tmp_path, tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"1 source cannot be divided.*--split-by page"):
+        prepare(cfg)
+    by_page = replace(cfg, inputs=replace(cfg.inputs, split_by="page"))
+    assert {p.split for p in prepare(by_page).pictures} == {"train", "val"}
+
+
+@pytest.mark.parametrize("prefix", ["", "OME:"])
+def test_what_an_ome_xml_names(prefix: str, tmp_path: Path) -> None:
+    def listed(*files: tuple[str, str]) -> str:
+        inner = "".join(
+            f'<{prefix}UUID FileName="{name}">{uuid}</{prefix}UUID>' for name, uuid in files
+        )
+        return f'<{prefix}OME xmlns="x" UUID="urn:own">{inner}</{prefix}OME>'
+
+    two = {str(tmp_path / "a.tif"), str(tmp_path / "b.tif"), "urn:1", "urn:2", "urn:own"}
+    assert named_in(listed(("a.tif", "urn:1"), ("b.tif", "urn:2")), tmp_path) == two
+    # one file, however often it is named, is no set; nor is one of which nothing is said
+    assert named_in(listed(("a.tif", "urn:1"), ("a.tif", "urn:1")), tmp_path) == set()
+    assert named_in(listed(), tmp_path) == named_in("", tmp_path) == set()
+    binary = f'<{prefix}OME><{prefix}BinaryOnly MetadataFile="a.tif" UUID="urn:1"/></{prefix}OME>'
+    assert named_in(binary, tmp_path) == {str(tmp_path / "a.tif"), "urn:1"}
+
+
 def pages(sources: int, each: int) -> list[Picture]:
     return [
         Picture(image=Path(f"/d/{s}.tif"), mask=Path(f"/d/{s}_mask.tif"), frame=page, rows=(0, 8),
@@ -189,6 +254,21 @@ def test_normalisation_is_that_of_all_training_pixels(
     np.testing.assert_allclose([found.low[0], found.high[0]], want, atol=1.01 * step, rtol=0)
     x = found.apply(np.array([[[want[0], want[1]]]], np.float64))
     np.testing.assert_allclose(x, [[[0, 1]]], atol=1e-4)
+
+
+@pytest.mark.parametrize("hot", [1e5, 1e9, -1e9, 1e15])
+def test_a_hot_pixel_does_not_move_the_percentiles(tmp_path: Path, hot: float) -> None:
+    """What percentiles are for; a dead pixel as well, and the other channel has neither."""
+    pixels = np.random.default_rng(1).gamma(2, 20, (90, 80, 2))
+    pixels[30, 40, 0] = hot
+    how = {"photometric": "minisblack", "planarconfig": "contig"}
+    tifffile.imwrite(tmp_path / "0.tif", pixels, **how)
+    one = replace(pages(1, 1)[0], image=tmp_path / "0.tif", rows=(0, 90), cols=(0, 80), channels=2)
+    found = measure([one], "percentile", low=1.0, high=99.0, readers=Readers())
+    for channel in range(2):
+        wanted = [np.percentile(pixels[..., channel], q, method="lower") for q in (1, 99)]
+        got = [found.low[channel], found.high[channel]]
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-3 * (wanted[1] - wanted[0]))
 
 
 def test_a_constant_image_has_no_range() -> None:

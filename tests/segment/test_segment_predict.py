@@ -15,6 +15,7 @@ from raypipe.segment.apply import logits_of
 from raypipe.segment.metrics import predict_labels
 from raypipe.segment.model import UNetConfig, build_model
 from raypipe.segment.normalise import Normalisation
+from raypipe.segment.predict import after_of
 from raypipe.segment.saved import SavedModel, load_model, save_model
 from raypipe.train import checkpoint
 
@@ -94,3 +95,23 @@ def test_the_input_is_never_the_output(
     assert main(["segment", "predict", *args, "--overwrite"]) == 2
     assert "is the input itself" in capsys.readouterr().err
     assert np.array_equal(tifffile.imread(path), pages)
+
+
+@pytest.mark.parametrize("classes", [256, 257, 700])
+def test_labels_of_many_classes_do_not_wrap(classes: int) -> None:
+    spec = UNetConfig(width=2, depth=2, classes=classes)
+    saved = SavedModel(
+        spec=spec,
+        normalisation=Normalisation(kind="none", low=(0.0,), high=(1.0,)),
+        target="classes",
+        classes=classes,
+        ignore=None,
+        seed=0,
+    )
+    logits = torch.zeros(1, classes, 2, 3)
+    logits[0, -1] = 1
+    after = after_of("labels", saved)
+    assert after is not None
+    labels = after(logits).numpy()
+    assert labels.dtype == (np.uint8 if classes == 256 else np.uint16)
+    assert (labels == classes - 1).all() and labels.shape == (1, 1, 2, 3)

@@ -6,6 +6,7 @@ import json
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from raypipe.cli import main
 from raypipe.errors import ConfigError, Interrupted, MemoryBudgetExceeded
 from raypipe.runner import LocalRunner
 from raypipe.segment.config import NetworkConfig
+from raypipe.segment.loss import LossConfig
 from raypipe.segment.prepare import prepare
 from raypipe.segment.run import fit
 from raypipe.segment.saved import load_model
@@ -189,3 +191,51 @@ def test_normalisation_and_digest_see_only_what_is_used(nuclei: Path, tmp_path: 
     ready = prepare(config(nuclei, tmp_path))
     assert ready.task.n_train == 3 * round(70 * 70 / 32**2) and len(ready.task.val_rows) == 9
     assert ready.task.crops.n_rows > 10**9
+
+
+@pytest.mark.parametrize(
+    ("target", "changes", "said"),
+    [
+        (
+            "foreground",
+            {"loss": {"class_weights": (1.0, 2.0)}},
+            r"class_weights=\(1.0, 2.0\).*one map",
+        ),
+        ("foreground", {"loss": {"dice_background": True}}, "dice_background=True.*one map"),
+        ("classes", {"loss": {"positive_weight": 2.0}}, "positive_weight=2.0.*3 classes"),
+        ("boundary", {"loss": {"positive_weight": 2.0}}, "positive_weight=2.0.*3 classes"),
+        ("classes", {"loss": {"class_weights": (1.0, 2.0)}}, "2 weights for 3 classes"),
+        ("foreground", {"network": {"width": 32}}, "width 32 with model smp"),
+        ("foreground", {"network": {"depth": 4}}, "depth 4 with model smp"),
+        ("foreground", {"network": {"up": "bilinear"}}, "up bilinear with model smp"),
+        ("foreground", {"network": {"dropout": 0.1}}, "dropout 0.1 with model smp"),
+        ("classes", {"inputs": {"classes": 40_000}}, "classes 40000"),
+    ],
+)
+def test_what_would_be_ignored_is_refused_before_anything_is_read(
+    tmp_path: Path, target: str, changes: dict[str, Any], said: str
+) -> None:
+    """There are no data, and no folder is made."""
+    inputs = {"target": target, "classes": 3, **changes.get("inputs", {})}
+    with pytest.raises(ConfigError, match=said) as refused:
+        given = {name: make(**changes[name]) for name, make in MAKERS.items() if name in changes}
+        config(tmp_path / "none", tmp_path / "run", inputs=inputs, **given)
+    assert "\n" not in str(refused.value) and not (tmp_path / "run").exists()
+
+
+def test_what_does_apply_is_taken(tmp_path: Path) -> None:
+    weights = {"class_weights": (1.0, 2.0, 3.0), "dice_background": True}
+    for target, loss in [
+        ("boundary", weights),
+        ("classes", weights),
+        ("foreground", {"positive_weight": 2.0}),
+    ]:
+        config(tmp_path, tmp_path, inputs={"target": target, "classes": 3}, loss=LossConfig(**loss))
+    NetworkConfig(model="smp:Unet:resnet18")
+
+
+def smp(**sizes: Any) -> NetworkConfig:
+    return NetworkConfig(model="smp:Unet:resnet18", **sizes)
+
+
+MAKERS = {"loss": LossConfig, "network": smp}
