@@ -21,14 +21,14 @@ from ray.data import DataIterator, Datasource, ReadTask
 from ray.data.block import BlockMetadata
 from ray.train import DataConfig
 
+from raypipe.cluster.few_ahead import stay_few_ahead
 from raypipe.cluster.session import before_end
 from raypipe.cluster.steps import SCHEMA, read_steps, table_slices
 from raypipe.errors import WorkerFailed
 from raypipe.stream import Cursor, StepSlice, StreamPlan
 
-# One block carries many steps: a block costs a task and a round trip, a step a few hundred bytes. Ray
-# Data makes blocks as far ahead as its part of the object store holds, with a core of its own beside
-# the training: fewer, larger ones cost less. The first ones are waited for: they are small.
+# One block carries many steps: a block costs a task and a round trip, a step a few hundred bytes. The
+# first ones are waited for: they are small.
 FIRST_ROWS_PER_BLOCK, MAX_ROWS_PER_BLOCK = 1 << 16, 1 << 20
 FIRST_STEPS_PER_BLOCK, MAX_STEPS_PER_BLOCK = 1 << 9, 1 << 13
 # Descriptors cost microseconds: the workers must not be kept waiting for a whole free core.
@@ -41,8 +41,13 @@ class PlanSource(Datasource):
     def __init__(self, plan: StreamPlan, rank: int, world: int, start: Cursor) -> None:
         super().__init__()
         self._plan_ref = ray.put(plan)  # once, not once a read task
+        self._rank = rank
+        self.cut(plan, world, start)
+
+    def cut(self, plan: StreamPlan, world: int, start: Cursor) -> None:
+        """Decide the blocks: `spans`."""
         self._epochs, self._steps = plan.epochs, plan.steps_per_epoch
-        self._rank, self._world, self._start = rank, world, start
+        self._world, self._start = world, start
         per_rank = max(1, plan.rows_per_step // world)
         self._first_block = max(1, min(FIRST_STEPS_PER_BLOCK, FIRST_ROWS_PER_BLOCK // per_rank))
         self._max_block = max(1, min(MAX_STEPS_PER_BLOCK, MAX_ROWS_PER_BLOCK // per_rank))
@@ -81,6 +86,7 @@ def plan_dataset(plan: StreamPlan, rank: int, world: int, start: Cursor) -> ray.
         # Fewer blocks than read tasks would split tasks' outputs anew.
         override_num_blocks=max(1, len(source.spans)),
     )
+    stay_few_ahead(dataset)
     dataset.context.execution_options.preserve_order = True
     dataset.context.enable_progress_bars = False
     dataset.context.print_on_execution_start = False
