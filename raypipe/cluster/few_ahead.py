@@ -44,3 +44,6 @@ def stay_few_ahead(dataset: Dataset) -> None:
     """Let ``dataset`` be made by this rule, beside Ray Data's own."""
     policies = [FewAhead, *ENABLED_BACKPRESSURE_POLICIES]
     dataset.context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, policies)
+    # Ray Data ends an execution in which nothing moved for half an hour. Here nothing moves while the
+    # reader works through a block, or validates: that may take longer, and is no fault.
+    dataset.context.execution_no_progress_timeout_s = -1

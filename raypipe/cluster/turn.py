@@ -21,13 +21,13 @@ from typing import Any
 import ray
 from ray.exceptions import ActorAlreadyExistsError, GetTimeoutError
 
-from raypipe.cluster.budget import LEASE_WAIT_S
 from raypipe.cluster.lost import ACTOR_LOST
 from raypipe.cluster.node_memory import CALL_TIMEOUT_S, NAMESPACE
 from raypipe.cluster.remote_guard import LeaseTimeout
 
 NAME = "raypipe-turn"
-TURN_WAIT_S = LEASE_WAIT_S
+# As long as one run may take: its row servers 720 s, Ray Train a place 1200 s, its workers' leases 600 s.
+TURN_WAIT_S = 2700.0
 SAY_EVERY_S = 30.0
 LOOK_AGAIN_S = 0.5
 

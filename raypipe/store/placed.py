@@ -33,12 +33,12 @@ def note_of(store: Path) -> Path:
 
 
 def write_note(store: FeatureStore, at: Path) -> None:
-    """Note what ``store`` is beside the catalog at ``at``; one that says so already stays."""
+    """Note what ``store`` is beside the catalog at ``at``. Always anew: rows that were invalid may have
+    been mended since, which the fingerprint does not tell.
+    """
     import pyarrow.parquet as pq
 
     note = note_of(at)
-    if note.exists() and _meaning(note).get("fingerprint") == store.fingerprint:
-        return
     said = {key: store.manifest.get(key) or {} for key in _MEANING}
     said["fingerprint"] = store.fingerprint
     table = store.index.select(["name", "valid"])

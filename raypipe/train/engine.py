@@ -50,14 +50,21 @@ class Engine:
         cfg: TrainConfig,
         ctx: WorkerContext,
         made: Callable[[nn.Module], None] = lambda module: None,
+        batch_limit: int | None = None,
     ) -> None:
-        """made : called with the prepared model before anything else holds its tensors."""
+        """made : called with the prepared model before anything else holds its tensors.
+        batch_limit : rows computed at once, where memory allows no more.
+        """
         self.task, self.cfg, self.ctx = task, cfg, ctx
         rng.seed_all(cfg.seed)  # the same weights on every rank
         module = task.build_model()
         blocks = task.checkpoint_blocks(module) if cfg.checkpointing else ()
         self.prepared = prepare(
-            module, blocks, cfg, ctx, lambda prepared: unreached(task, cfg, ctx, prepared)
+            module,
+            blocks,
+            cfg,
+            ctx,
+            lambda prepared: unreached(task, cfg, ctx, prepared, batch_limit),
         )
         self.module = self.prepared.module
         made(self.module)

@@ -114,7 +114,7 @@ class _Fit:
         made_of = ctx.together(lambda: source_fingerprints(task.sources()))
         if found:
             ctx.together(lambda: check_same_sources(found, made_of))
-        self.engine = Engine(task, cfg, ctx)
+        self.engine = Engine(task, cfg, ctx, batch_limit=batch_limit)
         self.cut = cut_for(task, cfg, ctx, self.engine.prepared)
         self.cut.check(self.plan)
         self.progress = Progress()
@@ -217,7 +217,7 @@ class _Fit:
 
     def _rescue(self) -> None:
         """Save, without the others, the weights of the last whole step; before the first there is
-        nothing to save. Their generators are then missing: a resumed rank draws other dropout.
+        nothing to save. Generators are of after the attempt, or missing: dropout is then drawn anew.
         """
         self.engine.clear()
         if self.progress.global_step and self.ctx.is_main:

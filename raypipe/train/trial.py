@@ -16,32 +16,50 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from raypipe.memory import guard
 from raypipe.stream import Gatherer
 from raypipe.train import rng
 from raypipe.train.config import TrainConfig
 from raypipe.train.context import WorkerContext
 from raypipe.train.cut import Cut
+from raypipe.train.limit import is_out_of_memory
 from raypipe.train.task import Task, check_per_row
 
 if TYPE_CHECKING:
     from raypipe.train.precision import Prepared
 
+# torch's words of a batch norm that sees one number a channel.
+_ONE_VALUE = "more than 1 value per channel"
+
 
 def unreached(
-    task: Task, cfg: TrainConfig, ctx: WorkerContext, prepared: Prepared
+    task: Task,
+    cfg: TrainConfig,
+    ctx: WorkerContext,
+    prepared: Prepared,
+    batch_limit: int | None = None,
 ) -> tuple[str, ...]:
     """Names of the trainable parameters that get no gradient, on any rank; the same on all.
 
     A weight of a branch that these rows do not take is among them: it may get one later.
+    batch_limit : rows computed at once, where a worker before this one was ended for its memory
     """
+    limit = min(cfg.batch_size, batch_limit or cfg.batch_size)
     # Two rows where a micro batch has as many: batch norm may need them.
-    n = min(2, cfg.batch_size)
+    n = min(2, limit)
+    guard.note(batch=limit, phase="train")  # whoever is ended here begins anew with half of it
+    # Read before anything is computed: SyncBN's forward waits for all ranks.
+    batch = ctx.together(lambda: prepared.place(_first_rows(task, ctx, n)))
 
     def look() -> list[str]:
-        batch = prepared.place(_first_rows(task, ctx, n))
         with _unchanged(prepared.module, ctx), _eager(cfg):
-            with prepared.autocast():
-                loss = task.loss(prepared.module, batch)
+            try:
+                with prepared.autocast():
+                    loss = task.loss(prepared.module, batch)
+            except ValueError as error:
+                if n > 1 or _ONE_VALUE not in str(error):
+                    raise
+                return []  # one row is too few for this model: `Cut.check` says so
             check_per_row(loss, n).float().sum().backward()
             named = prepared.module.named_parameters()
             return [name for name, p in named if p.requires_grad and p.grad is None]
@@ -56,16 +74,17 @@ def least_rows(task: Task, cfg: TrainConfig, ctx: WorkerContext, prepared: Prepa
     if not any(isinstance(part, norms) for part in prepared.module.modules()):
         return 1
 
+    batch = ctx.together(lambda: prepared.place(_first_rows(task, ctx, 1)))
+
     def look() -> int:
-        batch = prepared.place(_first_rows(task, ctx, 1))
-        with torch.no_grad(), _unchanged(prepared.module, ctx), _eager(cfg):
+        with _unchanged(prepared.module, ctx), _eager(cfg):
             try:
                 with prepared.autocast():
                     task.loss(prepared.module, batch)
-            except ValueError as error:
-                if "more than 1 value per channel" not in str(error):
+            except (ValueError, RuntimeError, IndexError, TypeError, AssertionError) as error:
+                if is_out_of_memory(error):
                     raise
-                return 2
+                return 2  # not with one row; what fails with more as well, the first step tells
         return 1
 
     return max(ctx.collect(ctx.together(look)))
