@@ -111,6 +111,7 @@ def test_ray_data_stays_few_blocks_ahead_of_a_slow_reader(tmp_path: Path) -> Non
         _Counted(tmp_path, count), num_cpus=0.01, override_num_blocks=count
     )
     stay_few_ahead(dataset)
+    assert dataset.context.execution_no_progress_timeout_s == -1  # a slow reader is no fault
     dataset.context.execution_options.preserve_order = True
     batches = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow"))
     got = [next(batches)["number"].to_pylist()]

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -200,3 +202,17 @@ def test_a_note_of_another_store_is_not_believed_and_is_made_anew(
     note.write_bytes(old)
     with pytest.raises(StoreError, match="is of another store"):
         open_or_placed(at)
+
+
+def test_a_note_follows_rows_that_were_mended(store: FeatureStore, tmp_path: Path) -> None:
+    """Their fingerprint is the same: names, shape and recipe."""
+    at = tmp_path / "seen-by-all" / "train.npy"
+    declare(store, "A", at=at)
+    note = at.with_name("train.places.parquet")
+    table = pq.read_table(note)
+    broken = pa.array([False] + [True] * (table.num_rows - 1))
+    index = table.schema.get_field_index("valid")
+    pq.write_table(table.set_column(index, table.schema.field("valid"), broken), note)
+    assert not PlacedStore.open(stand_in(at)).valid.all()
+    declare(store, "A", at=at)
+    assert PlacedStore.open(stand_in(at)).valid.tolist() == store.valid.tolist()

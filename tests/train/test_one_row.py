@@ -81,6 +81,22 @@ def test_one_row_is_fine_where_maps_are_larger(toy: ToyTask, tmp_path: Path) -> 
     assert run(PooledTask(toy.data, pixels=2), config(batch_size=6), tmp_path / "run").epochs == 3
 
 
+class SqueezedTask(PooledTask):
+    """Cannot bear one row, which its steps never have."""
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        if len(batch["x"]) == 1:
+            raise IndexError("dimension specified as 0 but tensor has no dimensions")
+        return super().loss(model, batch)
+
+
+def test_a_trial_refuses_nothing_that_no_step_needs(toy: ToyTask, tmp_path: Path) -> None:
+    task, ctx = SqueezedTask(toy.data, pixels=2), WorkerContext(run_dir=tmp_path)
+    prepared = prepare(task.build_model(), (), config(), ctx)
+    assert least_rows(task, config(), ctx, prepared) == 2
+    assert run(task, config(batch_size=8), tmp_path / "run").epochs == 3
+
+
 def test_short_memory_leaves_two_rows_at_once(
     toy: ToyTask, tmp_path: Path, sizes: list[int]
 ) -> None:

@@ -113,6 +113,23 @@ def test_a_trial_leaves_nothing_behind(toy: ToyTask, tmp_path: Path) -> None:
         assert torch.equal(value, before[name])
 
 
+@pytest.mark.parametrize(("limit", "rows"), [(None, 2), (3, 2), (1, 1)])
+def test_a_trial_stays_within_what_memory_allows(
+    toy: ToyTask, tmp_path: Path, limit: int | None, rows: int
+) -> None:
+    seen: list[int] = []
+
+    class Seen(SpareTask):
+        def loss(self, model: nn.Module, batch: Any) -> Tensor:
+            seen.append(len(batch["x"]))
+            return super().loss(model, batch)
+
+    task, ctx = Seen(toy.data), WorkerContext(run_dir=tmp_path)
+    prepared = prepare(task.build_model(), (), config(), ctx)
+    assert unreached(task, config(), ctx, prepared, limit) == SPARE
+    assert seen == [rows]
+
+
 @pytest.mark.skipif(
     importlib.util.find_spec("segmentation_models_pytorch") is None, reason="no raypipe[smp]"
 )
