@@ -38,7 +38,8 @@ BAD: dict[str, list[tuple[list[str], str]]] = {
         (["{d}/empty.npy"], "empty.npy is not a readable .npy array"),
         (["{d}/rgb.npy"], "can be read in several ways; name its axes"),
         (["{d}/rgb.npy", "--axes", "YXC"], "has 3 channel(s), the model of {d}/run takes 1"),
-        (["{d}/said.tif"], "3 channel(s), the model of {d}/run takes 1; its axes were taken to be CFYX"),
+        (["{d}/said.tif", "--axes", "CFYX"], "3 channel(s), the model of {d}/run takes 1; its axes were "
+         "taken to be CFYX: give --axes FYX where they are so, or an image of 1"),
         (["{d}/grey.png", "--run-dir", "{d}/colour"], "has 1 channel(s), the model of {d}/colour takes 3"),
     ],
     "output": [
@@ -57,7 +58,7 @@ BAD: dict[str, list[tuple[list[str], str]]] = {
         (["QX"], "axes 'QX': name each once, of F C Z Y X"),
         (["YX"], "axes 'YX' do not fit an array of shape (2, 300, 280)"),
         (["ZYX"], "Z makes volumes; name it F"),
-        (["YX", "--input", "{d}/grey.png"], "leave them out for a Picture"),
+        (["CYX", "--input", "{d}/grey.png"], "leave them out for a Picture"),
         (["FCYX", "--input", "{d}/said.tif"], "not those of said.tif, which says CTYX (3 x 2 x 64 x 64)"),
     ],
     "checkpoint": [
