@@ -124,14 +124,11 @@ def _source(cfg: SegmentPredictConfig, saved: SavedModel) -> Source:
     wanted = saved.spec.in_channels
     if source.channels != wanted:
         other = " or ".join(ways(source, wanted))
+        remedy = f"--axes {other} where they are so, or an image of {wanted}"
         raise InputError(
             f"input {cfg.input} has {source.channels} channel(s), the model of {cfg.run_dir} takes "
             f"{wanted}; its axes were taken to be {axes_taken(source)}: give "
-            + (
-                f"--axes {other} where they are so, or an image of {wanted}"
-                if other
-                else "such an image"
-            )
+            + (remedy if other else "such an image, or --axes where they are others")
         )
     return source
 

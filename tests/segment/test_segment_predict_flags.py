@@ -195,6 +195,31 @@ def test_a_bad_value_is_one_line_and_2(
     assert sorted(inputs.rglob("*")) == before
 
 
+def test_a_result_of_pages_goes_on_by_the_command_that_began_it(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model of one channel takes each page of a file that has channels for an image, as it always did."""
+    run = inputs / "run", inputs / "said.tif", tmp_path / "out.npy", *STATED
+    said = "the file says CTYX, taken as FYX"
+    assert predict(*run, "--dry-run") == 0
+    told = capsys.readouterr().out.splitlines()[0]
+    assert "axes taken to be FYX" in told and f"{said} as the model takes 1 channel(s)" in told
+    assert predict(*run) == 0
+    got = capsys.readouterr()
+    lines = [line for line in got.err.splitlines() if said in line]
+    assert len(lines) == 1 and "(6, 64, 64)" in got.out
+    record = json.loads((tmp_path / "out.npy.predict/run.json").read_text())
+    assert record["input"]["axes"] == "FYX" and said in record["input"]["axes_note"]
+    for axes in ([], ["--axes", "FYX"], ["--axes", "FFYX"]):
+        assert predict(*run, *axes) == 0
+        assert "complete already" in capsys.readouterr().out
+
+
+def test_axes_of_a_picture_are_those_that_it_has(inputs: Path, tmp_path: Path) -> None:
+    args = inputs / "run", inputs / "grey.png", tmp_path / "out.npy", *STATED
+    assert predict(*args, "--axes", "YX") == 0
+
+
 def test_a_folder_that_cannot_be_written_is_refused(
     inputs: Path, mount: Callable[[str, str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
