@@ -72,6 +72,11 @@ def rgb(path: Path, pixels: np.ndarray, axes: str) -> None:
     ome(path, pixels.astype(np.uint8), axes, photometric="rgb")
 
 
+def as_planes(path: Path, pixels: np.ndarray, axes: str) -> None:
+    """Channels that the file calls Z, as many save them."""
+    imagej(path, pixels, "ZYX")
+
+
 def pair(folder: Path, write: Callable[..., None], pixels: np.ndarray, axes: str, n: int) -> Path:
     """One image with a mask of ``n`` pages."""
     for kind in ("images", "masks"):
@@ -368,7 +373,9 @@ def test_mixed_kinds_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "b.tif page 0 [0:40, 0:56] has 1 channels, a.tif" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("write", "axes"), [(plain, ["--axes", "CYX"]), (imagej, [])])
+@pytest.mark.parametrize(
+    ("write", "axes"), [(plain, ["--axes", "CYX"]), (imagej, []), (as_planes, ["--axes", "CYX"])]
+)
 def test_fit_evaluate_and_predict_see_the_same_channels(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
