@@ -1,8 +1,9 @@
 """Where an image's channels are: in its pixels (YXC), or on pages of their own (CYX).
 
 Microscopes and ImageJ write a page a channel, and say so in the file: an axis C before Y and X. What a
-file does not say ``axes`` names, a letter a dimension; also that its channels are pictures (FYX), but
-nothing else that it contradicts. One rule for all: `open_pixels` gives fit and evaluate every picture with
+file does not say, or says wrongly, ``axes`` names, a letter a dimension; FYX makes an image of each page,
+whatever axes pages have. Only a file's C stays where it is: its channels are pictures when named F, and
+no other axis is C beside them. One rule for all: `open_pixels` gives fit and evaluate every picture with
 its channels last, `open_tiles` gives predict the same.
 """
 
@@ -27,16 +28,18 @@ if TYPE_CHECKING:
 LETTERS = "FCYX"
 # S: the samples of a pixel, which a planar RGB file keeps on pages too.
 _CHANNELS = "CS"
-# What a file's letter may be called; a file with others (I, Q) does not say what its dimensions are.
-_MAY_BE = {"T": "FZ", "Z": "FZ", "C": "CF", "S": "CF", "Y": "Y", "X": "X"}
+# What a file's letter may be called and nothing is worth a word; others (I, Q) are no file's word.
+_MAY_BE = {"T": "FZ", "Z": "FZ", "C": "C", "S": "C", "Y": "Y", "X": "X"}
 
 
 def check_axes(axes: str) -> str:
     """``axes`` in capitals. Raises ConfigError."""
     found = axes.upper()
-    if len(set(found)) != len(found) or not set("YX") <= set(found) <= set(LETTERS):
+    once = found.replace("F", "")
+    if len(set(once)) != len(once) or not set("YX") <= set(found) <= set(LETTERS):
         raise ConfigError(
-            f"axes {axes!r}: name each dimension once, of F (frames) C Y X, with Y and X among them"
+            f"axes {axes!r}: give a letter a dimension, of F (frames) C Y X, each but F once, with Y and X"
+            " among them"
         )
     return found
 
@@ -44,68 +47,95 @@ def check_axes(axes: str) -> str:
 def open_pixels(path: Path, axes: str | None = None) -> ImageSource:
     """The pictures of ``path``, (n, height, width) or (n, height, width, channels).
 
-    Raises MissingInput, InputError (channels in two places), ConfigError (axes that do not fit, or are
-    others than the file says).
+    Raises MissingInput, InputError (channels in two places), ConfigError (axes that do not fit). Whether
+    axes agree with the file is `check_agrees`'s, where files are listed: a run goes on as it was fitted.
     """
     # Of an OME-TIFF set each file's own pages: all of them in every file would stand on two sides.
     source = open_image(path, alone=False)
-    if axes is not None:
-        return _named(source, axes, path)
-    return _as_it_says(source) if isinstance(source, TiffStack) else source
+    if axes is None or _are_of_picture(source, axes):
+        return _as_it_says(source) if isinstance(source, TiffStack) else source
+    if not isinstance(source, TiffStack):
+        raise ConfigError(
+            f"axes {axes!r} are of TIFF files; leave them out for {path.name}, or save it as TIFF"
+        )
+    return _as_named(source, check_axes(axes))
 
 
-def open_tiles(path: Path, axes: str | None = None) -> Source:
+def open_tiles(path: Path, axes: str | None = None, channels: int | None = None) -> Source:
     """The same pictures to be cut into tiles; ``path`` may be .npy or .zarr too, and an OME-TIFF brings its
-    whole set. Raises as `open_pixels`.
+    whole set.
+
+    channels : of the model: of a file that has others by what it says, and that many on each page, the
+        pages are images. Raises as `open_pixels`, and ConfigError as `check_agrees`.
     """
     from raypipe.tile.source import open_path, open_source
 
     given = open_path(path)
+    if not isinstance(given, TiffStack):
+        return open_source(given, 2, None if axes and _are_of_picture(given, axes) else axes)
     if axes is None:
-        return open_source(_as_it_says(given) if isinstance(given, TiffStack) else given, 2)
-    source = open_source(given, 2, axes)
-    if isinstance(given, TiffStack):
-        check_agrees(given, axes.upper())
-    return source
+        return open_source(given if channels == page_channels(given) else _as_it_says(given), 2)
+    found = _as_named(given, axes.upper())
+    check_agrees(found)
+    return found.source if isinstance(found, NamedAxes) else open_source(found, 2)
 
 
-def axes_taken(source: Source) -> str:
-    """A letter a dimension of what ``source`` (`open_tiles`) reads, of F C Y X (and Z)."""
-    from raypipe.tile.source import ArraySource
-
-    if isinstance(source, ArraySource):
-        return source.axes
-    stack: Any = getattr(source, "stack", source)
-    at: int | None = None
-    if isinstance(stack, PagedChannels):
-        stack, at = stack.source, stack.at
-    if not isinstance(stack, TiffStack):
-        return "YXC"[: len(stack.shape) - 1]
-    lead = "".join("C" if place == at else "F" for place in range(_n_lead(stack)))
-    return lead + ("YX" if at is not None else "YXC"[: len(stack.shape) - 1])
-
-
-def check_agrees(stack: TiffStack, axes: str) -> None:
-    """Raises ConfigError where ``axes`` contradict the file: sizes may fit all the same, and times would be
-    taken for channels.
+def axes_taken(source: Any) -> str:
+    """A letter a dimension of what ``source`` (`open_tiles`, `open_pixels`) reads, of F C Y X (and Z); FYX
+    and FYXC of pages that are images, whatever axes they have. As ``axes`` it means the same.
     """
-    said = stack.axes
-    long = [at for at, n in enumerate(stack.series_shape) if n > 1]
-    own = [at for at in long if said[at] in _CHANNELS]
-    wrong = bool(own) and "C" in axes and axes.index("C") not in own
-    if names_all(stack):
-        wrong = wrong or any(axes[at] not in _MAY_BE[said[at]] for at in long)
-    if wrong:
+    stack, letters = _letters(source)
+    if stack is None or "C" in letters[:-1] or not letters.startswith("FF"):
+        return letters
+    return "F" + letters.lstrip("F")
+
+
+def check_agrees(source: Any) -> None:
+    """Raises ConfigError where the file of ``source`` has its channels elsewhere: sizes may fit all the same,
+    and times would be taken for channels. Other letters may be wrong in a file, and who names them knows.
+    """
+    stack, axes = _letters(source)
+    if stack is None:
+        return
+    own = _own(stack)
+    moved = "C" in axes and axes.index("C") not in own
+    if own and (moved or any(axes[at] not in "CF" for at in own)):
         sizes = " x ".join(map(str, stack.series_shape))
         raise ConfigError(
-            f"axes {axes!r} are not those of {stack.parts[0].path.name}, which says {said} ({sizes}); leave"
-            " --axes out and the file is followed, or save it anew with the right ones"
+            f"axes {axes!r} are not those of {stack.parts[0].path.name}, which says {stack.axes} ({sizes});"
+            " leave --axes out and the file is followed, or save it anew with the right ones"
         )
 
 
-def names_all(source: ImageSource) -> bool:
-    """Whether ``source`` is of a file that says what each of its dimensions is."""
-    return isinstance(source, TiffStack) and set(source.axes) <= set(_MAY_BE)
+def said_otherwise(source: Any, why: str) -> str:
+    """``the file says ZYX, taken as CYX as asked`` where the file of ``source`` says other axes than are
+    taken; else "". why : the last words.
+    """
+    stack, axes = _letters(source)
+    if stack is None:
+        return ""
+    long = [at for at, n in enumerate(stack.series_shape) if n > 1]
+    if all(axes[at] in _MAY_BE.get(stack.axes[at], "FCZYX") for at in long):
+        return ""
+    return f"the file says {stack.axes}, taken as {axes_taken(source)} {why}"
+
+
+def ways(source: Any, channels: int) -> list[str]:
+    """Axes that `check_agrees` accepts and by which a TIFF has so many ``channels``; none of others."""
+    stack, _ = _letters(source)
+    if stack is None:
+        return []
+    found = ["FYX" if len(stack.shape) < 4 else "FYXC"] if page_channels(stack) == channels else []
+    places = _own(stack) or range(_n_lead(stack))
+    if stack.shape[3:] in ((), (1,)) and channels > 1:
+        fit = [at for at in places if at < _n_lead(stack) and stack.series_shape[at] == channels]
+        found += [_lead(stack, at) + "YX" for at in fit]
+    return found
+
+
+def page_channels(stack: TiffStack) -> int:
+    """Of each page by itself."""
+    return stack.shape[3] if len(stack.shape) > 3 else 1
 
 
 def channel_pages(lead: tuple[int, ...], at: int) -> np.ndarray:
@@ -174,20 +204,58 @@ class NamedAxes:
         return np.moveaxis(self.source.read(frame, (rows, cols)), 0, -1)
 
 
-def _named(source: ImageSource, axes: str, path: Path) -> ImageSource:
+def _as_named(stack: TiffStack, axes: str) -> ImageSource:
+    """``stack`` by ``axes``. Raises ConfigError where they do not fit."""
     # Here: a process that only reads pages needs none of it.
     from raypipe.tile.source import ArraySource
 
-    if not isinstance(source, TiffStack):
-        raise ConfigError(
-            f"axes {axes!r} are of TIFF files; leave them out for {path.name}, or save it as TIFF"
-        )
+    n_lead, plane = _n_lead(stack), "YXC"[: len(stack.shape) - 1]
+    for page in {plane, "YX"} if stack.shape[3:] == (1,) else {plane}:
+        lead = axes.removesuffix(page)
+        if lead + page != axes:
+            continue
+        if lead in ("F", "F" * n_lead) and (n_lead != 1 or page != plane) and lead:
+            return stack
+        several = n_lead > 2 or page != plane  # else each letter is a dimension's
+        if several and page == "YX" and sorted(lead) == ["C", *"F" * (n_lead - 1)]:
+            return PagedChannels(stack, lead.index("C"))
     try:
-        found = NamedAxes(ArraySource(LazyStack(source), check_axes(axes)))
+        return NamedAxes(ArraySource(LazyStack(stack), axes))
     except InputError as error:
-        raise ConfigError(f"{path.name}: {error}") from None
-    check_agrees(source, check_axes(axes))
-    return found
+        hint = f"; F{plane} takes each page for an image" if isinstance(error, ConfigError) else ""
+        raise ConfigError(f"{stack.parts[0].path.name}: {error}{hint}") from None
+
+
+def _are_of_picture(source: Any, axes: str) -> bool:
+    """Whether ``axes`` are what a PNG or the like has anyway."""
+    picture = not isinstance(source, TiffStack) and callable(getattr(source, "read", None))
+    return picture and axes.upper() == "YXC"[: len(source.shape) - 1]
+
+
+def _letters(source: Any) -> tuple[TiffStack | None, str]:
+    """The TIFF behind ``source``, if it is one, and the letter taken for each of its dimensions."""
+    from raypipe.tile.source import ArraySource
+
+    source = source.source if isinstance(source, NamedAxes) else getattr(source, "stack", source)
+    if isinstance(source, ArraySource):
+        stack = getattr(source.array, "source", None)
+        return stack if isinstance(stack, TiffStack) else None, source.axes
+    if isinstance(source, PagedChannels):
+        return source.source, _lead(source.source, source.at) + "YX"
+    lead = _lead(source) if isinstance(source, TiffStack) else ""
+    stack = source if isinstance(source, TiffStack) else None
+    return stack, lead + "YXC"[: len(source.shape) - 1]
+
+
+def _lead(stack: TiffStack, at: int | None = None) -> str:
+    """Letters of the axes before a page's, C at ``at``."""
+    return "".join("C" if place == at else "F" for place in range(_n_lead(stack)))
+
+
+def _own(stack: TiffStack) -> list[int]:
+    """Places of what the file calls channels."""
+    pairs = zip(stack.axes, stack.series_shape, strict=True)
+    return [at for at, (letter, n) in enumerate(pairs) if letter in _CHANNELS and n > 1]
 
 
 def _as_it_says(stack: TiffStack) -> ImageSource:

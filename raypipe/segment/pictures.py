@@ -14,13 +14,14 @@ validated on, where nothing says so, is ``split``'s.
 from __future__ import annotations
 
 import csv
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from raypipe.errors import InputError, MissingInput, UnknownName
 from raypipe.read.source2d import ImageSource, open_image
-from raypipe.segment.channels import names_all, open_pixels
+from raypipe.segment.channels import check_agrees, open_pixels, said_otherwise, ways
 
 SPLITS = ("train", "val", "test")
 SUFFIXES = (".tif", ".tiff", ".png")
@@ -96,9 +97,14 @@ def open_listed(listed: Iterable[Listed], axes: str | None = None) -> list[Pictu
     """The pictures of ``listed``, in order of listing and page.
 
     Raises MissingInput, InputError (shapes or pages of image and mask that differ, a range outside its
-    image), ConfigError (axes that do not fit).
+    image), ConfigError (axes that do not fit, or move what a file calls channels).
     """
-    return [picture for one in listed for picture in _pages(one, axes)]
+    notes: dict[str, list[str]] = {}
+    found = [picture for one in listed for picture in _pages(one, axes, notes)]
+    for note, names in notes.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        print(f"{names[0]}{more}: {note}", file=sys.stderr, flush=True)
+    return found
 
 
 def _from_folder(data: Path) -> Iterator[Listed]:
@@ -183,13 +189,14 @@ def _line(path: Path, number: int, row: Mapping[str, str]) -> Listed:
     return Listed(folder / row["image"], folder / row["mask"], split, **ranges, where=where)
 
 
-def _pages(one: Listed, axes: str | None) -> Iterator[Picture]:
-    """The pictures of one line."""
+def _pages(one: Listed, axes: str | None, notes: dict[str, list[str]]) -> Iterator[Picture]:
+    """The pictures of one line. notes : names of files by what is to be told of their axes; added to."""
     for path in (one.image, one.mask):
         if not path.is_file():
             where = f" ({one.where})" if one.where else ""
             raise MissingInput(f"{path} is not there{where}; mend the path")
     image, mask = open_pixels(one.image, axes), open_image(one.mask, alone=False)
+    check_agrees(image)
     if image.shape[:3] != mask.shape[:3] or len(mask.shape) != 3:
         raise InputError(
             f"{one.image} has shape {_shape(image)}, its mask {one.mask.name} {_shape(mask)} (pages, height,"
@@ -197,6 +204,8 @@ def _pages(one: Listed, axes: str | None) -> Iterator[Picture]:
         )
     if mask.dtype.kind not in "uib" and mask.dtype.kind != "f":
         raise InputError(f"{one.mask} holds {mask.dtype}; a mask is of whole numbers")
+    if note := said_otherwise(image, "as asked"):
+        notes.setdefault(note, []).append(one.image.name)
     n, height, width = image.shape[:3]
     frames = parse_range(one.frames, n, f"frames of {one.where or one.image}")
     rows = parse_range(one.rows, height, f"rows of {one.where or one.image}")
@@ -215,10 +224,9 @@ def _hint(image: ImageSource, mask: ImageSource) -> str:
     if len(mask.shape) != 3 or image.shape[1:3] != mask.shape[1:3]:
         return ""
     if n > n_masks and n % n_masks == 0 and len(image.shape) == 3:
-        if names_all(image):
-            return "; where its pages are channels, save it anew with axes that say so"
-        named = "CYX" if n_masks == 1 else "FCYX or CFYX"
-        return f"; where its pages are channels, say --axes {named}"
+        named = " or ".join(ways(image, n // n_masks))
+        how = f"say --axes {named}" if named else "save it anew with axes that say so"
+        return f"; where its pages are channels, {how}"
     if n_masks > n and len(image.shape) == 4 and n_masks == n * image.shape[3]:
         return "; where its pages are pictures and no channels, say --axes FYX"
     return ""

@@ -6,6 +6,7 @@ takes the field that an earlier run of the same output measured on the same netw
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch import nn
 
 from raypipe.errors import ConfigError, InputError, MissingInput
 from raypipe.runner import LocalRunner, Prospect, Runner
-from raypipe.segment.channels import axes_taken, open_tiles
+from raypipe.segment.channels import axes_taken, open_tiles, said_otherwise, ways
 from raypipe.segment.saved import SavedModel, load_fitted
 from raypipe.store.space import may_write
 from raypipe.tile import Source, TileConfig
@@ -38,13 +39,14 @@ AfterOf = Callable[["What", SavedModel], After | None]
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Ready:
     """Input, network and tiles. weight_files : the checkpoint's, as `Fitted.files`; field_words : where the
-    field is from.
+    field is from; axes_note : where the file says other axes than are taken, else "".
     """
 
     saved: SavedModel
     weight_files: Mapping[str, Any]
     plan: TilePlan
     field_words: str
+    axes_note: str
 
 
 def seats(runner: Runner | Prospect, cfg: TileConfig) -> tuple[str, int]:
@@ -65,6 +67,9 @@ def make_ready(
     module, saved = fitted.module, fitted.saved
     after = after_of(cfg.what, saved)
     source = _source(cfg, saved)
+    axes_note = said_otherwise(source, _why(cfg, source))
+    if axes_note and not cfg.dry_run:
+        print(f"{cfg.input}: {axes_note}", file=sys.stderr, flush=True)
     out = cfg.output.absolute()
     # On Ray each GPU is a worker's: what this process put there would stay beside it to the end.
     module = module.to(device) if isinstance(runner, LocalRunner) else module
@@ -81,7 +86,9 @@ def make_ready(
         known=known,
     )
     words = _field_words(plan, module, time.monotonic() - began, earlier=known is not None)
-    return Ready(saved=saved, weight_files=fitted.files, plan=plan, field_words=words)
+    return Ready(
+        saved=saved, weight_files=fitted.files, plan=plan, field_words=words, axes_note=axes_note
+    )
 
 
 def writes_nothing(cfg: SegmentPredictConfig) -> bool:
@@ -108,7 +115,7 @@ def check_output(cfg: SegmentPredictConfig) -> None:
 
 
 def _source(cfg: SegmentPredictConfig, saved: SavedModel) -> Source:
-    source = open_tiles(cfg.input.absolute(), cfg.axes)
+    source = open_tiles(cfg.input.absolute(), cfg.axes, saved.spec.in_channels)
     if len(source.space) != 2:
         raise ConfigError(
             f"axes {cfg.axes!r}: the network works on planes, and Z makes volumes; name it F, and each "
@@ -116,12 +123,18 @@ def _source(cfg: SegmentPredictConfig, saved: SavedModel) -> Source:
         )
     wanted = saved.spec.in_channels
     if source.channels != wanted:
+        other = " or ".join(ways(source, wanted))
+        remedy = f"--axes {other} where they are so, or an image of {wanted}"
         raise InputError(
             f"input {cfg.input} has {source.channels} channel(s), the model of {cfg.run_dir} takes "
-            f"{wanted}; its axes were taken to be {axes_taken(source)}: give --axes where they are others "
-            "(CYX: a page a channel, FYX: a page an image), or such an image"
+            f"{wanted}; its axes were taken to be {axes_taken(source)}: give "
+            + (remedy if other else "such an image, or --axes where they are others")
         )
     return source
+
+
+def _why(cfg: SegmentPredictConfig, source: Source) -> str:
+    return "as asked" if cfg.axes else f"as the model takes {source.channels} channel(s)"
 
 
 def _field_words(plan: TilePlan, module: nn.Module, seconds: float, *, earlier: bool) -> str:
@@ -155,7 +168,8 @@ def dry_run_lines(
     if not is_known(runner):
         memory += "; that is of a node like this one, each node has its own"
     return [
-        f"input    {cfg.input}: {describe(plan.source)}; axes taken to be {axes_taken(plan.source)}",
+        f"input    {cfg.input}: {describe(plan.source)}; axes taken to be {axes_taken(plan.source)}"
+        + (f"; {ready.axes_note}" if ready.axes_note else ""),
         f"model    {cfg.run_dir} {cfg.checkpoint}{epoch}: {saved.spec.name}{threshold}",
         f"network  {ready.field_words}",
         f"output   {cfg.output}: {cfg.what}, {plan.spec.dtype} {plan.spec.shape}",

@@ -71,6 +71,7 @@ def fields_of(
             "channels": plan.source.channels,
             "space": list(plan.source.space),
             "axes": axes_taken(plan.source),
+            "axes_note": ready.axes_note,
             "dtype": plan.source.dtype.name,
         },
         "model": {

@@ -22,13 +22,22 @@ from raypipe.cli import main
 from raypipe.errors import ConfigError, InputError, RaypipeError
 from raypipe.segment import assess, run
 from raypipe.segment.apply import logits_of
-from raypipe.segment.channels import axes_taken, channel_pages, check_axes, open_tiles
+from raypipe.segment.channels import (
+    axes_taken,
+    channel_pages,
+    check_axes,
+    open_pixels,
+    open_tiles,
+    said_otherwise,
+    ways,
+)
 from raypipe.segment.config import InputConfig
-from raypipe.segment.pictures import find_pictures
+from raypipe.segment.pictures import Picture, find_pictures
 from raypipe.segment.planted import PlantedNucleiConfig, nuclei
 from raypipe.segment.readers import Readers
 from raypipe.segment.saved import load_model
 from raypipe.tile.files import files_of
+from raypipe.tile.source import digest, open_source
 
 H, W = 40, 56
 
@@ -57,6 +66,15 @@ def planar(path: Path, pixels: np.ndarray, axes: str) -> None:
     tifffile.imwrite(
         path, pixels, photometric="rgb", planarconfig="separate", metadata=None
     )  # fmt: skip
+
+
+def rgb(path: Path, pixels: np.ndarray, axes: str) -> None:
+    ome(path, pixels.astype(np.uint8), axes, photometric="rgb")
+
+
+def as_planes(path: Path, pixels: np.ndarray, axes: str) -> None:
+    """Channels that the file calls Z, as many save them."""
+    imagej(path, pixels, "ZYX")
 
 
 def pair(folder: Path, write: Callable[..., None], pixels: np.ndarray, axes: str, n: int) -> Path:
@@ -110,7 +128,7 @@ def test_a_stack_of_several_channels(tmp_path: Path, write: Any, said: str, name
     [(ome, "TCYX", None, "FCYX"), (ome, "CTYX", None, "CFYX"), (imagej, "TZCYX", None, "FFCYX"),
      (ome, "CTZYX", None, "CFFYX"), (ome, "TCYX", "FCYX", "FCYX"), (plain, "CYX", "CYX", "CYX"),
      (imagej, "CYX", None, "CYX"), (planar, "CYX", None, "CYX"), (colour, "CYX", None, "YXC"),
-     (plain, "TYX", None, "FYX")],
+     (plain, "TYX", None, "FYX"), (ome, "TZYX", None, "FYX"), (imagej, "TZCYX", "FFCYX", "FFCYX")],
 )  # fmt: skip
 def test_tiles_are_cut_from_the_pictures_that_fit_sees(
     tmp_path: Path, write: Any, said: str, named: Any, taken: str
@@ -125,10 +143,14 @@ def test_tiles_are_cut_from_the_pictures_that_fit_sees(
     assert (source.frames, source.channels, source.space) == (n, pictures[0].channels, (H, W))
     assert source.dtype == np.uint16 and axes_taken(source) == taken
     assert files_of(source) == (path,), "else it could be overwritten, and a change not seen"
-    readers = Readers()
+    again, readers = open_tiles(path, taken), Readers()
+    assert axes_taken(again) == taken and again.frames == n, "what it says is taken as axes"
+    assert [p.channels for p in find_pictures(folder, taken)] == [source.channels] * n
     for picture in pictures:
-        found = source.read(picture.frame, (slice(3, 30), slice(5, 50)))
-        np.testing.assert_array_equal(found, readers.image(picture, (3, 30), (5, 50)))
+        box = slice(3, 30), slice(5, 50)
+        wanted = readers.image(picture, (3, 30), (5, 50))
+        np.testing.assert_array_equal(source.read(picture.frame, box), wanted)
+        np.testing.assert_array_equal(again.read(picture.frame, box), wanted)
 
 
 @pytest.mark.parametrize(
@@ -138,13 +160,9 @@ def test_tiles_are_cut_from_the_pictures_that_fit_sees(
         (imagej, "TCYX", "CFYX"),
         (ome, "CTYX", "FCYX"),
         (colour, "CYX", "CYX"),
-        (ome, "TCYX", "FCXY"),
-        (ome, "TYX", "FXY"),
-        (ome, "TYX", "CYX"),
-        (imagej, "ZYX", "CYX"),
     ],
 )
-def test_axes_that_say_otherwise_than_the_file_are_refused(
+def test_axes_that_move_what_a_file_calls_channels_are_refused_where_files_are_listed(
     tmp_path: Path, write: Any, said: str, axes: str
 ) -> None:
     """Two times, two channels and a square: every reading fits the mask."""
@@ -158,6 +176,123 @@ def test_axes_that_say_otherwise_than_the_file_are_refused(
     for read in (lambda: find_pictures(tmp_path, axes), lambda: open_tiles(path, axes)):
         with pytest.raises(ConfigError, match=f"axes '{axes}' are not those of a.tif, which says"):
             read()
+    n = open_pixels(path, axes).shape[-1]
+    picture = Picture(image=path, mask=path, frame=0, rows=(0, 48), cols=(0, 48), split="", channels=n,
+                      axes=axes)  # fmt: skip
+    found = Readers().image(picture, (0, 3), (0, 3))
+    assert len(found) == n, "an earlier run, fitted so, is evaluated and goes on"
+
+
+@pytest.mark.parametrize(
+    ("write", "said", "axes"),
+    [(ome, "ZYX", "CYX"), (imagej, "TYX", "CYX"), (ome, "TZYX", "FCYX"), (ome, "TYX", "FXY")],
+)
+def test_what_is_named_wins_over_a_file_that_says_no_channels(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], write: Any, said: str, axes: str
+) -> None:
+    """Channels saved as planes are common; they are told once for all such files."""
+    sizes = {"T": 2, "Z": 3, "Y": 48, "X": 48}
+    for kind in ("images", "masks"):
+        (tmp_path / kind).mkdir()
+    pixels = noise(*(sizes[letter] for letter in said))
+    n = 2 if "F" in axes else 1
+    for name in ("a.tif", "b.tif"):
+        write(tmp_path / "images" / name, pixels, said)
+        mask = noise(n, 48, 48) % 2
+        tifffile.imwrite(tmp_path / "masks" / name, mask, photometric="minisblack", metadata=None)
+    found = find_pictures(tmp_path, axes)
+    told = f"the file says {said}, taken as {axes} as asked"
+    assert capsys.readouterr().err == f"a.tif and 1 more: {told}\n"
+    source = open_tiles(tmp_path / "images/a.tif", axes)
+    assert said_otherwise(source, "as asked") == told
+    order = [axes.index(letter) for letter in "FCYX" if letter in axes]
+    wanted = pixels.transpose(order).reshape(n, -1, 48, 48)
+    for picture in found[:n]:
+        image = Readers().image(picture, (0, 48), (0, 48))
+        np.testing.assert_array_equal(image, wanted[picture.frame])
+        tile = source.read(picture.frame, (slice(0, 48), slice(0, 48)))
+        np.testing.assert_array_equal(tile, image)
+
+
+@pytest.mark.parametrize(
+    ("write", "said", "axes", "channels"),
+    [(ome, "TCYX", "FYX", 1), (ome, "ZCYX", "FFYX", 1), (imagej, "TZCYX", "fyx", 1),
+     (ome, "CYX", "FYX", 1), (rgb, "ZCYXS", "FYXC", 3), (rgb, "ZCYXS", "FFYXC", 3)],
+)  # fmt: skip
+def test_each_page_an_image_whatever_axes_pages_have(
+    tmp_path: Path, write: Any, said: str, axes: str, channels: int
+) -> None:
+    sizes = {"C": 3, "T": 2, "Z": 5, "Y": H, "X": W, "S": 3}
+    pixels = noise(*(sizes[letter] for letter in said)) % 250
+    pages = np.moveaxis(pixels.reshape(-1, H, W, channels), -1, 1)
+    folder = pair(tmp_path, write, pixels, said, len(pages))
+    found = find_pictures(folder, axes)
+    readers, path = Readers(), folder / "images/a.tif"
+    named, asked = open_tiles(path, axes), open_tiles(path, None, channels)
+    before = open_source(path, 2)
+    assert len(found) == named.frames == asked.frames == before.frames == len(pages)
+    assert digest(named) == digest(asked) == digest(before), "earlier results are gone on with"
+    assert axes_taken(named) == axes_taken(asked) == ("FYX" if channels == 1 else "FYXC")
+    assert (
+        said_otherwise(asked, "for it")
+        == f"the file says {said}, taken as {axes_taken(asked)} for it"
+    )
+    for picture, page in zip(found, pages, strict=True):
+        np.testing.assert_array_equal(readers.image(picture, (0, H), (0, W)), page)
+        tile = named.read(picture.frame, (slice(0, H), slice(0, W)))
+        np.testing.assert_array_equal(tile, page)
+
+
+@pytest.mark.parametrize(
+    ("said", "channels", "wanted"),
+    [("TCYX", 1, ["FYX"]), ("TCYX", 3, ["FCYX"]), ("TCYX", 2, []), ("ZYX", 5, ["CYX"]),
+     ("TZYX", 2, ["CFYX"]), ("TZCYX", 3, ["FFCYX"])],
+)  # fmt: skip
+def test_only_axes_that_work_are_proposed(
+    tmp_path: Path, said: str, channels: int, wanted: list[str]
+) -> None:
+    sizes = {"C": 3, "T": 2, "Z": 5, "Y": H, "X": W}
+    imagej(tmp_path / "a.tif", noise(*(sizes[letter] for letter in said)), said)
+    assert ways(open_tiles(tmp_path / "a.tif"), channels) == wanted
+    for axes in wanted:
+        assert open_tiles(tmp_path / "a.tif", axes).channels == channels
+
+
+def test_a_set_of_a_file_a_channel_is_predicted_as_it_was_fitted(tmp_path: Path) -> None:
+    """Fit reads each file's own planes, of one channel; predict the set, of two."""
+    planes = noise(2, 3, H, W)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "masks").mkdir()
+    ids = [f"{k}bc0e5c2-7d30-4c58-9a1c-000000000000" for k in range(2)]
+    where = "".join(
+        f'<TiffData FirstC="{c}" FirstZ="{z}" IFD="{z}" PlaneCount="1"><UUID FileName="c{c}.ome.tif">'
+        f"urn:uuid:{ids[c]}</UUID></TiffData>"
+        for c in range(2)
+        for z in range(3)
+    )
+    for c in range(2):
+        xml = (
+            '<?xml version="1.0" encoding="UTF-8"?><OME xmlns="http://www.openmicroscopy.org/Schemas'
+            f'/OME/2016-06" UUID="urn:uuid:{ids[c]}"><Image ID="Image:0"><Pixels ID="Pixels:0" '
+            f'SizeX="{W}" SizeY="{H}" SizeZ="3" SizeC="2" SizeT="1" DimensionOrder="XYZCT" '
+            f'Type="uint16">{where}</Pixels></Image></OME>'
+        )
+        name = f"c{c}.ome.tif"
+        with tifffile.TiffWriter(tmp_path / "images" / name) as tif:
+            for z, page in enumerate(planes[c]):
+                about = None if z else xml
+                tif.write(page, contiguous=False, metadata=None, description=about)
+        tifffile.imwrite(tmp_path / "masks" / name, planes[c] % 2, photometric="minisblack")
+    found = find_pictures(tmp_path)
+    assert [p.channels for p in found] == [1] * 6
+    path = tmp_path / "images/c0.ome.tif"
+    assert open_tiles(path).channels == 2
+    for source in (open_tiles(path, None, 1), open_tiles(path, "FYX")):
+        assert (source.frames, source.channels, axes_taken(source)) == (6, 1, "FYX")
+        for frame, picture in enumerate(found):
+            tile = source.read(frame, (slice(0, H), slice(0, W)))
+            wanted = Readers().image(picture, (0, H), (0, W))
+            np.testing.assert_array_equal(tile, wanted)
 
 
 def test_values_that_are_no_pages_are_named_as_for_predict(tmp_path: Path) -> None:
@@ -188,11 +323,11 @@ def png(path: Path, pixels: np.ndarray, axes: str) -> None:
     ("write", "said", "n", "axes", "kind", "told"),
     [
         (plain, "", 1, None, InputError, r"3 x 40 x 56, its mask a\.tif 1 x .*say --axes CYX$"),
-        (ome, "TYX", 1, None, InputError, r"save it anew with axes that say so$"),
+        (ome, "TYX", 1, None, InputError, r"say --axes CYX$"),
         (ome, "CYX", 3, None, InputError, r"pictures and no channels, say --axes FYX$"),
         (plain, "", 1, "YX", ConfigError, r"a\.tif: axes 'YX' do not fit .*\(3, 40, 56\)"),
         (plain, "", 2, "CYX", InputError, r"1 x 40 x 56 x 3, its mask a\.tif 2 x "),
-        (png, "", 1, "YXC", ConfigError, r"axes 'YXC' are of TIFF files; leave them out for a\.tif"),
+        (png, "", 1, "CYX", ConfigError, r"axes 'CYX' are of TIFF files; leave them out for a\.tif"),
     ],
 )  # fmt: skip
 def test_what_can_be_read_in_two_ways_is_asked(
@@ -238,7 +373,9 @@ def test_mixed_kinds_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "b.tif page 0 [0:40, 0:56] has 1 channels, a.tif" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("write", "axes"), [(plain, ["--axes", "CYX"]), (imagej, [])])
+@pytest.mark.parametrize(
+    ("write", "axes"), [(plain, ["--axes", "CYX"]), (imagej, []), (as_planes, ["--axes", "CYX"])]
+)
 def test_fit_evaluate_and_predict_see_the_same_channels(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -38,7 +38,8 @@ BAD: dict[str, list[tuple[list[str], str]]] = {
         (["{d}/empty.npy"], "empty.npy is not a readable .npy array"),
         (["{d}/rgb.npy"], "can be read in several ways; name its axes"),
         (["{d}/rgb.npy", "--axes", "YXC"], "has 3 channel(s), the model of {d}/run takes 1"),
-        (["{d}/said.tif"], "3 channel(s), the model of {d}/run takes 1; its axes were taken to be CFYX"),
+        (["{d}/said.tif", "--axes", "CFYX"], "3 channel(s), the model of {d}/run takes 1; its axes were "
+         "taken to be CFYX: give --axes FYX where they are so, or an image of 1"),
         (["{d}/grey.png", "--run-dir", "{d}/colour"], "has 1 channel(s), the model of {d}/colour takes 3"),
     ],
     "output": [
@@ -57,7 +58,7 @@ BAD: dict[str, list[tuple[list[str], str]]] = {
         (["QX"], "axes 'QX': name each once, of F C Z Y X"),
         (["YX"], "axes 'YX' do not fit an array of shape (2, 300, 280)"),
         (["ZYX"], "Z makes volumes; name it F"),
-        (["YX", "--input", "{d}/grey.png"], "leave them out for a Picture"),
+        (["CYX", "--input", "{d}/grey.png"], "leave them out for a Picture"),
         (["FCYX", "--input", "{d}/said.tif"], "not those of said.tif, which says CTYX (3 x 2 x 64 x 64)"),
     ],
     "checkpoint": [
@@ -192,6 +193,31 @@ def test_a_bad_value_is_one_line_and_2(
     assert said.replace("{d}", str(inputs)) in lines[0]
     assert list(tmp_path.iterdir()) == [], "what is refused leaves nothing behind"
     assert sorted(inputs.rglob("*")) == before
+
+
+def test_a_result_of_pages_goes_on_by_the_command_that_began_it(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model of one channel takes each page of a file that has channels for an image, as it always did."""
+    run = inputs / "run", inputs / "said.tif", tmp_path / "out.npy", *STATED
+    said = "the file says CTYX, taken as FYX"
+    assert predict(*run, "--dry-run") == 0
+    told = capsys.readouterr().out.splitlines()[0]
+    assert "axes taken to be FYX" in told and f"{said} as the model takes 1 channel(s)" in told
+    assert predict(*run) == 0
+    got = capsys.readouterr()
+    lines = [line for line in got.err.splitlines() if said in line]
+    assert len(lines) == 1 and "(6, 64, 64)" in got.out
+    record = json.loads((tmp_path / "out.npy.predict/run.json").read_text())
+    assert record["input"]["axes"] == "FYX" and said in record["input"]["axes_note"]
+    for axes in ([], ["--axes", "FYX"], ["--axes", "FFYX"]):
+        assert predict(*run, *axes) == 0
+        assert "complete already" in capsys.readouterr().out
+
+
+def test_axes_of_a_picture_are_those_that_it_has(inputs: Path, tmp_path: Path) -> None:
+    args = inputs / "run", inputs / "grey.png", tmp_path / "out.npy", *STATED
+    assert predict(*args, "--axes", "YX") == 0
 
 
 def test_a_folder_that_cannot_be_written_is_refused(
