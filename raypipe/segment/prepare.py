@@ -29,7 +29,7 @@ from raypipe.segment.ome_sets import sets_of
 from raypipe.segment.pictures import Listed, Picture, list_files, open_listed
 from raypipe.segment.readers import Readers
 from raypipe.segment.saved import SavedModel
-from raypipe.segment.split import divide
+from raypipe.segment.split import asks_for_sets, divide
 from raypipe.segment.task import SegmentTask
 from raypipe.train import TrainConfig, checkpoint
 from raypipe.train.checkpoint import on_disk_bytes
@@ -194,7 +194,7 @@ def _read(
         by=how.split_by,
         val_fraction=how.val_fraction,
         seed=how.split_seed,
-        sets=sets_of(picture.image for picture in opened) if how.split_by == "source" else {},
+        sets=sets_of(p.image for p in opened) if asks_for_sets(opened, how.split_by) else {},
     )
     _check_channels(pictures)
     _check_masks(pictures, labelling, readers)
