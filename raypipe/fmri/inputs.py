@@ -22,6 +22,7 @@ from raypipe.fmri.config import FmriConfig, MvpaJobConfig, RoiConfig
 from raypipe.fmri.content import content_of, digest
 from raypipe.fmri.masks import Grid
 from raypipe.fmri.mvpa import Design, make_folds
+from raypipe.fmri.mvpa.estimators import maps_at_most, solver_rows
 from raypipe.fmri.plan import ScanFacts, UnitFacts
 from raypipe.fmri.rois import Regions, common, find_regions, roi_files
 from raypipe.fmri.samples import design_of, has_onsets, label_files
@@ -273,18 +274,15 @@ def _unit_facts(cfg: FmriConfig, target: Target | None, design: Design | None) -
     if target is None or design is None or not isinstance(cfg, MvpaJobConfig):
         return UnitFacts()
     decoding = cfg.decoding_of(target)
+    n_classes = len(design.classes)
     gram = decoding.model.estimator in ("svc", "svr", "ridge", "ridge_classifier")
     return UnitFacts(
         n_samples=len(design),
         n_folds=len(make_folds(design, decoding)),
         keeps_folds=not gram,
-        n_maps=_most_maps(len(design.classes)) if cfg.weight_maps else 0,
+        n_maps=maps_at_most(decoding.model, n_classes) if cfg.weight_maps else 0,
+        solver_rows=solver_rows(decoding.model, n_classes),
     )
-
-
-def _most_maps(n_classes: int) -> int:
-    """Of a linear model: one of a target, or a class, or a pair of classes."""
-    return max(1, n_classes, n_classes * (n_classes - 1) // 2)
 
 
 def _source(scan: Scan, run: RunFiles) -> dict[str, Any]:

@@ -54,13 +54,14 @@ class ScanFacts:
 @dataclass(frozen=True, kw_only=True)
 class UnitFacts:
     """Samples and folds of a unit; keeps_folds : its model holds every fold's patterns at once; n_maps : of
-    its weights, at most.
+    its weights, at most; solver_rows : float64 rows that a fit takes beside the patterns.
     """
 
     n_samples: int = 0
     n_folds: int = 0
     keeps_folds: bool = False
     n_maps: int = 0
+    solver_rows: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +176,8 @@ def _working(unit: UnitFacts, voxels: int) -> int:
     patterns = 8 * unit.n_samples * voxels
     kept = patterns if unit.keeps_folds else 2 * 8 * unit.n_samples**2
     maps = 4 * 8 * unit.n_maps * voxels
-    return 4 * patterns + unit.n_folds * kept + maps
+    solver = 8 * unit.solver_rows * voxels
+    return 4 * patterns + unit.n_folds * kept + maps + solver
 
 
 def peak_bytes(needs: Sequence[Need]) -> int:

@@ -9,13 +9,15 @@ One class (sigmoid): BCE + soft Dice; K classes (softmax): cross-entropy + soft 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from raypipe import config as configs
 from raypipe.errors import ConfigError, InputError
 
 
@@ -75,6 +77,14 @@ class LossConfig:
         value = getattr(self, name)
         if not holds or (isinstance(value, float) and not math.isfinite(value)):
             raise ConfigError(f"loss {name}={value!r}: {rule}")
+
+
+def applied(options: Mapping[str, Any], outputs: int) -> dict[str, Any]:
+    """`LossConfig` as plain values, with what changes nothing for ``outputs`` maps at its default."""
+    idle = ["class_weights", "dice_background"] if outputs == 1 else ["positive_weight"]
+    idle += [] if options.get("loss") == "focal" else ["focal_gamma"]
+    plain = configs.to_dict(LossConfig())
+    return {**options, **{name: plain[name] for name in idle}}
 
 
 def segmentation_loss(logits: Tensor, target: Tensor, config: LossConfig | None = None) -> Tensor:

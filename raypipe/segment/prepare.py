@@ -23,13 +23,14 @@ from raypipe.segment.config import SegmentFitConfig
 from raypipe.segment.crops import CropSource, Labelling, grid_corners
 from raypipe.segment.inputs import Inputs, States, recall, states_of
 from raypipe.segment.labels import IGNORE
+from raypipe.segment.loss import applied
 from raypipe.segment.model import record
 from raypipe.segment.normalise import measure
 from raypipe.segment.ome_sets import sets_of
 from raypipe.segment.pictures import Listed, Picture, list_files, open_listed
 from raypipe.segment.readers import Readers
 from raypipe.segment.saved import SavedModel
-from raypipe.segment.split import divide
+from raypipe.segment.split import asks_for_sets, divide
 from raypipe.segment.task import SegmentTask
 from raypipe.train import TrainConfig, checkpoint
 from raypipe.train.checkpoint import on_disk_bytes
@@ -61,7 +62,7 @@ class Prepared:
     def identity(self) -> dict[str, Any]:
         """What a resumed run must share with the one that it goes on from."""
         crops = self.task.crops
-        return {
+        found = {
             "images and masks": crops.fingerprint,
             "normalisation": configs.to_dict(crops.normalisation),
             "labels": configs.to_dict(crops.labelling),
@@ -70,6 +71,16 @@ class Prepared:
             "model": record(self.task.spec),
             "loss": configs.to_dict(self.task.loss_config),
         }
+        return self.settled(found)
+
+    def settled(self, identity: Mapping[str, Any]) -> dict[str, Any]:
+        """An identity, of an earlier run perhaps, without what its loss did not use: once such options
+        were taken and ignored.
+        """
+        loss = identity.get("loss")
+        if not isinstance(loss, Mapping):
+            return dict(identity)
+        return {**identity, "loss": applied(loss, self.task.spec.classes)}
 
     def n_parameters(self) -> int:
         """Trainable numbers."""
@@ -194,7 +205,7 @@ def _read(
         by=how.split_by,
         val_fraction=how.val_fraction,
         seed=how.split_seed,
-        sets=sets_of(picture.image for picture in opened) if how.split_by == "source" else {},
+        sets=sets_of(p.image for p in opened) if asks_for_sets(opened, how.split_by) else {},
     )
     _check_channels(pictures)
     _check_masks(pictures, labelling, readers)

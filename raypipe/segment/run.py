@@ -80,6 +80,7 @@ def _fit(cfg: SegmentFitConfig, ready: Prepared, runner: Runner) -> FitResult:
         resume=cfg.resume,
         n_parameters=ready.n_parameters(),
         noted=("val_dice", "val_iou", "val_threshold"),
+        settled=ready.settled,
     )
     done = folder.finished()
     if done is not None:

@@ -1,8 +1,8 @@
 """Which pictures train, which choose the epoch, which are only tested on. Pure.
 
-A source is a file, or a set of files (``ome_sets``). Neighbouring pages of one stack show nearly the
-same; with one on each side a validation score would measure memory. So all pages of a source stand on
-one side, unless ``by="page"`` is asked for, or the table gives regions that do not touch.
+A source is a file, or the files of one OME image (``ome_sets``). Neighbouring pages of one stack show
+nearly the same; with one on each side a validation score would measure memory. So all pages of a source
+stand on one side, unless ``by="page"`` is asked for, or the table gives regions that do not touch.
 """
 
 from __future__ import annotations
@@ -74,6 +74,27 @@ def check_apart(
                     f" (page {other.frame}), on the same pixels; keep a {'set' if file else 'file'} in one"
                     " split, give regions apart (rows, cols), or --split-by page to divide its pages"
                 )
+
+
+def asks_for_sets(pictures: Sequence[Picture], by: SplitBy) -> bool:
+    """Whether `divide` looks at sets: a split is open, or two sides may have the same pixels."""
+    if by == "page" or (all(p.split for p in pictures) and not _sides_touch(pictures)):
+        return False
+    return len({p.image for p in pictures}) > 1
+
+
+def _sides_touch(pictures: Iterable[Picture]) -> bool:
+    """Whether the boxes around two sides share a pixel position."""
+    boxes: dict[str, Picture] = {}
+    for p in pictures:
+        box = boxes.setdefault(p.split, p)
+        rows, cols = _around(box.rows, p.rows), _around(box.cols, p.cols)
+        boxes[p.split] = replace(box, rows=rows, cols=cols)
+    return any(_touch(one, other) for one, other in combinations(boxes.values(), 2))
+
+
+def _around(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
+    return min(one[0], other[0]), max(one[1], other[1])
 
 
 def _touch(one: Picture, other: Picture) -> bool:

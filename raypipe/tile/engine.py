@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from raypipe.progress import Progress
 from raypipe.runner import Needs, Runner
@@ -139,8 +139,22 @@ def _on(model: nn.Module, device: str, *, here: bool) -> nn.Module:
     wanted = torch.device(device if here else "cpu")
     if all(_same(place, wanted) for place in places):
         return model
-    copied = copy.deepcopy(model)
-    return copied if here else copied.to("cpu")
+    return copy.deepcopy(model) if here else _cpu_copy(model)
+
+
+def _cpu_copy(model: nn.Module) -> nn.Module:
+    """A copy on the CPU, each tensor taken there by itself: its GPU need not have room for two models."""
+    tensors = (*model.parameters(), *model.buffers())
+    plain = [t for t in tensors if type(t) in (Tensor, nn.Parameter) and t.device.type != "cpu"]
+    copied: nn.Module = copy.deepcopy(model, {id(t): _on_cpu(t) for t in plain})
+    return copied.to("cpu")  # tensors of other types
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    there = tensor.detach().cpu()
+    if type(tensor) is nn.Parameter:
+        return nn.Parameter(there, requires_grad=tensor.requires_grad)
+    return there.requires_grad_(tensor.requires_grad)
 
 
 def _same(one: torch.device, other: torch.device) -> bool:

@@ -48,7 +48,8 @@ class FitFolder:
 
     kind : as run.json names it. identity : what a run that goes on must share with the one before it,
     as plain values. noted : metrics of the best epoch that run.json repeats. derived : folders in it that
-    are of its weights, and go with them.
+    are of its weights, and go with them. settled : what of an identity is compared, where an earlier one
+    may name options that did nothing.
     """
 
     path: Path
@@ -62,6 +63,7 @@ class FitFolder:
     n_parameters: int
     noted: tuple[str, ...] = ()
     derived: tuple[str, ...] = ("evaluation",)
+    settled: Callable[[Mapping[str, Any]], Mapping[str, Any]] = dict
 
     def earlier(self) -> dict[str, Any]:
         """run.json of the run that this one goes on from; empty where there is none.
@@ -146,12 +148,11 @@ class FitFolder:
             raise ConfigError(
                 f"{self.path} holds a run of {found.get('kind') or 'another kind'}; use a new run folder"
             )
-        if before == self.identity:
+        before = self.settled(before) if isinstance(before, dict) else {}
+        now = self.settled(self.identity)
+        if before == now:
             return
-        differing = [
-            key for key in self.identity
-            if not isinstance(before, dict) or before.get(key) != self.identity[key]
-        ]  # fmt: skip
+        differing = [key for key in now if before.get(key) != now[key]]
         raise ConfigError(
             f"{self.path} holds a run of other {', '.join(differing)}; a resumed run must keep them:"
             " use a new run folder, or --no-resume to start over in this one"

@@ -14,6 +14,7 @@ from mvpa_kit import planted
 
 from raypipe.errors import MemoryBudgetExceeded
 from raypipe.fmri.mvpa import EstimatorConfig, MvpaConfig, decode
+from raypipe.fmri.mvpa.estimators import maps_at_most, solver_rows
 from raypipe.fmri.plan import (
     Batch,
     Need,
@@ -136,6 +137,29 @@ def test_a_unit_with_weight_maps_stays_within_its_plan(estimator: str, gaps: boo
     unit = UnitFacts(
         n_samples=len(design), n_folds=n_folds, keeps_folds=estimator != "svc", n_maps=3
     )
+    planned = need_of(voxels, [SCAN], [unit], mapped=False).working
+    assert planned / 3 < peak <= planned
+
+
+@pytest.mark.parametrize("weights", [False, True])
+@pytest.mark.parametrize("n_classes", [2, 4])
+def test_a_logistic_unit_stays_within_its_plan(n_classes: int, weights: bool) -> None:
+    """Few samples, so that most of it is the solver's."""
+    voxels, model = 20_000, EstimatorConfig(estimator="logistic")
+    config = MvpaConfig(model=model)
+    decode(*planted(n_classes, 2, 2), config, weights=weights)
+    patterns, design = planted(n_classes, 2, 2, n_voxels=voxels)
+    tracemalloc.start()
+    try:
+        decode(patterns.copy(), design, config, weights=weights)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    unit = UnitFacts(
+        n_samples=len(design), n_folds=2, keeps_folds=True,
+        n_maps=maps_at_most(model, n_classes) if weights else 0,
+        solver_rows=solver_rows(model, n_classes),
+    )  # fmt: skip
     planned = need_of(voxels, [SCAN], [unit], mapped=False).working
     assert planned / 3 < peak <= planned
 

@@ -10,20 +10,24 @@ from typing import Any, ClassVar
 import nibabel
 import numpy as np
 import pytest
+from mvpa_kit import design_of
 from run_kit import SHAPE, make_data, mvpa_config, patterns
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
 from raypipe.errors import InputError, StoreCorrupt
+from raypipe.fmri import inputs as inputs_module
 from raypipe.fmri.commands import mvpa
 from raypipe.fmri.inputs import look_at
 from raypipe.fmri.masks import Grid
 from raypipe.fmri.mvpa import EstimatorConfig, MvpaConfig, Weights
+from raypipe.fmri.mvpa.estimators import maps_at_most
+from raypipe.fmri.mvpa.weights import weight_maps
 from raypipe.fmri.report import write_report
 from raypipe.fmri.report.brain import read_map, read_maps
 from raypipe.fmri.rois import wanted_rois
 from raypipe.fmri.series import Subject
-from raypipe.fmri.units import Unit
+from raypipe.fmri.units import Target, Unit
 from raypipe.fmri.weight_files import save_weights
 from raypipe.runner import LocalRunner
 
@@ -66,9 +70,45 @@ def test_maps_are_scikit_learns_weights_and_their_patterns(tmp_path: Path) -> No
 
 def test_maps_are_planned_for(tmp_path: Path) -> None:
     cfg = mvpa_config(make_data(tmp_path / "data", ("01",)), tmp_path / "run")
-    for asked, n_maps in ((False, 0), (True, 2)):
+    for asked, n_maps in ((False, 0), (True, 1)):
         found = look_at(replace(cfg, weight_maps=asked), "01", wanted_rois(cfg), cfg.targets())
         assert {facts.n_maps for _, facts in found.units} == {n_maps}
+
+
+@pytest.mark.parametrize(
+    "estimator", ["svc", "logistic", "ridge_classifier", "lda", "sklearn.svm.NuSVC"]
+)
+@pytest.mark.parametrize("n_classes", [2, 3, 5])
+def test_as_many_maps_are_planned_as_scikit_learn_makes(estimator: str, n_classes: int) -> None:
+    """Five classes have ten pairs."""
+    params = ("kernel=linear",) if estimator.endswith("NuSVC") else ()
+    model = EstimatorConfig(estimator=estimator, params=params)
+    labels = np.tile([f"c{n}" for n in range(n_classes)], 8)
+    design = design_of(labels, np.repeat(np.arange(8), n_classes))
+    values = np.random.default_rng(0).normal(size=(len(labels), 6))
+    made = np.atleast_2d(model.build().fit(values, labels).coef_)
+    assert maps_at_most(model, n_classes) == len(made)
+    names = weight_maps(values, design, MvpaConfig(model=model)).names
+    assert len(names) == len(made), "each has its name"
+
+
+def test_many_classes_are_planned_by_estimator(tmp_path: Path) -> None:
+    """62 have 1,891 pairs."""
+    facts = {
+        estimator: inputs_module._unit_facts(
+            mvpa_config(
+                tmp_path, tmp_path, weight_maps=True,
+                mvpa=MvpaConfig(model=EstimatorConfig(estimator=estimator)),
+            ),
+            Target(name="all"),
+            design_of(np.array([f"c{n:02}" for n in range(62)] * 2), np.repeat([0, 1], 62)),
+        )
+        for estimator in ("svc", "ridge_classifier")
+    }  # fmt: skip
+    assert {name: one.n_maps for name, one in facts.items()} == {
+        "svc": 1891,
+        "ridge_classifier": 62,
+    }
 
 
 def test_a_model_without_weights_is_told(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from raypipe.segment import readers as readers_module
 from raypipe.segment.channels import open_pixels
 from raypipe.segment.labels import IGNORE, to_plane
 from raypipe.segment.normalise import Normalisation, measure
-from raypipe.segment.ome_sets import named_in, sets_of
+from raypipe.segment.ome_sets import sets_of
 from raypipe.segment.pictures import Picture, find_pictures, parse_range
 from raypipe.segment.planted import PlantedNucleiConfig, make_planted_nuclei, nuclei
 from raypipe.segment.prepare import prepare
@@ -161,23 +161,6 @@ def test_a_fit_divides_by_sets(tmp_path: Path) -> None:
         prepare(cfg)
     by_page = replace(cfg, inputs=replace(cfg.inputs, split_by="page"))
     assert {p.split for p in prepare(by_page).pictures} == {"train", "val"}
-
-
-@pytest.mark.parametrize("prefix", ["", "OME:"])
-def test_what_an_ome_xml_names(prefix: str, tmp_path: Path) -> None:
-    def listed(*files: tuple[str, str]) -> str:
-        inner = "".join(
-            f'<{prefix}UUID FileName="{name}">{uuid}</{prefix}UUID>' for name, uuid in files
-        )
-        return f'<{prefix}OME xmlns="x" UUID="urn:own">{inner}</{prefix}OME>'
-
-    two = {str(tmp_path / "a.tif"), str(tmp_path / "b.tif"), "urn:1", "urn:2", "urn:own"}
-    assert named_in(listed(("a.tif", "urn:1"), ("b.tif", "urn:2")), tmp_path) == two
-    # one file, however often it is named, is no set; nor is one of which nothing is said
-    assert named_in(listed(("a.tif", "urn:1"), ("a.tif", "urn:1")), tmp_path) == set()
-    assert named_in(listed(), tmp_path) == named_in("", tmp_path) == set()
-    binary = f'<{prefix}OME><{prefix}BinaryOnly MetadataFile="a.tif" UUID="urn:1"/></{prefix}OME>'
-    assert named_in(binary, tmp_path) == {str(tmp_path / "a.tif"), "urn:1"}
 
 
 def pages(sources: int, each: int) -> list[Picture]:

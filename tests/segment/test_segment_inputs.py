@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,9 @@ import numpy as np
 import pytest
 import tifffile
 
+from raypipe.config import to_dict
 from raypipe.errors import ConfigError, StoreCorrupt
+from raypipe.report.saved import RUN_FILE
 from raypipe.runner import LocalRunner
 from raypipe.segment import assess, prepare
 from raypipe.segment.assess import evaluate
@@ -22,6 +25,7 @@ from raypipe.segment.config import (
     SegmentFitConfig,
 )
 from raypipe.segment.inputs import INPUTS_FILE
+from raypipe.segment.loss import LossConfig, applied
 from raypipe.segment.planted import PlantedNucleiConfig, make_planted_nuclei
 from raypipe.segment.run import fit
 from raypipe.train import TrainConfig
@@ -150,3 +154,39 @@ def test_a_spoilt_record_says_what_to_do(fitted: SegmentFitConfig) -> None:
         prepare.prepare(fitted)
     (fitted.run_dir / INPUTS_FILE).unlink()
     assert prepare.prepare(fitted).task.n_train > 0
+
+
+@pytest.mark.parametrize(
+    ("ignored", "refused"),
+    [
+        ({"class_weights": [1.0, 2.0]}, False),
+        ({"dice_background": True, "focal_gamma": 3.0}, False),
+        ({"positive_weight": 5.0}, True),
+        ({"loss": "focal", "focal_gamma": 3.0}, True),
+    ],
+)
+def test_an_earlier_run_with_options_that_did_nothing_goes_on(
+    fitted: SegmentFitConfig, ignored: dict[str, Any], refused: bool
+) -> None:
+    """As it was recorded before such options were refused. --target foreground has one map."""
+    path = fitted.run_dir / RUN_FILE
+    run = json.loads(path.read_text())
+    run["identity"]["loss"] |= ignored
+    path.write_text(json.dumps(run))
+    longer = replace(fitted, train=replace(TRAIN, epochs=2))
+    if refused:
+        with pytest.raises(ConfigError, match="holds a run of other loss"):
+            fit(longer, LocalRunner())
+        return
+    assert fit(fitted, LocalRunner()).result is not None, "complete already"
+    assert path.read_text() == json.dumps(run)
+    again = fit(longer, LocalRunner())
+    assert again.result is not None and again.result.epochs == 2
+
+
+def test_what_a_loss_does_not_use_is_not_compared() -> None:
+    plain = to_dict(LossConfig())
+    weights = {"positive_weight": 5.0, "class_weights": [1.0, 2.0, 3.0], "dice_background": True}
+    kept = {name: weights[name] for name in ("class_weights", "dice_background")}
+    assert applied(plain | weights, 3) == plain | kept
+    assert applied(plain | weights, 1) == plain | {"positive_weight": 5.0}

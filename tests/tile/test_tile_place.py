@@ -69,6 +69,53 @@ def test_other_processes_get_a_model_on_the_cpu(device: str) -> None:
     assert _on(model, device, here=False) is model, "pickling copies it"
 
 
+class Parts(nn.Module):
+    """Parameters, one of them twice and one frozen, buffers, and one part that is on the CPU already."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.one = nn.Linear(3, 3, device=device)
+        self.two = nn.Linear(3, 3, device=device)
+        self.two.weight = self.one.weight
+        self.norm = nn.BatchNorm1d(3, device=device)
+        self.norm.weight.requires_grad_(False)
+        self.register_buffer("shift", torch.ones(3, device=device), persistent=False)
+        self.here = nn.Linear(2, 2)
+
+
+def test_a_model_is_copied_to_the_cpu_without_a_second_one_where_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """ "meta" stands for a GPU: nothing may be allocated on it."""
+    deepcopy = {kind: kind.__deepcopy__ for kind in (Tensor, nn.Parameter)}
+
+    def guarded(self: Tensor, memo: dict[int, object]) -> Tensor:
+        assert self.device.type == "cpu", "copied where it is"
+        return deepcopy[type(self)](self, memo)
+
+    def cpu(self: Tensor) -> Tensor:
+        return torch.full_like(self, 7, device="cpu") if self.is_meta else self
+
+    for kind in deepcopy:
+        monkeypatch.setattr(kind, "__deepcopy__", guarded)
+    monkeypatch.setattr(Tensor, "cpu", cpu)
+    model = Parts("meta").eval()
+    sent = _on(model, "cuda", here=False)
+    assert isinstance(sent, Parts) and sent is not model and not sent.training
+    assert sent.two.weight is sent.one.weight
+    assert sent.state_dict().keys() == model.state_dict().keys(), "shift is not saved"
+    both = [dict((*m.named_parameters(), *m.named_buffers())) for m in (model, sent)]
+    assert both[0].keys() == both[1].keys()
+    for name, tensor in both[0].items():
+        ours = both[1][name]
+        assert type(ours) is type(tensor) and ours is not tensor
+        assert ours.requires_grad == tensor.requires_grad and ours.device.type == "cpu"
+        assert tensor.is_meta == (not name.startswith("here.")), "the caller's stays"
+        assert not tensor.is_meta or bool((ours == 7).all())
+    assert sent.here.weight.data_ptr() != model.here.weight.data_ptr()
+    assert torch.equal(sent.here.weight, model.here.weight)
+
+
 def test_memory_is_freed_after_what_filled_it_is_gone(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -104,3 +151,14 @@ def test_a_callers_model_stays_where_it_is() -> None:
     other = raypipe.process_large_image(image, model, 32, device="cuda")
     assert on_gpu.weight.is_cuda and not model.weight.is_cuda
     np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
+
+
+@pytest.mark.gpu
+@NO_CUDA
+def test_a_model_goes_to_other_processes_without_a_second_one_on_the_gpu() -> None:
+    model = nn.Linear(2048, 2048, device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    sent = _on(model, "cuda", here=False)
+    assert torch.cuda.max_memory_allocated() == before
+    assert torch.equal(sent.weight, model.weight.cpu()) and model.weight.is_cuda

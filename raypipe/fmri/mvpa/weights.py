@@ -11,12 +11,12 @@ from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.svm import SVC
 
 from raypipe.errors import InputError
 from raypipe.fmri.mvpa.config import MvpaConfig
 from raypipe.fmri.mvpa.design import Design
 from raypipe.fmri.mvpa.engines import scaled
+from raypipe.fmri.mvpa.estimators import decides_by_pairs
 from raypipe.fmri.mvpa.folds import Fold
 
 Floats = NDArray[np.float64]
@@ -71,7 +71,7 @@ def _fitted(values: Floats, design: Design, config: MvpaConfig) -> tuple[Floats,
             f"estimator {config.model.estimator} has {coefficients.shape[1]} weights for {values.shape[1]} "
             "voxels; choose one that keeps all of them"
         )
-    return coefficients, isinstance(model, SVC)  # it decides pair by pair
+    return coefficients, decides_by_pairs(model)
 
 
 def haufe_patterns(values: Floats, weights: Floats) -> Floats:
