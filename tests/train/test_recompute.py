@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,13 +23,8 @@ from raypipe.train.recompute import recompute
 AMP = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small tensors on many threads take longer than on one, and sums in another order differ."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+# Sums in another order differ.
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def unet(dropout: float = 0.3) -> nn.Module:
