@@ -8,7 +8,8 @@ limit_gbps: the copy of as many bytes into a reused buffer, by the best of 1 to 
 ours gathers with (limit_threads), in the same process and in turn with ours. plain: without Ray.
 ray: row numbers through Ray Data. anon_mib_NAME: largest RssAnon of the consumer, above what its
 imports take; cpu_s_per_gb_NAME: of its process tree; start_s_NAME: from its imports to its first batch.
---minutes bounds the whole: rounds are left out when they would not end in time (rounds_done).
+--minutes bounds the whole: rounds are left out when they would not end in time (rounds_done), but
+the first of each kind.
 A peer that needs an environment of its own (mosaicml-streaming pins numpy < 2.2) is run by the
 interpreter that BENCH_PYTHON_NAME names, e.g. BENCH_PYTHON_MOSAICML.
 """

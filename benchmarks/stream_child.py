@@ -20,6 +20,7 @@ import stream_peers
 from stream_peers import PEERS, Turn
 
 TURN_S = 0.2  # about how long one turn beside the limit is
+PAIRS = 15  # such turns at least: on a shared host one pair may be half of the next
 SKIP = 8  # batches that a loader had ready after a halt: they are not counted
 
 
@@ -88,7 +89,7 @@ def beside_limit(turn: Turn, batches: Iterator[Any], ours: Any, seconds: float) 
     count = max(SKIP, round(gbps * 1e9 * TURN_S / turn.rows.batch_bytes))
     copied, by_threads = ({ways: list[float]() for ways in given} for given in (counts, others))
     found = list[float]()
-    for _ in range(max(5, round(seconds / TURN_S / (threads + 1)))):
+    for _ in range(max(PAIRS, round(seconds / TURN_S / (threads + 1)))):
         for ways, rates in copied.items():
             rates.append(limit.gbps(count, ways))
         found.append(rate_of(batches, count))
