@@ -31,6 +31,7 @@ from raypipe.cluster.decode_actor import DecodeActor, Lease
 from raypipe.cluster.decode_plan import Crew
 from raypipe.cluster.lost import ACTOR_LOST
 from raypipe.cluster.pieces import Pieces, Request
+from raypipe.cluster.stalls import Stalls
 from raypipe.errors import MemoryBudgetExceeded, RaypipeError, WorkerFailed
 from raypipe.memory.verdict import Verdict
 from raypipe.stream.decoding import Decoded, Terms
@@ -86,6 +87,7 @@ class Decoders:
     """`raypipe.stream.reading.RowReader` by the actors of ``crew``.
 
     memory : of the run; None: nobody watches the actors. name : of them, in logs and verdicts.
+    stalls : readers of other sources, which are looked after while an actor is waited for.
     """
 
     names_itself = True
@@ -98,7 +100,9 @@ class Decoders:
         memory: WorkerMemory | None = None,
         name: str = "decoder",
         say: Callable[[str], None] = logger.warning,
+        stalls: Stalls | None = None,
     ) -> None:
+        self._stalls = stalls if stalls is not None else Stalls()
         self.source, self._crew, self._say = source, crew, say
         self._memory, self._name = memory, name
         self._most_bytes = memory.memory.config.budget_bytes if memory else sys.maxsize
@@ -176,6 +180,7 @@ class Decoders:
             if ready:
                 return ray.get(part.ref)
             self._hand_on(part)
+            self._stalls.look()
             waited = time.monotonic() - began
             if waited < min(STALLED_S, next_word):
                 continue
@@ -184,8 +189,10 @@ class Decoders:
                 f"{self._names(part.rows)}: {self._why(part.seat)}"
             )
             if waited >= STALLED_S:
+                others = f"; {late}" if (late := self._stalls.all_late()) else ""
                 raise WorkerFailed(
-                    f"{text}; look at {self._terms.data} there, or give fewer {self._terms.readers}"
+                    f"{text}{others}; look at {self._terms.data} there, or give fewer "
+                    f"{self._terms.readers}"
                 )
             self._say(text)
             next_word += SAY_STALLED_S
@@ -272,9 +279,10 @@ class RowOpener:
         name: str = "decoder",
         say: Callable[[str], None] = logger.warning,
         otherwise: OpenRows | None = None,
+        stalls: Stalls | None = None,
     ) -> None:
         self._crews, self._memory, self._name, self._say = crews, memory, name, say
-        self._otherwise = otherwise
+        self._otherwise, self._stalls = otherwise, stalls
         self._open: dict[str, Decoders] = {}
 
     def __call__(self, source: Source) -> MappedRows | RowReader:
@@ -290,6 +298,6 @@ class RowOpener:
             crew = self._crews[source.fingerprint]
             name = f"{self._name}-{len(self._open)}"
             self._open[source.fingerprint] = Decoders(
-                source, crew, memory=self._memory, name=name, say=self._say
+                source, crew, memory=self._memory, name=name, say=self._say, stalls=self._stalls
             )
         return self._open[source.fingerprint]

@@ -109,6 +109,12 @@ class Pieces:
             request.handed_out = True
         return block
 
+    def under_way(self) -> list[Any]:
+        """The pieces that are asked for and not handed out yet, the oldest batch's first."""
+        with self._lock:
+            live = [request for ref in self._requests if (request := ref()) is not None]
+            return [piece for r in live for piece in [*r.asked][int(r.handed_out) :]]
+
     def finish(self, request: Request) -> None:
         """Its last piece is copied, or another's to hold."""
         with self._lock:

@@ -21,6 +21,7 @@ from raypipe.cluster.node_memory import START_TIMEOUT_S
 from raypipe.cluster.pieces import Share, divide, smallest_object_store
 from raypipe.cluster.remote_rows import Copy, Patience, RemoteRows
 from raypipe.cluster.serving import Serving, serving
+from raypipe.cluster.stalls import Stalls
 from raypipe.cluster.turn import give_on
 from raypipe.errors import MissingInput, WorkerFailed
 from raypipe.store import Placement, Way, this_node
@@ -65,10 +66,15 @@ class Shards:
         return in_words({name: self.way(source, turn) for source, name in self.names.items()})
 
     def open_rows(
-        self, source: Source, *, turn: int, say: Callable[[str], None]
+        self,
+        source: Source,
+        *,
+        turn: int,
+        say: Callable[[str], None],
+        stalls: Stalls | None = None,
     ) -> MappedRows | RowReader:
-        """Open ``source`` the way there is from this node. Raises StoreError, WorkerFailed, and as
-        `Source.open`.
+        """Open ``source`` the way there is from this node; ``stalls``: of this process's readers. Raises
+        StoreError, WorkerFailed, and as `Source.open`.
         """
         if not isinstance(source, ArraySource):
             return source.open()
@@ -95,7 +101,7 @@ class Shards:
                 "the task's sources() must be the same there as on the workers"
             )
         name, share = self.names[source], self.shares[source]
-        return RemoteRows(source, name, copies, share, say, self.patience)
+        return RemoteRows(source, name, copies, share, say, self.patience, stalls)
 
 
 @contextmanager

@@ -12,11 +12,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,12 +30,14 @@ from raypipe.cluster import remote_rows
 from raypipe.cluster.pieces import PIECE_BYTES, Share, divide
 from raypipe.cluster.remote_rows import Copy, Patience, RemoteRows
 from raypipe.cluster.shards import Shards, open_shards
+from raypipe.cluster.stalls import Stalls
 from raypipe.errors import (
     ConfigError,
     MemoryBudgetExceeded,
     MissingInput,
     StoreError,
     WorkerFailed,
+    in_one_line,
 )
 from raypipe.store import FeatureStore, Placement, declare, stand_in, this_node
 from raypipe.store.adoption import adopt, plan_adoption
@@ -140,6 +143,101 @@ def test_a_batch_that_is_not_wanted_is_let_go_of_within_seconds(
     assert not request.asked and not request.left
     with pytest.raises(CancelledError):
         request()
+
+
+class TestSeveralThatStall:
+    """Of readers on nodes that give no answer; ``came``: what each has given all the same."""
+
+    @pytest.fixture
+    def came(self, monkeypatch: pytest.MonkeyPatch) -> set[str]:
+        found: set[str] = set()
+
+        def wait(refs: list[Any], timeout: float, fetch_local: bool = True) -> tuple[Any, Any]:
+            if refs[0][0] in found:
+                return refs, []
+            time.sleep(timeout)
+            return [], refs
+
+        fake = SimpleNamespace(wait=wait, get=lambda ref, timeout=None: ref[1].astype(np.uint8))
+        monkeypatch.setattr(remote_rows, "ray", fake)
+        return found
+
+    def reader(
+        self, name: str, say: Callable[[str], None], patience: Patience, stalls: Stalls
+    ) -> RemoteRows:
+        source = ArraySource(
+            path=Path(f"/{name}.npy"), dtype="uint8", shape=(9, 1), offset=0, node=name.upper()
+        )
+        read = SimpleNamespace(remote=lambda source, rows: (name, rows[:, None]))
+        copy = Copy(source, SimpleNamespace(read=read))
+        return RemoteRows(source, name, [copy], Share(8, 3), say, patience, stalls)
+
+    def test_each_is_named_though_one_is_waited_for_and_the_end_names_all(
+        self, came: set[str]
+    ) -> None:
+        said, patience = list[str](), Patience(first_word_s=0.3, again_s=9.0, give_up_s=1.2)
+        stalls = Stalls()
+        readers = {name: self.reader(name, said.append, patience, stalls) for name in "abc"}
+        came.add("b")
+        rows = [np.arange(8), np.arange(4)]
+        with (
+            Gatherer(
+                {name: reader.source for name, reader in readers.items()}, 8, depth=2,
+                open_rows=lambda source: readers[source.path.stem],
+            ) as gatherer,
+            pytest.raises(WorkerFailed) as stop,
+        ):  # fmt: skip
+            next(gatherer.batches(rows))
+        assert said == [
+            f"{name}: has waited 0 s for 8 rows of /{name}.npy on node {name.upper()}; ends after 1 s"
+            for name in "ac"
+        ]
+        told = in_one_line(stop.value)
+        assert told.startswith(
+            "a: 8 rows of /a.npy on node A did not come in 1 s; c: 8 rows of /c.npy on node C did not "
+            "come in 1 s; see to "
+        )
+        assert told.count("/c.npy") == 1 and "/b.npy" not in told
+        assert told.endswith("(raypipe store replicate, on a node that sees both)")
+
+    def test_the_clock_runs_from_when_rows_were_asked_for_or_the_last_ones_came(
+        self, came: set[str]
+    ) -> None:
+        said, patience = list[str](), Patience(first_word_s=0.5, again_s=9.0, give_up_s=1.0)
+        reader = self.reader("a", said.append, patience, Stalls())
+        wait = reader.start(np.arange(8))
+        time.sleep(1.1)
+        began = time.monotonic()
+        with pytest.raises(WorkerFailed, match="did not come in 1 s"):
+            wait()
+        assert time.monotonic() - began < 0.4 and len(said) == 1
+        said.clear()
+        slow = [reader.start(np.arange(8)) for _ in range(3)]  # a batch every 0.7 s, as asked for
+        for wait in slow[:2]:
+            threading.Timer(0.7, came.add, "a").start()
+            np.testing.assert_array_equal(wait()[:, 0], np.arange(8))
+            came.clear()
+        assert len(said) == 2  # neither is given up
+
+    def test_what_has_come_or_is_not_wanted_is_never_late(self, came: set[str]) -> None:
+        said, patience = list[str](), Patience(first_word_s=0.1, again_s=0.1, give_up_s=9.0)
+        stalls = Stalls()
+        mine, other = (self.reader(name, said.append, patience, stalls) for name in "ab")
+        wait, dropped = mine.start(np.arange(8)), other.start(np.arange(8))
+        dropped.cancel()
+        came.add("a")
+        time.sleep(0.2)
+        stalls.look()
+        assert not said and not stalls.all_late()
+        assert wait().shape == (8, 1)
+        kept = other.start(np.arange(8))
+        time.sleep(0.2)
+        stalls.look()
+        assert len(said) == 1 and said[0].startswith("b: ")
+        del other, kept  # nobody has that reader any more
+        time.sleep(0.2)
+        stalls.look()
+        assert len(said) == 1
 
 
 @pytest.mark.ray
