@@ -30,6 +30,7 @@ from raypipe.cluster.pieces import Pieces, Request, Share
 from raypipe.cluster.stalls import Stalls
 from raypipe.errors import ConfigError, MemoryBudgetExceeded, RaypipeError, WorkerFailed
 from raypipe.memory.verdict import Verdict
+from raypipe.store.catalog import REPLICATE
 from raypipe.stream import ArraySource
 
 ASK_AGAIN_S = 1.0
@@ -183,8 +184,7 @@ class RemoteRows:
         if waited >= self._patience.give_up_s:
             raise WorkerFailed(
                 f"{self._stalls.all_late() or self._missing(piece, waited)}; see to the node and its "
-                "disk, then run the same command again, or copy the store elsewhere first (raypipe "
-                "store replicate, on a node that sees both)"
+                f"disk, then run the same command again, or copy the store elsewhere first ({REPLICATE})"
             )
 
     def _ask_again(self, piece: _Piece, gone: Exception | None) -> None:
@@ -201,7 +201,7 @@ class RemoteRows:
                 raise WorkerFailed(
                     f"{self.name}: {lost.words} cannot be read any more, its server is gone for good "
                     f"({said}) and no other node has a copy; bring the node back, or copy the store to "
-                    "another (raypipe store replicate), then run the same command again"
+                    f"another ({REPLICATE}), then run the same command again"
                 ) from gone
             if first and len(self._copies) > 1:
                 del self._copies[0]

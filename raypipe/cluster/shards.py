@@ -25,6 +25,7 @@ from raypipe.cluster.stalls import Stalls
 from raypipe.cluster.turn import give_on
 from raypipe.errors import MissingInput, WorkerFailed
 from raypipe.store import Placement, Way, this_node
+from raypipe.store.catalog import REPLICATE
 from raypipe.store.placement import in_words
 from raypipe.stream import ArraySource
 from raypipe.stream.mapped import MappedRows
@@ -201,7 +202,7 @@ def _present(
         raise MissingInput(
             f"{name}: {placement.path} lies on the disk of {absent} only, and the cluster has "
             f"{', '.join(sorted(nodes))}; start that node (its RAYPIPE_NODE, or host name, is its id), "
-            "or copy the store to one that is there: raypipe store replicate"
+            f"or copy the store to one that is there ({REPLICATE})"
         )
     if absent:
         say(f"{name}: copies on {absent} are not used: not in the cluster")
