@@ -13,6 +13,7 @@ from contextlib import ExitStack
 
 import numpy as np
 
+from raypipe.cluster.awaited import Spot, here
 from raypipe.cluster.budget import Lease, helping
 from raypipe.memory.guard import current, note, relieve
 from raypipe.stream.decoding import Decoded
@@ -38,6 +39,10 @@ class DecodeActor:
     def __init__(self, source: Decoded, lease: Lease | None) -> None:
         self._source, self._lease = source, lease
         self._held: ExitStack | None = None  # until the actor ends
+
+    def where(self) -> Spot:
+        """Asked first of all: who waits for it asks there what it waits for."""
+        return here()
 
     def decode(self, rows: np.ndarray) -> np.ndarray:
         """(n, *row_shape); raises as the source's ``decode_row``, and MemoryBudgetExceeded

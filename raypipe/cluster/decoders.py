@@ -25,11 +25,13 @@ import numpy as np
 import ray
 from ray.exceptions import ObjectLostError, RayError, RayTaskError
 
+from raypipe.cluster.awaited import Awaited, landed, memory_waits
 from raypipe.cluster.budget import WorkerMemory, await_verdict
 from raypipe.cluster.decode_actor import DecodeActor, Lease
 from raypipe.cluster.decode_plan import Crew
 from raypipe.cluster.lost import ACTOR_LOST
 from raypipe.cluster.pieces import Pieces, Request
+from raypipe.cluster.stalls import Stalls
 from raypipe.errors import MemoryBudgetExceeded, RaypipeError, WorkerFailed
 from raypipe.memory.verdict import Verdict
 from raypipe.stream.decoding import Decoded, Terms
@@ -41,7 +43,7 @@ logger = logging.getLogger(__name__)
 # A part whose actor died goes to a new one this often; what kills every actor is not bad luck.
 MAX_TRIES = 4
 # A part that is this late is named; after the second time the run ends and says so.
-SAY_STALLED_S = 30.0
+SAY_STALLED_S = 25.0
 STALLED_S = 300.0
 LOOK_S = 1.0
 VERDICT_WAIT_S = 2.0
@@ -59,13 +61,14 @@ class _Part:
 
 @dataclass
 class _Seat:
-    """An actor; ``label``: in verdicts; ``budget_bytes``: of its lease; ``ready``: its answer when it
-    has it.
+    """An actor; ``label``: in verdicts; ``budget_bytes``: of its lease; ``where``: its first answer;
+    ``ready``: its answer when it has its lease.
     """
 
     actor: Any
     label: str
     budget_bytes: int
+    where: Any
     ready: Any
     _up: bool = False
 
@@ -84,6 +87,7 @@ class Decoders:
     """`raypipe.stream.reading.RowReader` by the actors of ``crew``.
 
     memory : of the run; None: nobody watches the actors. name : of them, in logs and verdicts.
+    stalls : readers of other sources, which are looked after while an actor is waited for.
     """
 
     names_itself = True
@@ -96,7 +100,9 @@ class Decoders:
         memory: WorkerMemory | None = None,
         name: str = "decoder",
         say: Callable[[str], None] = logger.warning,
+        stalls: Stalls | None = None,
     ) -> None:
+        self._stalls = stalls if stalls is not None else Stalls()
         self.source, self._crew, self._say = source, crew, say
         self._memory, self._name = memory, name
         self._most_bytes = memory.memory.config.budget_bytes if memory else sys.maxsize
@@ -174,18 +180,34 @@ class Decoders:
             if ready:
                 return ray.get(part.ref)
             self._hand_on(part)
+            self._stalls.look()
             waited = time.monotonic() - began
+            if waited < min(STALLED_S, next_word):
+                continue
             text = (
                 f"a decode actor has given nothing for {waited:.0f} s, of "
-                f"{self._names(part.rows)}: its disk is slow, or the cluster has no CPU free for it"
+                f"{self._names(part.rows)}: {self._why(part.seat)}"
             )
             if waited >= STALLED_S:
+                others = f"; {late}" if (late := self._stalls.all_late()) else ""
                 raise WorkerFailed(
-                    f"{text}; look at {self._terms.data} there, or give fewer {self._terms.readers}"
+                    f"{text}{others}; look at {self._terms.data} there, or give fewer "
+                    f"{self._terms.readers}"
                 )
-            if waited >= next_word:
-                self._say(text)
-                next_word += SAY_STALLED_S
+            self._say(text)
+            next_word += SAY_STALLED_S
+
+    def _why(self, seat: _Seat) -> str:
+        """What an actor that gives nothing waits for."""
+        with self._lock:
+            if seat.up():
+                return "its disk is slow"
+        spot = landed(seat.where)
+        if spot is None:
+            return "the cluster has no CPU free for it"
+        who = f"{seat.label} on node {spot.name}"
+        waits = memory_waits([Awaited(who=who, label=seat.label, ray_node=spot.ray_node)])
+        return waits.get(seat.label, f"{who} starts")
 
     def _hand_on(self, part: _Part) -> None:
         """To an actor that is up, from one that is not: its rows are not begun."""
@@ -224,7 +246,7 @@ class Decoders:
             num_cpus=self._crew.cpus, scheduling_strategy="SPREAD", max_restarts=0
         )
         actor = make.remote(self._where, lease)
-        return _Seat(actor, label, budget_bytes, actor.ready.remote())
+        return _Seat(actor, label, budget_bytes, actor.where.remote(), actor.ready.remote())
 
     def _names(self, rows: np.ndarray) -> str:
         """``images a.png to b.png``."""
@@ -257,9 +279,10 @@ class RowOpener:
         name: str = "decoder",
         say: Callable[[str], None] = logger.warning,
         otherwise: OpenRows | None = None,
+        stalls: Stalls | None = None,
     ) -> None:
         self._crews, self._memory, self._name, self._say = crews, memory, name, say
-        self._otherwise = otherwise
+        self._otherwise, self._stalls = otherwise, stalls
         self._open: dict[str, Decoders] = {}
 
     def __call__(self, source: Source) -> MappedRows | RowReader:
@@ -275,6 +298,6 @@ class RowOpener:
             crew = self._crews[source.fingerprint]
             name = f"{self._name}-{len(self._open)}"
             self._open[source.fingerprint] = Decoders(
-                source, crew, memory=self._memory, name=name, say=self._say
+                source, crew, memory=self._memory, name=name, say=self._say, stalls=self._stalls
             )
         return self._open[source.fingerprint]

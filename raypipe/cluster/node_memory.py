@@ -17,6 +17,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raypipe.cluster.lost import ACTOR_LOST
 from raypipe.errors import WorkerFailed
-from raypipe.memory.node import NodeMemory
+from raypipe.memory.node import NodeMemory, Waiting
 from raypipe.memory.records import clear_abandoned_folders, node_folder
 from raypipe.memory.verdict import Verdict
 
@@ -112,16 +113,27 @@ def verdict_of(node_id: str, pid: int, timeout_s: float = CALL_TIMEOUT_S) -> Ver
         return None
 
 
-def why_waiting(node_id: str, label: str, timeout_s: float = CALL_TIMEOUT_S) -> str:
-    """What the process called ``label`` waits for on that node, and who holds it, by the node's ledger.
+def why_waiting(asked: Mapping[str, str], timeout_s: float = CALL_TIMEOUT_S) -> dict[str, Waiting]:
+    """What processes wait for and who holds it, by their nodes' ledgers; asked : label -> node id.
 
-    "" when it does not wait, or the node's actor does not answer.
+    Without those that do not wait, and those of nodes whose actor does not answer in time.
     """
-    try:
-        actor = ray.get_actor(actor_name(node_id), namespace=NAMESPACE)
-        return str(ray.get(actor.why_waiting.remote(label), timeout=timeout_s))
-    except (ValueError, *ACTOR_LOST, GetTimeoutError):
-        return ""
+    refs: dict[Any, str] = {}
+    for label, node_id in asked.items():
+        try:
+            actor = ray.get_actor(actor_name(node_id), namespace=NAMESPACE)
+        except (ValueError, *ACTOR_LOST):
+            continue
+        refs[actor.why_waiting.remote(label)] = label
+    found = {}
+    for ref in ray.wait(list(refs), num_returns=len(refs), timeout=timeout_s)[0] if refs else ():
+        try:
+            wait: Waiting | None = ray.get(ref)
+        except ACTOR_LOST:
+            continue
+        if wait is not None:
+            found[refs[ref]] = wait
+    return found
 
 
 def call(

@@ -19,6 +19,7 @@ import numpy as np
 import ray
 
 from raypipe.errors import MemoryBudgetExceeded
+from raypipe.store.catalog import REPLICATE
 from raypipe.units import format_bytes
 
 # Who makes a piece gathers it in memory of its own; larger batches are put together by who reads them.
@@ -41,7 +42,7 @@ def divide(
     batch_rows: int,
     *,
     makers: int = 1,
-    instead: str = "copy the store to their disks: raypipe store replicate",
+    instead: str = f"copy the store to their disks ({REPLICATE})",
 ) -> Share:
     """The share of one of ``readers`` in half an object store of ``store_bytes``.
 
@@ -108,6 +109,12 @@ class Pieces:
             request.raise_cancelled()
             request.handed_out = True
         return block
+
+    def under_way(self) -> list[Any]:
+        """The pieces that are asked for and not handed out yet, the oldest batch's first."""
+        with self._lock:
+            live = [request for ref in self._requests if (request := ref()) is not None]
+            return [piece for r in live for piece in [*r.asked][int(r.handed_out) :]]
 
     def finish(self, request: Request) -> None:
         """Its last piece is copied, or another's to hold."""

@@ -9,6 +9,7 @@ What a worker does with an item is its own affair: see ``runner.StepWorker``. Th
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,8 @@ from typing import Any
 
 import ray
 
-from raypipe.cluster.budget import WorkerMemory
+from raypipe.cluster.awaited import Awaited, landed, memory_waits
+from raypipe.cluster.budget import LEASE_WAIT_S, WorkerMemory
 from raypipe.cluster.pooled_worker import PooledWorker
 from raypipe.cluster.seat import Died, Seat, WorkerError, one_line
 from raypipe.errors import MemoryBudgetExceeded, WorkerFailed
@@ -28,7 +30,7 @@ from raypipe.runner import Done, Needs, StepWorker
 MAX_ATTEMPTS = 3
 # An autoscaled GPU node needs minutes to boot and to install; longer means that none will come.
 START_TIMEOUT_S = 1200.0
-SAY_WAITING_EVERY_S = 30.0
+SAY_WAITING_EVERY_S = 25.0
 
 
 class RayPool:
@@ -50,12 +52,14 @@ class RayPool:
         self._make, self._needs, self._say = worker, needs, on_event
         self._memory = memory
         self._made = 0
+        # Verdicts of earlier calls stay in the folder, and other runs have workers there.
+        self._name = f"worker-{secrets.token_hex(3)}"
         self._start_timeout_s = start_timeout_s
         self._seats: list[Seat] = []
         self._replacements_left = MAX_ATTEMPTS * needs.workers
         self._shared: Any | None = None
         self._lost: Callable[[Any], None] = lambda ticket: None
-        self._deadline = 0.0
+        self._deadline = self._next_word = 0.0
         self._attended = ExitStack()
 
     def __enter__(self) -> RayPool:
@@ -114,9 +118,10 @@ class RayPool:
             self._feed(queue)
             calls = {seat.call or seat.opening or seat.loading: seat for seat in self._seats}
             calls.pop(None, None)
-            ready, _ = ray.wait(list(calls), num_returns=1, timeout=SAY_WAITING_EVERY_S)
-            if not ready and not any(seat.pid for seat in self._seats):
-                self._say_waiting()
+            timeout_s = max(0.1, self._next_word - time.monotonic())
+            ready, _ = ray.wait(list(calls), num_returns=1, timeout=timeout_s)
+            if time.monotonic() >= self._next_word:
+                self._say_late()
             for ref in ready:
                 yield from self._settle(calls[ref], queue, left, attempts)
 
@@ -222,15 +227,16 @@ class RayPool:
 
     def _seat(self, *, gives_way: bool = True) -> Seat:
         self._made += 1
-        name = f"worker-{self._made}"
+        name = f"{self._name}-{self._made}"
         gpus = 1 if self._needs.device.startswith("cuda") else 0
         actor = (
             ray.remote(PooledWorker)
             .options(num_cpus=self._needs.cpus, num_gpus=gpus, max_restarts=0, max_task_retries=0)
             .remote()
         )
+        where = actor.where.remote()  # answered first
         loading = actor.load.remote(self._make_ref, self._memory_ref, name, gives_way=gives_way)
-        return Seat(actor=actor, name=name, memory=self._memory, loading=loading)
+        return Seat(actor=actor, name=name, memory=self._memory, loading=loading, where=where)
 
     def _finish_loading(self, seat: Seat) -> bool:
         """True when the worker stands; a death while loading is replaced like any other."""
@@ -260,14 +266,49 @@ class RayPool:
         return True
 
     def _restart_clock(self) -> None:
-        self._deadline = time.monotonic() + self._start_timeout_s
+        now = time.monotonic()
+        self._deadline, self._next_word = now + self._start_timeout_s, now + SAY_WAITING_EVERY_S
+
+    def _say_late(self) -> None:
+        """Of workers that do not come: all of them, or some while others work."""
+        self._next_word = time.monotonic() + SAY_WAITING_EVERY_S
+        if not any(seat.pid for seat in self._seats):
+            self._say_waiting()
+        elif waits := self._memory_waits():
+            self._say(waits)
+
+    def _memory_waits(self) -> str:
+        """Who holds the memory that workers wait for; "" when none does."""
+        if self._memory is None:
+            return ""
+        late = {s.name: s for s in self._seats if s.loading is not None}
+        spots = {name: spot for name, s in late.items() if (spot := landed(s.where)) is not None}
+        awaited = [
+            Awaited(
+                who=f"{name} on node {spot.name}",
+                label=name,
+                ray_node=spot.ray_node,
+                ends_s=LEASE_WAIT_S,
+            )
+            for name, spot in spots.items()
+        ]
+        first, *others = [*memory_waits(awaited).items()] or [("", "")]
+        nodes = ", ".join(sorted({spots[name].name for name, _ in others}))
+        return f"{first[1]}; {len(others)} more wait for theirs on {nodes}" if others else first[1]
 
     def _say_waiting(self) -> None:
         has = ray.cluster_resources()
         text = f"the cluster has {has.get('CPU', 0):g} CPUs and {has.get('GPU', 0):g} GPUs"
+        nowhere = sum(
+            seat.loading is not None and landed(seat.where) is None for seat in self._seats
+        )
+        if nowhere:
+            text += f", {nowhere} of {len(self._seats)} worker(s) have no place there yet"
+        if waits := self._memory_waits():
+            text += f"; {waits}"
         if time.monotonic() > self._deadline:
             raise WorkerFailed(
-                f"no worker started in {self._start_timeout_s:.0f} s; {text}: ask for fewer workers"
+                f"no worker started in {self._start_timeout_s:.0f} s; {text}; ask for fewer workers"
             )
         self._say(f"waiting for a worker to load; {text}")
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import ray
 
+from raypipe.cluster.awaited import Spot, here
 from raypipe.cluster.budget import WorkerMemory, budgeted, is_younger
 from raypipe.memory.guard import note
 from raypipe.runner import Done, StepWorker
@@ -24,6 +25,10 @@ class PooledWorker:
     def __init__(self) -> None:
         self._began = time.time()
         self._held = ExitStack()  # until the actor ends
+
+    def where(self) -> Spot:
+        """Asked before ``load``: who waits for that asks there what this one waits for."""
+        return here()
 
     def load(
         self,

@@ -20,6 +20,7 @@ from raypipe.cluster.budget import LEASE_WAIT_S, Lease, helping, verdicts
 from raypipe.errors import InputError, StoreError
 from raypipe.memory.guard import current, note, relieve
 from raypipe.store import Place, Placement
+from raypipe.store.catalog import REPLICATE
 from raypipe.stream import ArraySource
 from raypipe.stream.mapped import MappedRows
 
@@ -126,5 +127,5 @@ def _opened(held: Held) -> MappedRows:
     except InputError as error:
         raise StoreError(
             f"node {held.place.node} does not have {held.place.path} as it should ({error}); bring it "
-            "back, copy it there (raypipe store replicate), or take its entry from the catalog"
+            f"back, copy it there ({REPLICATE}), or take its entry from the catalog"
         ) from error

@@ -18,6 +18,7 @@ from raypipe.cluster.budget import WorkerMemory, worker_share
 from raypipe.cluster.node_memory import make_everywhere
 from raypipe.cluster.pool import SAY_WAITING_EVERY_S, START_TIMEOUT_S, RayPool
 from raypipe.cluster.shards import open_shards
+from raypipe.cluster.stalls import Stalls
 from raypipe.cluster.trainer import TrainSetup, train_on_ray
 from raypipe.errors import ConfigError, DeviceUnavailable, WorkerFailed
 from raypipe.memory.attend import attend
@@ -136,7 +137,7 @@ class RayRunner:
             memory=self._worker_memory(1, None, {"CPU": 1.0}),
             say=self._say,
         ) as shards:
-            yield partial(shards.open_rows, turn=0, say=self._say)
+            yield partial(shards.open_rows, turn=0, say=self._say, stalls=Stalls())
 
     def resolve_device(self, device: str) -> str:
         """``auto`` -> cuda where the cluster has a GPU now; a joined cluster may still add some.

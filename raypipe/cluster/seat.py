@@ -40,14 +40,16 @@ class Seat:
     """One actor and what it holds.
 
     A seat is loading, then opening, then has a call under way or is idle. name : unlike any
-    other's, for verdicts. memory : what it was told of its budget, None without one. ticket : what
-    its worker's ``open`` gave, by which the driver can shut it out.
+    other's of any call, for verdicts. memory : what it was told of its budget, None without one.
+    where : its first answer. ticket : what its worker's ``open`` gave, by which the driver can shut
+    it out.
     """
 
     actor: Any
     name: str
     memory: WorkerMemory | None
     loading: Any | None
+    where: Any = None
     pid: int = 0
     node: str = ""
     opening: Any | None = None

@@ -18,9 +18,10 @@ import ray
 from ray.exceptions import RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from raypipe.cluster.awaited import Awaited, memory_waits
 from raypipe.cluster.budget import LEASE_WAIT_S, Lease, WorkerMemory
 from raypipe.cluster.lost import ACTOR_LOST
-from raypipe.cluster.node_memory import START_TIMEOUT_S, why_waiting
+from raypipe.cluster.node_memory import START_TIMEOUT_S
 from raypipe.cluster.pieces import Share
 from raypipe.cluster.remote_rows import verdict_on
 from raypipe.cluster.row_server import THREADS, Held, RowServer, budget_bytes
@@ -176,20 +177,30 @@ def _await_ready(
                 "that node and its disk, then run the same command again"
             )
         if late and time.monotonic() >= next_word:
-            for node in late:
-                say(_why_late(node, leases.get(node), nodes, waited_s))
+            for text in _why_late(late, leases, nodes, waited_s):
+                say(text)
             next_word = time.monotonic() + SAY_EVERY_S
 
 
-def _why_late(node: str, lease: Lease | None, nodes: Mapping[str, str], waited_s: float) -> str:
-    """By the ledger of that node: the server's own words go nowhere."""
-    why = why_waiting(nodes[node], lease.label) if lease is not None else ""
-    if why:
-        return (
-            f"the row server of node {node} has waited {waited_s:.0f} s for its memory there: {why}; "
-            f"ends after {LEASE_WAIT_S:.0f} s"
+def _why_late(
+    late: Sequence[str], leases: Mapping[str, Lease], nodes: Mapping[str, str], waited_s: float
+) -> list[str]:
+    """A line on each server of ``late``."""
+    who = {node: f"the row server of node {node}" for node in late}
+    awaited = {
+        node: Awaited(
+            who=who[node], label=leases[node].label, ray_node=nodes[node], ends_s=LEASE_WAIT_S
         )
-    return f"the row server of node {node} is not ready after {waited_s:.0f} s: it starts, or opens its files"
+        for node in late
+        if node in leases
+    }
+    waits = memory_waits(list(awaited.values()))
+    return [
+        waits[awaited[node].label]
+        if node in awaited and awaited[node].label in waits
+        else f"{who[node]} is not ready after {waited_s:.0f} s: it starts, or opens its files"
+        for node in late
+    ]
 
 
 def _end(servers: Any) -> None:

@@ -21,9 +21,11 @@ from raypipe.cluster.node_memory import START_TIMEOUT_S
 from raypipe.cluster.pieces import Share, divide, smallest_object_store
 from raypipe.cluster.remote_rows import Copy, Patience, RemoteRows
 from raypipe.cluster.serving import Serving, serving
+from raypipe.cluster.stalls import Stalls
 from raypipe.cluster.turn import give_on
 from raypipe.errors import MissingInput, WorkerFailed
 from raypipe.store import Placement, Way, this_node
+from raypipe.store.catalog import REPLICATE
 from raypipe.store.placement import in_words
 from raypipe.stream import ArraySource
 from raypipe.stream.mapped import MappedRows
@@ -65,10 +67,15 @@ class Shards:
         return in_words({name: self.way(source, turn) for source, name in self.names.items()})
 
     def open_rows(
-        self, source: Source, *, turn: int, say: Callable[[str], None]
+        self,
+        source: Source,
+        *,
+        turn: int,
+        say: Callable[[str], None],
+        stalls: Stalls | None = None,
     ) -> MappedRows | RowReader:
-        """Open ``source`` the way there is from this node. Raises StoreError, WorkerFailed, and as
-        `Source.open`.
+        """Open ``source`` the way there is from this node; ``stalls``: of this process's readers. Raises
+        StoreError, WorkerFailed, and as `Source.open`.
         """
         if not isinstance(source, ArraySource):
             return source.open()
@@ -95,7 +102,7 @@ class Shards:
                 "the task's sources() must be the same there as on the workers"
             )
         name, share = self.names[source], self.shares[source]
-        return RemoteRows(source, name, copies, share, say, self.patience)
+        return RemoteRows(source, name, copies, share, say, self.patience, stalls)
 
 
 @contextmanager
@@ -195,7 +202,7 @@ def _present(
         raise MissingInput(
             f"{name}: {placement.path} lies on the disk of {absent} only, and the cluster has "
             f"{', '.join(sorted(nodes))}; start that node (its RAYPIPE_NODE, or host name, is its id), "
-            "or copy the store to one that is there: raypipe store replicate"
+            f"or copy the store to one that is there ({REPLICATE})"
         )
     if absent:
         say(f"{name}: copies on {absent} are not used: not in the cluster")

@@ -33,6 +33,7 @@ from raypipe.cluster.decode_plan import Crew, bytes_on_a_machine, plan_decoders
 from raypipe.cluster.decoders import RowOpener
 from raypipe.cluster.failures import NoSecondTry, batch_limit, our_error
 from raypipe.cluster.shards import Shards, open_shards
+from raypipe.cluster.stalls import Stalls
 from raypipe.memory.attend import FOLDER
 from raypipe.memory.guard import Guard
 from raypipe.memory.limits import node_limits
@@ -232,7 +233,8 @@ def _train(setup: TrainSetup, batch_limit: int | None) -> FitResult:
     ways = shards.words(turn=rank)
     if ways:
         say(f"rank {rank} {ways}")
-    stored = partial(shards.open_rows, turn=rank, say=say)
+    stalls = Stalls()
+    stored = partial(shards.open_rows, turn=rank, say=say, stalls=stalls)
     ctx = WorkerContext(
         rank=rank,
         world=world,
@@ -247,6 +249,7 @@ def _train(setup: TrainSetup, batch_limit: int | None) -> FitResult:
             name=f"decoder-{rank}-{secrets.token_hex(3)}",  # verdicts outlive a group of workers
             say=say,
             otherwise=stored,
+            stalls=stalls,
         ),
     )
     shard = ray_train.get_dataset_shard("train")

@@ -64,6 +64,14 @@ class Answer:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Waiting:
+    """That a process waits for its lease: ``seconds`` so far; ``text``: for how much, and who holds it."""
+
+    seconds: float
+    text: str
+
+
 class NodeMemory:
     """Admits processes to the node, watches them, and lets go of those that end.
 
@@ -80,6 +88,7 @@ class NodeMemory:
         self._ledger = Ledger(0)  # who asks says what the node can give
         self._machine, self._others_bytes = machine_lock(folder), 0
         self._asks: dict[Holder, Ask] = {}
+        self._came_at: dict[Holder, float] = {}
         self._asked_at: dict[Holder, float] = {}
         self._verdicts: dict[int, Verdict] = {}
         self._busy_at, self._since = time.monotonic(), time.time()
@@ -110,6 +119,7 @@ class NodeMemory:
 
     def _admit(self, ask: Ask) -> Answer:
         self._busy_at = self._asked_at[ask.holder] = time.monotonic()
+        self._came_at.setdefault(ask.holder, self._busy_at)
         self._others_bytes = others_bytes(self._folder, ask.shared_by)
         self._set_capacity(ask.capacity_bytes)
         if ask.holds:
@@ -155,14 +165,15 @@ class NodeMemory:
         self._watch.flush()
         return self._verdicts.get(pid)
 
-    def why_waiting(self, label: str) -> str:
-        """What the process called ``label`` waits for, and who holds it; "" when it does not wait."""
+    def why_waiting(self, label: str) -> Waiting | None:
+        """What the process called ``label`` waits for, and who holds it; None when it does not wait."""
         with self._lock:
             waiting = {lease.holder for lease in self._ledger.queue}
             for holder, ask in self._asks.items():
                 if holder in waiting and ask.registration.label == label:
-                    return self._why_waiting(ask)
-        return ""
+                    seconds = time.monotonic() - self._came_at[holder]
+                    return Waiting(seconds, self._why_waiting(ask))
+        return None
 
     def state(self) -> dict[str, Any]:
         """Who holds and who waits, as JSON types: for ``doctor`` and for tests."""
@@ -228,6 +239,7 @@ class NodeMemory:
     def _drop(self, holder: Holder) -> None:
         self._asks.pop(holder, None)
         self._asked_at.pop(holder, None)
+        self._came_at.pop(holder, None)
         self._ledger.holder_died(holder)
 
     def _keep(self, verdict: Verdict) -> None:

@@ -27,6 +27,8 @@ from raypipe.store.layout import ShardPaths
 from raypipe.store.placed import write_note
 from raypipe.store.reader import FeatureStore, StoreLocator
 
+# It reads the source as a file: a store on another node's disk only it cannot bring.
+REPLICATE = "raypipe store replicate, on a node that sees both"
 _FORMAT, _VERSION = "raypipe-places", 1
 _PATIENCE_S = 30.0  # many nodes may copy one store at the same time; an entry takes milliseconds
 
@@ -243,8 +245,8 @@ def elsewhere(path: Path, places: Iterable[Place], node: str) -> StoreError:
     held = ", ".join(sorted({place.node for place in places})) or "no node"
     return StoreError(
         f"{path} lies on the disks of {held}, not of {node} (a node's id is its RAYPIPE_NODE, or host "
-        "name); copy it to a disk that this node sees (raypipe store replicate, on a node that sees both), "
-        "or train by --runner ray, which reads it from where it is"
+        f"name); copy it to a disk that this node sees ({REPLICATE}), or "
+        "train by --runner ray, which reads it from where it is"
     )
 
 

@@ -281,6 +281,8 @@ class Gatherer:
 
     def _name_stalled(self, waited_s: float) -> None:
         """What the batch waits for, unless that is a reader that says so itself."""
+        for reader in self._readers.values():
+            getattr(reader, "look", _nothing)()
         job = self._pending[0]
         source = self.sources.get(job.reading)
         if source is None or getattr(self._readers.get(job.reading), "names_itself", False):
@@ -318,6 +320,10 @@ class Gatherer:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _nothing() -> None:
+    """Where a reader looks after no others."""
 
 
 def _to_stderr(text: str) -> None:

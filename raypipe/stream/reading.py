@@ -50,7 +50,8 @@ class RowReader(Protocol):
 
     Batches under way may number as many as the gatherer's ``depth``: what they hold on the way is
     the reader's to bound. The gatherer says of a source that its rows do not come; a reader that says so
-    itself, within 30 s and better, has ``names_itself = True``.
+    itself, within 30 s and better, has ``names_itself = True``; with a method ``look()`` also while
+    another source of the batch is waited for, when that is called.
     """
 
     @property

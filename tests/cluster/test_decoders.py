@@ -20,6 +20,7 @@ import ray
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from rival import rival
 
 from raypipe.backbone import Preprocess
 from raypipe.backbone.options import FeatureOptions
@@ -40,6 +41,7 @@ from raypipe.memory.config import MemoryConfig, MemoryFlags, resolve
 from raypipe.memory.limits import node_limits
 from raypipe.segment.config import InputConfig
 from raypipe.segment.crops import TERMS as CROP_TERMS
+from raypipe.store import this_node
 from raypipe.stream import ArraySource, Gatherer
 from raypipe.stream.decoding import Terms
 from raypipe.stream.mapped import MappedRows
@@ -203,6 +205,29 @@ def test_an_image_that_no_budget_of_the_run_holds_ends_it(
         MemoryBudgetExceeded, match=r"images 02\.png to 03\.png takes more.*of 800 MiB.*smaller"
     ):
         reader.start(rows(2, 3))()
+
+
+def test_a_decoder_that_waits_for_its_memory_says_who_holds_it(
+    source: PixelSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoders, "SAY_STALLED_S", 1.0)
+    said: list[str] = []
+
+    def hear(text: str) -> None:
+        said.append(text)
+        if "has waited" in text:
+            give_back()
+
+    crew = Crew(1, 0.1, Share(4, 4), budget_bytes=700 << 20)
+    with rival(tmp_path / "theirs") as (held, give_back):
+        reader = Decoders(source, crew, memory=order(tmp_path, "2GiB"), name="held-up", say=hear)
+        want = source.open().start(rows(1, 2))()
+        np.testing.assert_array_equal(reader.start(rows(1, 2))(), want)
+    assert re.fullmatch(
+        rf"a decode actor has given nothing for \d s, of images 01\.png to 02\.png: held-up-0 on node "
+        rf"{this_node()} has waited \d s for its memory there: 700 MiB are asked for, .*{held}",
+        said[-1],
+    ), said
 
 
 def test_decoders_of_a_machine_are_counted_with_its_workers(source: PixelSource) -> None:

@@ -66,7 +66,7 @@ class TestEachError:
         monkeypatch.setattr(node_memory, "node_actor", lambda node_id: Handle())
         assert make_everywhere() == {}
         assert verdict_of(NOWHERE, 1) is None
-        assert why_waiting(NOWHERE, "x") == ""
+        assert why_waiting({"x": NOWHERE}) == {}
         with pytest.raises(WorkerFailed, match="memory actor of node abababab did not answer"):
             call(NOWHERE, "admit", None, 0.1)
 

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
+from rival import rival
 
 from raypipe.cluster import pool as pool_module
+from raypipe.cluster.budget import WorkerMemory
 from raypipe.cluster.pool import RayPool
 from raypipe.cluster.seat import Died, Seat
 from raypipe.errors import NoSpace, WorkerFailed
+from raypipe.memory.config import MemoryFlags, resolve
 from raypipe.runner import Done, LocalPool, Needs
+from raypipe.store import this_node
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import tests
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_session")]
@@ -157,6 +163,69 @@ def test_the_clock_of_a_replacement_starts_with_its_loss(
     with RayPool(setup, Needs(workers=1), on_event=lambda text: None, start_timeout_s=5.0) as pool:
         pool.describe()
         assert len(list(pool.run([Item(i) for i in range(7)], "shared"))) == 7
+
+
+class TestOneThatWaitsForItsMemory:
+    """Each pool's workers have numbers of their own from 1 on, and wait on the same node."""
+
+    @pytest.fixture(autouse=True)
+    def often(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(pool_module, "SAY_WAITING_EVERY_S", 1.0)
+
+    def pool(
+        self,
+        run_dir: Path,
+        budget: str,
+        say: Callable[[str], None],
+        workers: int = 1,
+        slow_s: float = 0.0,
+    ) -> RayPool:
+        memory = resolve(MemoryFlags(max_memory_per_process=budget), environ={})
+        order = WorkerMemory(memory=memory, per_node=workers, run_dir=run_dir)
+        needs = Needs(workers=workers, cpus=0.2)
+        return RayPool(Setup(run_dir / "log", slow_s=slow_s), needs, memory=order, on_event=say)
+
+    def test_it_is_said_for_how_much_and_who_holds_it_of_the_right_run(
+        self, tmp_path: Path
+    ) -> None:
+        said: list[str] = []
+
+        def hear(text: str) -> None:
+            said.append(text)
+            if "has waited" in text:
+                give_back()
+
+        for name in ("first", "second"):
+            (tmp_path / name).mkdir()
+        with (
+            rival(tmp_path / "theirs") as (held, give_back),
+            self.pool(tmp_path / "first", "1000MiB", print) as first,
+            self.pool(tmp_path / "second", "600MiB", hear) as second,
+        ):
+            assert second.describe() == first.describe() == "recorder"
+        wait = next(text for text in said if "has waited" in text)
+        mine = second._name
+        assert mine != first._name
+        assert re.match(
+            rf"waiting for a worker to load; the cluster has .*; {mine}-1 on node {this_node()} has "
+            rf"waited \d s for its memory there: 600 MiB are asked for, .*{held}; ends after 600 s$",
+            wait,
+        ), said
+
+    def test_one_of_two_is_named_while_the_other_works(self, tmp_path: Path) -> None:
+        said: list[str] = []
+        room = {"n_bytes": 600 << 20, "capacity_bytes": 1800 << 20}
+        with (
+            rival(tmp_path / "theirs", **room),
+            self.pool(tmp_path, "800MiB", said.append, workers=2, slow_s=0.5) as pool,
+        ):
+            assert len(list(pool.run([Item(i) for i in range(8)], "shared"))) == 8
+            (late,) = [seat.name for seat in pool._seats if not seat.pid]
+        waits = [text for text in said if "has waited" in text]
+        assert waits and all(text.startswith(f"{late} on node {this_node()}") for text in waits)
+        assert re.search(
+            r"; held by .*another-worker \(\d+\) 600 MiB of .*/theirs.*; ends", waits[0]
+        )
 
 
 class Short(Exception):

@@ -12,11 +12,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,12 +30,14 @@ from raypipe.cluster import remote_rows
 from raypipe.cluster.pieces import PIECE_BYTES, Share, divide
 from raypipe.cluster.remote_rows import Copy, Patience, RemoteRows
 from raypipe.cluster.shards import Shards, open_shards
+from raypipe.cluster.stalls import Stalls
 from raypipe.errors import (
     ConfigError,
     MemoryBudgetExceeded,
     MissingInput,
     StoreError,
     WorkerFailed,
+    in_one_line,
 )
 from raypipe.store import FeatureStore, Placement, declare, stand_in, this_node
 from raypipe.store.adoption import adopt, plan_adoption
@@ -43,6 +46,8 @@ from raypipe.stream.reading import RowReader
 from raypipe.train.follow import TrainProgress, log_aloud
 
 N = 90
+# It reads the source as a file, so it is of no use where that is not seen.
+SEES_BOTH = r"raypipe store replicate, on a node that sees both"
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +71,7 @@ def test_all_readers_together_fit_half_an_object_store(
     store: int, readers: int, row: int, rows: int, makers: int
 ) -> None:
     if row > store // 2 // readers:
-        with pytest.raises(MemoryBudgetExceeded, match="raypipe store replicate"):
+        with pytest.raises(MemoryBudgetExceeded, match=SEES_BOTH):
             divide(store, readers, row, rows)
         return
     share = divide(store, readers, row, rows, makers=makers)
@@ -101,7 +106,8 @@ def test_a_node_cut_off_is_asked_again_and_a_lost_one_is_the_end(
     if rows_come:
         np.testing.assert_array_equal(wait(), np.arange(8))
     else:
-        with pytest.raises(WorkerFailed, match=r"x: /x.npy on node B .* gone for good .*: no node"):
+        gone = r"x: /x.npy on node B .* gone for good .*: no node.*" + SEES_BOTH
+        with pytest.raises(WorkerFailed, match=gone):
             wait()
 
 
@@ -140,6 +146,101 @@ def test_a_batch_that_is_not_wanted_is_let_go_of_within_seconds(
     assert not request.asked and not request.left
     with pytest.raises(CancelledError):
         request()
+
+
+class TestSeveralThatStall:
+    """Of readers on nodes that give no answer; ``came``: what each has given all the same."""
+
+    @pytest.fixture
+    def came(self, monkeypatch: pytest.MonkeyPatch) -> set[str]:
+        found: set[str] = set()
+
+        def wait(refs: list[Any], timeout: float, fetch_local: bool = True) -> tuple[Any, Any]:
+            if refs[0][0] in found:
+                return refs, []
+            time.sleep(timeout)
+            return [], refs
+
+        fake = SimpleNamespace(wait=wait, get=lambda ref, timeout=None: ref[1].astype(np.uint8))
+        monkeypatch.setattr(remote_rows, "ray", fake)
+        return found
+
+    def reader(
+        self, name: str, say: Callable[[str], None], patience: Patience, stalls: Stalls
+    ) -> RemoteRows:
+        source = ArraySource(
+            path=Path(f"/{name}.npy"), dtype="uint8", shape=(9, 1), offset=0, node=name.upper()
+        )
+        read = SimpleNamespace(remote=lambda source, rows: (name, rows[:, None]))
+        copy = Copy(source, SimpleNamespace(read=read))
+        return RemoteRows(source, name, [copy], Share(8, 3), say, patience, stalls)
+
+    def test_each_is_named_though_one_is_waited_for_and_the_end_names_all(
+        self, came: set[str]
+    ) -> None:
+        said, patience = list[str](), Patience(first_word_s=0.3, again_s=9.0, give_up_s=1.2)
+        stalls = Stalls()
+        readers = {name: self.reader(name, said.append, patience, stalls) for name in "abc"}
+        came.add("b")
+        rows = [np.arange(8), np.arange(4)]
+        with (
+            Gatherer(
+                {name: reader.source for name, reader in readers.items()}, 8, depth=2,
+                open_rows=lambda source: readers[source.path.stem],
+            ) as gatherer,
+            pytest.raises(WorkerFailed) as stop,
+        ):  # fmt: skip
+            next(gatherer.batches(rows))
+        assert said == [
+            f"{name}: has waited 0 s for 8 rows of /{name}.npy on node {name.upper()}; ends after 1 s"
+            for name in "ac"
+        ]
+        told = in_one_line(stop.value)
+        assert told.startswith(
+            "a: 8 rows of /a.npy on node A did not come in 1 s; c: 8 rows of /c.npy on node C did not "
+            "come in 1 s; see to "
+        )
+        assert told.count("/c.npy") == 1 and "/b.npy" not in told
+        assert re.search(SEES_BOTH + r"\)$", told)
+
+    def test_the_clock_runs_from_when_rows_were_asked_for_or_the_last_ones_came(
+        self, came: set[str]
+    ) -> None:
+        said, patience = list[str](), Patience(first_word_s=0.5, again_s=9.0, give_up_s=1.0)
+        reader = self.reader("a", said.append, patience, Stalls())
+        wait = reader.start(np.arange(8))
+        time.sleep(1.1)
+        began = time.monotonic()
+        with pytest.raises(WorkerFailed, match="did not come in 1 s"):
+            wait()
+        assert time.monotonic() - began < 0.4 and len(said) == 1
+        said.clear()
+        slow = [reader.start(np.arange(8)) for _ in range(3)]  # a batch every 0.7 s, as asked for
+        for wait in slow[:2]:
+            threading.Timer(0.7, came.add, "a").start()
+            np.testing.assert_array_equal(wait()[:, 0], np.arange(8))
+            came.clear()
+        assert len(said) == 2  # neither is given up
+
+    def test_what_has_come_or_is_not_wanted_is_never_late(self, came: set[str]) -> None:
+        said, patience = list[str](), Patience(first_word_s=0.1, again_s=0.1, give_up_s=9.0)
+        stalls = Stalls()
+        mine, other = (self.reader(name, said.append, patience, stalls) for name in "ab")
+        wait, dropped = mine.start(np.arange(8)), other.start(np.arange(8))
+        dropped.cancel()
+        came.add("a")
+        time.sleep(0.2)
+        stalls.look()
+        assert not said and not stalls.all_late()
+        assert wait().shape == (8, 1)
+        kept = other.start(np.arange(8))
+        time.sleep(0.2)
+        stalls.look()
+        assert len(said) == 1 and said[0].startswith("b: ")
+        del other, kept  # nobody has that reader any more
+        time.sleep(0.2)
+        stalls.look()
+        assert len(said) == 1
 
 
 @pytest.mark.ray
@@ -253,7 +354,7 @@ class TestOneNode:
             reader._patience = Patience(give_up_s=2.0)
             wait = reader.start(np.arange(8))
             with pytest.raises(
-                WorkerFailed, match=rf"on node {node} did not come in 2 s.*replicate"
+                WorkerFailed, match=rf"on node {node} did not come in 2 s.*" + SEES_BOTH
             ):
                 wait()
         finally:
@@ -277,7 +378,9 @@ class TestOneNode:
         with pytest.raises(RayActorError):  # it may answer a little longer
             while True:
                 ray.get(server.ready.remote())
-        with pytest.raises(WorkerFailed, match=r"x: .*x.npy on node .* gone for good.*replicate"):
+        with pytest.raises(
+            WorkerFailed, match=r"x: .*x.npy on node .* gone for good.*" + SEES_BOTH
+        ):
             reader.start(np.arange(8))()
         with open_shards({"x": source}, batch_rows=8, workers=1, memory=None, say=print) as anew:
             (other,) = anew.servers.values()
@@ -293,13 +396,15 @@ class TestOneNode:
         options = {"batch_rows": 8, "workers": 1, "memory": None, "say": print}
         gone = replace(source, path=tmp_path / "gone.npy", node=this_node())
         with (
-            pytest.raises(StoreError, match=rf"node {this_node()} does not have .*gone.npy"),
+            pytest.raises(
+                StoreError, match=rf"node {this_node()} does not have .*gone.npy.*" + SEES_BOTH
+            ),
             open_shards({"x": gone}, **options),  # type: ignore[arg-type]
         ):
             pass
         far = replace(source, path=rows_file, node="n7")
         with (
-            pytest.raises(MissingInput, match=r"x: .* lies on the disk of n7 only.*replicate"),
+            pytest.raises(MissingInput, match=r"x: .* lies on the disk of n7 only.*" + SEES_BOTH),
             open_shards({"x": far}, **options),  # type: ignore[arg-type]
         ):
             pass

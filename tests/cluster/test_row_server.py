@@ -17,12 +17,12 @@ import pytest
 import ray
 from hypothesis import given
 from hypothesis import strategies as st
+from rival import rival
 
 from raypipe.cluster import budget as budget_file
 from raypipe.cluster import serving as serving_file
 from raypipe.cluster import turn as turn_file
 from raypipe.cluster.budget import Lease, Share, WorkerMemory, verdicts
-from raypipe.cluster.remote_guard import join
 from raypipe.cluster.remote_rows import RemoteRows
 from raypipe.cluster.row_server import BASE_BYTES, RowServer, grown_bytes
 from raypipe.cluster.shards import Shards, open_shards
@@ -115,24 +115,6 @@ class Impatient(RowServer):
     lease_wait_s = 4.0
 
 
-class Rival:
-    """Another run's worker, which holds nearly all that the node gives out."""
-
-    def hold(self, run_dir: Path) -> int:
-        self.guard = join(
-            1 << 30,
-            "another-worker",
-            capacity_bytes=1200 << 20,
-            shared_by="this test",  # whatever other clusters of this machine hold
-            verdict_dir=run_dir / "memory",
-            wait_s=30,
-        )
-        return os.getpid()
-
-    def end(self) -> None:
-        self.guard.close()
-
-
 HAS_THE_TURN = """
 import sys, time, ray
 ray.init(address=sys.argv[1], log_to_driver=False, logging_level="ERROR")
@@ -153,23 +135,15 @@ class TestTwoRuns:
         monkeypatch.setattr(serving_file, "RowServer", Impatient)
         monkeypatch.setattr(serving_file, "SAY_EVERY_S", 1.0)
         said: list[str] = []
-        rival = ray.remote(Rival).options(num_cpus=0).remote()
-        pid = ray.get(rival.hold.remote(tmp_path / "theirs"), timeout=60)
-        held = (
-            rf"of \S+ \S+ are free; held by another-worker \({pid}\) 1\.00 GiB of {tmp_path}/theirs"
-        )
-        try:
-            with (
-                pytest.raises(
-                    MemoryBudgetExceeded,
-                    match=rf"row-server-\S+ on node {this_node()} did not get its memory in 4 s: .*{held}",
-                ) as stop,
-                shards(source, order(tmp_path, "1GiB"), said.append),
-            ):
-                pass
-        finally:
-            ray.get(rival.end.remote())
-            ray.kill(rival)
+        with (
+            rival(tmp_path / "theirs") as (held, _),
+            pytest.raises(
+                MemoryBudgetExceeded,
+                match=rf"row-server-\S+ on node {this_node()} did not get its memory in 4 s: .*{held}",
+            ) as stop,
+            shards(source, order(tmp_path, "1GiB"), said.append),
+        ):
+            pass
         assert stop.value.exit_code == 3
         waits = [text for text in said if "for its memory there: 768 MiB are asked for" in text]
         assert waits and re.search(held, waits[0]) and this_node() in waits[0], said

@@ -110,8 +110,13 @@ def test_a_lease_goes_with_its_holder(
     assert answer.state == "queued"
     held = f"held by p{first.pid} ({first.pid}) 8.00 GiB of {folder.parent}"
     assert held in answer.text
-    assert held in node.why_waiting(f"p{second.pid}")
-    assert node.why_waiting(f"p{first.pid}") == node.why_waiting("nobody") == ""
+    time.sleep(0.05)
+    told = node.why_waiting(f"p{second.pid}")
+    assert told is not None and held in told.text and 0.05 <= told.seconds < 30
+    node.admit(waiting)  # asks again: it waits as ever
+    again = node.why_waiting(f"p{second.pid}")
+    assert again is not None and again.seconds >= told.seconds
+    assert node.why_waiting(f"p{first.pid}") is node.why_waiting("nobody") is None
     first.kill()  # and not reaped: a zombie holds nothing
     until(lambda: node.admit(waiting).state == "granted")
     assert node.state()["leases"] == {str(second.pid): 8 * GIB}
