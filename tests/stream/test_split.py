@@ -79,12 +79,14 @@ def test_places_of_a_great_many_rows_are_found_exactly(n: int) -> None:
 
 
 def test_every_row_of_a_stretch_is_held_out_as_often() -> None:
-    n, n_held = 96, 8
+    n, n_held, seeds = 100, 8, 3000
     counts = np.zeros(n)
-    for seed in range(3000):
+    for seed in range(seeds):
         counts[split_rows(n, n_held, seed)[1][:]] += 1
-    assert counts.sum() == 3000 * n_held
-    assert chisquare(counts).pvalue > 1e-4
+    cuts = [j * n // n_held for j in range(n_held + 1)]
+    sizes = np.diff(cuts)
+    assert set(sizes.tolist()) == {12, 13}
+    assert chisquare(counts, np.repeat(seeds / sizes, sizes)).pvalue > 1e-4
 
 
 def test_stretches_and_seeds_draw_alone() -> None:
