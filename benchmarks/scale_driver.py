@@ -7,7 +7,8 @@ item_cpu_us_K         : CPU of the driver for a work item of 48 images, with K s
 plan_cpu_us_an_image, plan_bytes_an_image : list, names and work items of an extraction, as it holds
                         them while it runs (no files are looked at)
 seal_cpu_us_an_image, seal_bytes_an_image : journals read, index built; bytes at the peak
-plan_step_us          : CPU for one of 1,000 ranks' part of a step of 16,000 rows, by the hundreds
+plan_step_us          : CPU for one of 1,000 ranks' part of a step of 16,000 rows, by the hundreds;
+                        plan_step_us_split: of rows that `split_rows` left, instead of a range
 dataset_cpu_ms_a_rank, dataset_kib_a_rank : Ray Data's plan for one of 1,000 ranks (15 epochs of
                         62,500 steps), as the controller makes it
 """
@@ -39,7 +40,7 @@ from raypipe.store.journal import CommitRecord, RowSource, header_line
 from raypipe.store.layout import CellGrid
 from raypipe.store.narrow import NarrowingError
 from raypipe.store.schema import names_digest
-from raypipe.stream import Cursor, StreamPlan
+from raypipe.stream import Cursor, StreamPlan, split_rows
 
 SEATS = (4, 64, 256, 1000)
 GRID, ROW_BYTES = 16, 257 * 1024 * 2
@@ -174,19 +175,26 @@ def _record(lo: int, digests: list[str]) -> CommitRecord:
     )
 
 
-def training() -> dict[str, float]:
-    """The plan of 10**9 rows in steps of 1,000 times 16."""
-    plan = StreamPlan(range(10**9), 0, 16_000, 15)
+def order_step_us(plan: StreamPlan) -> float:
+    """CPU of one of 1,000 ranks for its part of a step."""
     began = time.process_time()
     steps = 4096  # some 16 of the pieces in which the order is computed
     for _ in itertools.islice(plan.slices(0, 1000, Cursor()), steps):
         pass
-    step_us = (time.process_time() - began) / steps * 1e6
+    return (time.process_time() - began) / steps * 1e6
+
+
+def training() -> dict[str, float]:
+    """The plan of 10**9 rows in steps of 1,000 times 16."""
+    plan = StreamPlan(range(10**9), 0, 16_000, 15)
+    step_us = order_step_us(plan)
+    split_us = order_step_us(StreamPlan(split_rows(10**9, 10**8, 0)[0], 0, 16_000, 15))
     began, ranks = time.process_time(), 4
     made = [plan_dataset(plan, rank, 1000, Cursor()).iterator() for rank in range(ranks)]
     used = time.process_time() - began
     return {
         "plan_step_us": step_us,
+        "plan_step_us_split": split_us,
         "dataset_cpu_ms_a_rank": used / ranks * 1e3,
         "dataset_kib_a_rank": len(ray.cloudpickle.dumps(made[0])) / 1024,
     }

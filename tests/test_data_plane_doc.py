@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from raypipe import config
+from raypipe.encoding.split import LISTED_ROWS
 from raypipe.store.place_commands import PlaceConfig
 from raypipe.train import TrainConfig
 
@@ -28,6 +29,14 @@ def test_the_loop_runs_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     exec(block, names)
     assert float(names["loss"]) == 1.0  # type: ignore[arg-type]
     assert names["state"]["epoch"] == 2  # type: ignore[index]
+
+
+def test_the_split_runs() -> None:
+    (block,) = re.findall(r"```python\n(from raypipe.stream import split_rows\n.*?)```", TEXT, re.S)
+    names: dict[str, object] = {}
+    exec(block, names)
+    assert f"({LISTED_ROWS:,})" in TEXT
+    assert len(names["train"]) + len(names["val"]) == 10**9  # type: ignore[arg-type]
 
 
 def test_the_flags_are_there() -> None:

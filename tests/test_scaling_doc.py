@@ -8,6 +8,7 @@ cited, assumed) are taken as they stand.
 from __future__ import annotations
 
 import json
+import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +31,7 @@ from raypipe.store.layout import CellGrid, npy_header
 from raypipe.store.manifest import sealed_fields
 from raypipe.store.narrow import NarrowingError
 from raypipe.store.placed import note_of, write_note
-from raypipe.stream import StreamPlan
+from raypipe.stream import StreamPlan, split_rows
 from raypipe.train import TrainConfig
 
 DOC = Path(__file__).parents[1] / "docs" / "scaling.md"
@@ -97,6 +98,11 @@ def _descriptor_bytes() -> float:
     return table.nbytes / 64
 
 
+def _plan_split_bytes() -> float:
+    left, _ = split_rows(10**9, 10**8, 0)
+    return len(pickle.dumps(StreamPlan(left, 0, BATCH * 1000, 15)))
+
+
 def _far_rows() -> float:
     """Of a reader of 962 tokens, of two thousand that share object stores of 30 GB."""
     share = divide(30 * 10**9, 2000, 962 * 768 * 2, BATCH)
@@ -113,6 +119,7 @@ CODE: dict[str, Callable[[], float]] = {
     "note_row_bytes": _note_row_bytes,
     "commit_cell_bytes": _commit_cell_bytes,
     "descriptor_bytes": _descriptor_bytes,
+    "plan_split_bytes": _plan_split_bytes,
     "block_steps": lambda: datasets.MAX_STEPS_PER_BLOCK,
     "slot_bytes": lambda: slot._SIZE,
     "poll_s": lambda: watch.POLL_S,

@@ -20,6 +20,7 @@ from raypipe.encoding import data
 from raypipe.encoding.config import ApplyConfig, ModelConfig
 from raypipe.encoding.model import build_encoder
 from raypipe.encoding.readout import HEMIS, build_readout
+from raypipe.encoding.split import load_split, same_images
 from raypipe.errors import InputError, MissingInput
 from raypipe.read import ROI_FAMILIES
 from raypipe.report.saved import read_run
@@ -72,9 +73,9 @@ def open_applied(cfg: ApplyConfig, run_dir: Path, *, fmri: bool) -> Applied:
     record = read_run(run_dir)
     opened = _open_data(cfg, record, run_dir, fmri=fmri)
     if cfg.split == "val":
-        all_rows = data.load_split(run_dir / "split.json").val
+        all_rows = np.asarray(load_split(run_dir / "split.json").val)
         _check_rows(all_rows, opened, run_dir)
-        _check_images(all_rows, record, opened, run_dir)
+        _check_images(record, opened, run_dir)
     else:
         all_rows = np.arange(opened.n_rows, dtype=np.int64)
     rows = all_rows[opened.valid[all_rows]]
@@ -140,15 +141,12 @@ def _check_rows(rows: NDArray[np.int64], opened: data.SplitData, run_dir: Path) 
         )
 
 
-def _check_images(
-    rows: NDArray[np.int64], record: Mapping[str, Any], opened: data.SplitData, run_dir: Path
-) -> None:
+def _check_images(record: Mapping[str, Any], opened: data.SplitData, run_dir: Path) -> None:
     """Row numbers mean the images of the fit: others may have been trained on."""
     fitted = record["identity"].get("images")
     found = opened.features.fingerprints().get("images")
     other = fitted is not None and found is not None and fitted != found
-    names = [opened.features.names[row] for row in rows]
-    if other or names != data.val_names(run_dir / "split.json"):
+    if other or not same_images(run_dir / "split.json", opened.features.names):
         raise InputError(
             f"{opened.features.path} holds other images than the fit in {run_dir} was made of (some "
             "were added, removed, renamed or changed); put them back to apply it to its validation "

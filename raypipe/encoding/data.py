@@ -1,8 +1,8 @@
-"""Features and responses of one subject, side by side, and which rows train and which choose.
+"""Features and responses of one subject, side by side.
 
 Everything that could put a response beside the wrong image is checked here: the number of rows, the
-file names of the index against the image folder, and that responses are finite. Rows whose image
-could not be read are in no split.
+file names of the index against the image folder, and that responses are finite. Which rows train
+and which choose the epoch is `raypipe.encoding.split`'s.
 """
 
 from __future__ import annotations
@@ -19,16 +19,13 @@ from numpy.typing import NDArray
 from raypipe.backbone.options import FeatureOptions
 from raypipe.encoding.features import ComputedFeatures, Features, StoredFeatures
 from raypipe.encoding.shapes import TokenShape
-from raypipe.errors import ConfigError, InputError, MissingInput, UnknownName
+from raypipe.errors import InputError, MissingInput, UnknownName
 from raypipe.read import AlgonautsSubject
-from raypipe.report.saved import read_json, write_json
 from raypipe.store import open_or_placed
-from raypipe.stream import ArraySource, KeyedPermutation
+from raypipe.stream import ArraySource
 from raypipe.stream.source import as_source
 
-Rows = NDArray[np.int64]
 _CHECK_BYTES = 64 * 1024**2
-_REFIT = "it is written by encode fit: fit this run again"
 
 
 class StoresIn(NamedTuple):
@@ -160,71 +157,3 @@ def checked_digest(path: Path) -> str:
                 " spoil every weight: drop the vertex or the image first"
             )
     return digest.hexdigest()
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Split:
-    """Which valid rows train, and which choose the epoch; both (n,) int64, sorted, disjoint."""
-
-    train: Rows
-    val: Rows
-    fraction: float
-    seed: int
-
-    def as_dict(self, names: tuple[str, ...]) -> dict[str, object]:
-        """For split.json; names : file name of every row."""
-        return {
-            "seed": self.seed,
-            "val_fraction": self.fraction,
-            "n_rows": len(names),
-            "train_rows": self.train.tolist(),
-            "val_rows": self.val.tolist(),
-            "val_names": [names[row] for row in self.val],
-        }
-
-
-def seeded_split(valid: NDArray[np.bool_], fraction: float, seed: int) -> Split:
-    """Hold out ``fraction`` of the valid rows, at least 2 (one row has no correlation).
-
-    A function of (valid, fraction, seed) only, the same on every machine. Raises InputError when
-    too few rows are left.
-    """
-    rows = np.flatnonzero(valid).astype(np.int64)
-    n_val = max(2, round(fraction * len(rows)))
-    if len(rows) - n_val < 1:
-        raise InputError(
-            f"{len(rows)} valid images are too few to hold out {n_val} and train on the rest;"
-            " extract more images, or mend those marked invalid"
-        )
-    order = KeyedPermutation(len(rows), (seed,))(np.arange(len(rows)))
-    held = np.zeros(len(rows), bool)
-    held[order[:n_val]] = True
-    return Split(train=rows[~held], val=rows[held], fraction=fraction, seed=seed)
-
-
-def save_split(split: Split, names: tuple[str, ...], path: Path) -> None:
-    """Write split.json; one that is there must say the same. Raises ConfigError."""
-    fields = split.as_dict(names)
-    if path.is_file() and read_json(path, "delete it") != fields:
-        raise ConfigError(
-            f"{path} divides the images in another way (other seed, fraction or images); a resumed"
-            " run must keep its split: use a new run folder, or --no-resume"
-        )
-    write_json(path, fields)
-
-
-def val_names(path: Path) -> list[str]:
-    """File names of the validation rows of a run. Raises as `load_split`."""
-    fields = read_json(path, _REFIT)
-    return [str(name) for name in fields["val_names"]]
-
-
-def load_split(path: Path) -> Split:
-    """The split of a run. Raises MissingInput, StoreCorrupt."""
-    fields = read_json(path, _REFIT)
-    return Split(
-        train=np.array(fields["train_rows"], np.int64),
-        val=np.array(fields["val_rows"], np.int64),
-        fraction=fields["val_fraction"],
-        seed=fields["seed"],
-    )

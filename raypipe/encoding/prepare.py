@@ -16,6 +16,7 @@ from raypipe.encoding import data
 from raypipe.encoding.config import FitConfig
 from raypipe.encoding.features import ComputedFeatures
 from raypipe.encoding.readout import HEMIS, build_readout
+from raypipe.encoding.split import Split, seeded_split
 from raypipe.encoding.task import STATISTICS_BATCH, EncodingTask, token_statistics
 from raypipe.runner import Runner
 from raypipe.store.space import free_bytes
@@ -34,7 +35,7 @@ class Prepared:
     subject: str
     run_dir: Path
     split_data: data.SplitData
-    split: data.Split
+    split: Split
     task: EncodingTask
 
     def identity(self) -> dict[str, Any]:
@@ -167,7 +168,7 @@ def prepare(cfg: FitConfig, subj: str, run_dir: Path, runner: Runner | None = No
         cfg.data_dir, place, subj, "train", kept_in=run_dir if cfg.resume else None
     )
     responses = {hemi: _identified(source) for hemi, source in opened.responses().items()}
-    split = data.seeded_split(opened.valid, cfg.val_fraction, cfg.split_seed)
+    split = seeded_split(opened.valid, cfg.val_fraction, cfg.split_seed)
     readout = build_readout(
         cfg.encoder.readout,
         opened.subject.rois(),

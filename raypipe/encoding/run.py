@@ -18,6 +18,7 @@ from raypipe.encoding import data
 from raypipe.encoding.config import FitConfig
 from raypipe.encoding.frozen import release
 from raypipe.encoding.prepare import Prepared, prepare
+from raypipe.encoding.split import save_split
 from raypipe.errors import ConfigError
 from raypipe.memory.attend import attend
 from raypipe.memory.config import ResolvedMemory
@@ -151,7 +152,7 @@ def _claim(cfg: FitConfig, ready: Prepared, memory: ResolvedMemory) -> dict[str,
 
 
 def _save_split(ready: Prepared) -> None:
-    data.save_split(ready.split, ready.split_data.features.names, ready.run_dir / SPLIT_FILE)
+    save_split(ready.split, ready.split_data.features.names, ready.run_dir / SPLIT_FILE)
 
 
 def _notes(cfg: FitConfig) -> list[str]:

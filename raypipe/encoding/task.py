@@ -1,7 +1,8 @@
 """What the training loop is given: the encoder, its rows, the loss and the validation sums.
 
 Everything is decided on the driver; a worker only maps the files named here. The pickle holds paths
-(absolute: Ray's workers live elsewhere), row numbers and ROI masks: about 2 MB for a real subject.
+(absolute: Ray's workers live elsewhere), row numbers or what they follow from, and ROI masks: about
+2 MB for a real subject.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from raypipe.encoding.frozen import FrozenBackbone, tokens_of
 from raypipe.encoding.model import build_encoder
 from raypipe.encoding.readout import HEMIS, Readout
 from raypipe.encoding.shapes import TokenShape
+from raypipe.encoding.split import Rows
 from raypipe.memory.guard import current, relieve
 from raypipe.report.metrics import pearson_from_sums
 from raypipe.stream import ArraySource, Gatherer
 from raypipe.stream.reading import OpenRows, Source
 
 Batch = Mapping[str, Tensor]
-Rows = NDArray[np.int64]
 
 # Images behind the channel statistics: 128 x 961 tokens fix a mean to a thousandth of its spread.
 _STATISTICS_ROWS = 128

@@ -1,9 +1,9 @@
 """The order of training rows, and the rows themselves: a seeded plan of indices, then batches.
 
-``permutation`` is a keyed shuffle that needs no list; ``plan`` makes of it the rows of every
-(epoch, step, rank); ``gather`` reads those rows from ``.npy`` files into reused buffers, one batch
-ahead, and ``reading`` lets rows come from anywhere else. What the batches are for is
-`raypipe.train`'s; how the files came to be is `raypipe.store`'s.
+``permutation`` is a keyed shuffle that needs no list, and ``split`` holds rows out without one;
+``plan`` makes of them the rows of every (epoch, step, rank); ``gather`` reads those rows from
+``.npy`` files into reused buffers, one batch ahead, and ``reading`` lets rows come from anywhere
+else. What the batches are for is `raypipe.train`'s; how the files came to be is `raypipe.store`'s.
 
 ``loader`` is all of it for a plain PyTorch loop, without Ray.
 
@@ -23,6 +23,7 @@ from raypipe.stream.plan import Cursor, StepSlice, StreamPlan, deal, split_micro
 from raypipe.stream.reading import RowReader, Source
 from raypipe.stream.rows import RowRange
 from raypipe.stream.source import ArraySource
+from raypipe.stream.split import SplitRows, split_rows
 from raypipe.stream.window import ShuffleQuality, WindowShuffle, shuffle_quality
 
 if TYPE_CHECKING:
@@ -41,12 +42,14 @@ __all__ = [
     "RowReader",
     "ShuffleQuality",
     "Source",
+    "SplitRows",
     "StepSlice",
     "StreamPlan",
     "WindowShuffle",
     "deal",
     "shuffle_quality",
     "split_micro",
+    "split_rows",
 ]
 
 

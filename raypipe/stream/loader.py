@@ -30,7 +30,7 @@ from raypipe.stream.gather import Gatherer
 from raypipe.stream.layout import Join, lay_out
 from raypipe.stream.plan import StreamPlan, deal
 from raypipe.stream.reading import OpenRows, Source
-from raypipe.stream.rows import RowRange
+from raypipe.stream.rows import ComputedRows
 from raypipe.stream.source import as_source, store_of
 
 _ENDLESS = 2**62
@@ -44,12 +44,12 @@ class FeatureLoader:
     """One epoch of batches each time it is iterated: dicts of tensors (n, *row_shape) by name.
 
     ``sources``: name -> `ArraySource`, an open store, or the path of a ``.npy``; they share their
-    row numbers. ``batch_size``: rows a batch on this rank. ``rows``: which rows (ints or a range);
-    None: all, but those that a store marks as invalid. ``rank``, ``world``: this process among
-    those that share the rows. ``shuffle``: False gives ascending rows. ``window``: see `StreamPlan`.
-    ``epochs``: where to stop counting epochs; None: nowhere. ``device``, ``dtype``, ``join``,
-    ``threads``, ``sort_reads``, ``read_ahead``, ``open_rows``: see `Gatherer`. A store of which the
-    catalog lists a copy on this node's disk is read from there.
+    row numbers. ``batch_size``: rows a batch on this rank. ``rows``: which rows (ints, a range, or a
+    part that `split_rows` gives); None: all, but those that a store marks as invalid. ``rank``,
+    ``world``: this process among those that share the rows. ``shuffle``: False gives ascending rows.
+    ``window``: see `StreamPlan`. ``epochs``: where to stop counting epochs; None: nowhere.
+    ``device``, ``dtype``, ``join``, ``threads``, ``sort_reads``, ``read_ahead``, ``open_rows``: see
+    `Gatherer`. A store of which the catalog lists a copy on this node's disk is read from there.
 
     The order is that of ``StreamPlan(rows, seed, batch_size * world, epochs, window)``. An epoch
     ends with a smaller batch (unless ``drop_last``); a rank that gets none of its rows is given an
@@ -68,7 +68,7 @@ class FeatureLoader:
         batch_size: int,
         *,
         seed: int = 0,
-        rows: ArrayLike | range | RowRange | None = None,
+        rows: ArrayLike | range | ComputedRows | None = None,
         device: str | torch.device = "cpu",
         rank: int = 0,
         world: int = 1,

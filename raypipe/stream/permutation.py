@@ -6,12 +6,13 @@ arbitrary finite domains", 2002). It is stateless, so any slice of any epoch's o
 alone, and it is our own arithmetic: `numpy.random.Generator.permutation` may change its stream
 between numpy versions, which would change the order of a resumed run (`SeedSequence` may not).
 
-Not a cipher. Who uses the order: `raypipe.stream.plan`.
+Not a cipher. Who uses the order: `raypipe.stream.plan`; the draws: `raypipe.stream.split`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -40,9 +41,7 @@ class KeyedPermutation:
         self.n = n
         self._low_bits = bits // 2
         self._high_bits = bits - self._low_bits
-        # spawn_key keeps (seed, epoch) apart from (epoch, seed) and from seeds above 32 bits.
-        sequence = np.random.SeedSequence(int(key[0]), spawn_key=tuple(int(k) for k in key[1:]))
-        self._round_keys = sequence.generate_state(_ROUNDS, np.uint64)
+        self._round_keys = _keys(key, _ROUNDS)
 
     def __len__(self) -> int:
         return self.n
@@ -72,6 +71,29 @@ class KeyedPermutation:
             else:
                 low = low ^ (_mix(high ^ key) >> np.uint64(64 - self._low_bits))
         return (high << np.uint64(self._low_bits)) | low
+
+
+def keyed_draws(numbers: np.ndarray, sizes: np.ndarray, key: tuple[int, ...]) -> np.ndarray:
+    """For each of ``numbers`` a draw from ``range(size)`` that belongs to (number, key), int64.
+
+    ``numbers``, ``sizes``: int64 of one shape, from 0 and from 1 on. Even to a part in 2**64 / size.
+    """
+    once, again = _draw_keys(key)
+    drawn = _mix(_mix(numbers.astype(np.uint64).ravel() + once) ^ again)
+    even = drawn % sizes.astype(np.uint64).ravel()
+    return even.astype(np.int64).reshape(numbers.shape)
+
+
+@lru_cache(maxsize=16)
+def _draw_keys(key: tuple[int, ...]) -> np.ndarray:
+    return _keys(key, 2)
+
+
+def _keys(key: Sequence[int], count: int) -> np.ndarray:
+    """(count,) uint64 that belong to ``key``."""
+    # spawn_key keeps (seed, epoch) apart from (epoch, seed) and from seeds above 32 bits.
+    sequence = np.random.SeedSequence(int(key[0]), spawn_key=tuple(int(k) for k in key[1:]))
+    return sequence.generate_state(count, np.uint64)
 
 
 def _mix(x: np.ndarray) -> np.ndarray:

@@ -21,7 +21,7 @@ from numpy.typing import ArrayLike
 
 from raypipe.errors import ConfigError
 from raypipe.stream.permutation import KeyedPermutation
-from raypipe.stream.rows import RowRange, rows_digest, sorted_rows
+from raypipe.stream.rows import ComputedRows, rows_digest, sorted_rows
 from raypipe.stream.window import WindowShuffle
 
 # Rows whose places are computed together: for 16 it costs nearly what it does for these.
@@ -69,15 +69,15 @@ class StepSlice:
 class StreamPlan:
     """All steps of a training run.
 
-    ``rows`` : distinct, non-negative rows to train on, in any order, (n,) ints or a ``range``,
-    which takes no memory. The plan follows their sorted order, so that two ways to list the same
-    rows make the same run; it keeps them as (n,) int64 or `RowRange`.
+    ``rows`` : distinct, non-negative rows to train on, in any order, (n,) ints, or a ``range`` or
+    `SplitRows`, which take no memory. The plan follows their sorted order, so that two ways to list
+    the same rows make the same order; it keeps them as (n,) int64 or computes them.
     ``rows_per_step``: rows of one optimiser step over all workers and micro batches.
     ``window``: 0 for a global shuffle, else rows of `raypipe.stream.window`'s, for cold disks.
     Raises ConfigError when an argument breaks its rule.
     """
 
-    rows: np.ndarray | RowRange
+    rows: np.ndarray | ComputedRows
     seed: int
     rows_per_step: int
     epochs: int
@@ -85,7 +85,7 @@ class StreamPlan:
 
     def __init__(
         self,
-        rows: ArrayLike | range | RowRange,
+        rows: ArrayLike | range | ComputedRows,
         seed: int,
         rows_per_step: int,
         epochs: int,
@@ -115,7 +115,9 @@ class StreamPlan:
 
     @cached_property
     def rows_digest(self) -> str:
-        """sha256 of the sorted rows: tells whether a checkpoint saw the same training set."""
+        """sha256 of the sorted rows, or of what they follow from: tells whether a checkpoint saw the
+        same training set.
+        """
         return rows_digest(self.rows)
 
     def step_size(self, step: int) -> int:

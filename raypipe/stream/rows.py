@@ -1,13 +1,14 @@
-"""The rows of a plan in ascending order, with no list of them where a range says it all.
+"""The rows of a plan in ascending order, with no list of them where a few numbers say it all.
 
 An int array is kept, sorted; a Python ``range`` becomes a `RowRange`, which gives the parts of that
-array that are asked for. Both have one digest, taken in chunks. The order in which rows are seen
-is `raypipe.stream.plan`'s.
+array that are asked for, and has its digest, taken in chunks. The two parts of a split are
+`raypipe.stream.split`'s. The order in which rows are seen is `raypipe.stream.plan`'s.
 """
 
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import overload
@@ -21,23 +22,19 @@ from raypipe.errors import ConfigError
 _CHUNK = 1 << 16
 
 
-@dataclass(frozen=True)
-class RowRange:
-    """The rows ``start, start + step, ...``, ``size`` of them; read like a sorted int64 array."""
+@dataclass(frozen=True, kw_only=True)
+class ComputedRows(ABC):
+    """``size`` ascending rows that are computed when they are asked for; read like an int64 array."""
 
-    start: int
-    step: int
     size: int
 
-    @classmethod
-    def of(cls, rows: range) -> RowRange:
-        """The rows of ``rows`` in ascending order. Raises ConfigError for none or below 0."""
-        if len(rows) == 0:
-            raise ConfigError(_NONE)
-        first, last = sorted((rows[0], rows[-1]))
-        if first < 0 or last >= 2**62:
-            raise ConfigError(f"plan rows: {rows}; rows count from 0 to below 2**62")
-        return cls(first, abs(rows.step), len(rows))
+    @abstractmethod
+    def at(self, places: np.ndarray) -> np.ndarray:
+        """Rows at ``places``, int64, all in ``range(size)``; same shape."""
+
+    def digest(self) -> str:
+        """sha256 that tells these rows from others; here that of their array."""
+        return _hashed(self)
 
     def __len__(self) -> int:
         return self.size
@@ -50,24 +47,45 @@ class RowRange:
         """Rows at ``places`` in ``range(size)``: an int, or int64 for a slice or an int array."""
         if isinstance(places, slice):
             found = range(self.size)[places]
-            places = np.arange(found.start, found.stop, found.step, dtype=np.int64)
+            return self.at(np.arange(found.start, found.stop, found.step, dtype=np.int64))
         if isinstance(places, np.ndarray):
             if places.size and not 0 <= places.min() <= places.max() < self.size:
                 raise IndexError(f"place {places.min()}..{places.max()} of {self.size} rows")
-            return self.start + places.astype(np.int64) * self.step
-        return range(self.start, self.start + self.size * self.step, self.step)[int(places)]
+            return self.at(places.astype(np.int64))
+        return int(self.at(np.array([range(self.size)[int(places)]]))[0])
 
     def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
         whole = self[:]
         return whole if dtype is None else whole.astype(dtype)
 
 
-def sorted_rows(rows: ArrayLike | range | RowRange) -> np.ndarray | RowRange:
-    """``rows`` in ascending order, read-only int64; a range stays one.
+@dataclass(frozen=True, kw_only=True)
+class RowRange(ComputedRows):
+    """The rows ``start, start + step, ...``, ``size`` of them."""
+
+    start: int
+    step: int
+
+    @classmethod
+    def of(cls, rows: range) -> RowRange:
+        """The rows of ``rows`` in ascending order. Raises ConfigError for none or below 0."""
+        if len(rows) == 0:
+            raise ConfigError(_NONE)
+        first, last = sorted((rows[0], rows[-1]))
+        if first < 0 or last >= 2**62:
+            raise ConfigError(f"plan rows: {rows}; rows count from 0 to below 2**62")
+        return cls(size=len(rows), start=first, step=abs(rows.step))
+
+    def at(self, places: np.ndarray) -> np.ndarray:
+        return self.start + places * self.step
+
+
+def sorted_rows(rows: ArrayLike | range | ComputedRows) -> np.ndarray | ComputedRows:
+    """``rows`` in ascending order, read-only int64; a range stays one, and computed rows what they are.
 
     Raises ConfigError unless they are distinct whole numbers from 0 on, in one dimension.
     """
-    if isinstance(rows, RowRange):
+    if isinstance(rows, ComputedRows):
         return rows
     if isinstance(rows, range):
         return RowRange.of(rows)
@@ -86,8 +104,13 @@ def sorted_rows(rows: ArrayLike | range | RowRange) -> np.ndarray | RowRange:
     return unique
 
 
-def rows_digest(rows: np.ndarray | RowRange) -> str:
-    """sha256 of the rows as little-endian int64: 8 bytes a row are hashed, few held at once."""
+def rows_digest(rows: np.ndarray | ComputedRows) -> str:
+    """sha256 of the rows: an array and a range that list the same rows have the same."""
+    return rows.digest() if isinstance(rows, ComputedRows) else _hashed(rows)
+
+
+def _hashed(rows: np.ndarray | ComputedRows) -> str:
+    """Of the rows as little-endian int64: 8 bytes a row are hashed, few held at once."""
     digest = hashlib.sha256()
     for lo in range(0, rows.size, _CHUNK):
         digest.update(rows[lo : lo + _CHUNK].astype("<i8").data)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from raypipe.errors import ConfigError, WorkerFailed
-from raypipe.stream import Gatherer, deal, split_micro
+from raypipe.stream import Gatherer, deal
 from raypipe.train import rng
 from raypipe.train.checkpoint import Found
 from raypipe.train.config import TrainConfig
@@ -142,16 +142,19 @@ class Engine:
 
     def _val_sums(self, gatherer: Gatherer, batch_rows: int) -> dict[str, Tensor]:
         rows = self.task.val_rows
-        mine = rows[deal(len(rows), self.ctx.rank, self.ctx.world)]
+        part = deal(len(rows), self.ctx.rank, self.ctx.world)
+        mine = part.stop - part.start
         # A rank without rows computes one that does not count, to know the sums' names and sizes.
-        used = mine if len(mine) else rows[:1]
-        pieces = [used[p] for p in split_micro(len(used), -(-len(used) // batch_rows))]
+        first, used = (part.start, mine) if mine else (0, 1)
+        count = -(-used // batch_rows)
+        cuts = (deal(used, index, count) for index in range(count))  # rows as they are needed
+        pieces = (rows[first + cut.start : first + cut.stop] for cut in cuts)
         sums: dict[str, Tensor] = {}
         with closing(gatherer.batches(pieces)) as batches:
             for batch in batches:
                 for key, value in self.val_batch(batch).items():
                     sums[key] = sums[key] + value if key in sums else value.clone()
-        return sums if len(mine) else {key: torch.zeros_like(v) for key, v in sums.items()}
+        return sums if mine else {key: torch.zeros_like(v) for key, v in sums.items()}
 
     def _judged(self) -> AbstractContextManager[None]:
         """The module with the weights that are validated, and kept where they are the best."""

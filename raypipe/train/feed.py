@@ -20,7 +20,7 @@ from torch import Tensor
 from raypipe.errors import ConfigError, WorkerFailed
 from raypipe.stream import Cursor, Gatherer, StepSlice, StreamPlan, split_micro
 from raypipe.stream.reading import Source
-from raypipe.stream.rows import RowRange
+from raypipe.stream.rows import ComputedRows
 from raypipe.train import checkpoint
 from raypipe.train.config import TrainConfig
 from raypipe.train.cut import Cut, n_pieces
@@ -45,7 +45,7 @@ class Micro:
 
 
 def training_plan(
-    train_rows: np.ndarray | range | RowRange,
+    train_rows: np.ndarray | range | ComputedRows,
     cfg: TrainConfig,
     world: int,
     run_dir: Path | None = None,
@@ -61,14 +61,14 @@ def training_plan(
 
 
 def plan_from(
-    train_rows: np.ndarray | range | RowRange,
+    train_rows: np.ndarray | range | ComputedRows,
     cfg: TrainConfig,
     world: int,
     found: checkpoint.Found | None,
 ) -> StreamPlan:
     """`training_plan` for a checkpoint that is already chosen (None: a fresh run).
 
-    A range of rows stays one: rows are computed when a step needs them.
+    A range of rows stays one, as other computed rows do: they are computed when a step needs them.
     """
     if found is None:
         return _plan(train_rows, cfg, cfg.rows_per_step(world))
@@ -79,7 +79,7 @@ def plan_from(
 
 
 def _plan(
-    train_rows: np.ndarray | range | RowRange, cfg: TrainConfig, rows_per_step: int
+    train_rows: np.ndarray | range | ComputedRows, cfg: TrainConfig, rows_per_step: int
 ) -> StreamPlan:
     return StreamPlan(train_rows, cfg.seed, rows_per_step, cfg.epochs, cfg.shuffle_window)
 

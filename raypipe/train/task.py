@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from raypipe.errors import ConfigError
 from raypipe.stream.reading import Source
-from raypipe.stream.rows import RowRange
+from raypipe.stream.rows import ComputedRows
 
 Batch = Mapping[str, Tensor]
 
@@ -25,12 +25,12 @@ class Task(Protocol):
     """One thing to train. Everything here is called in the worker, under the loop's seed."""
 
     @property
-    def train_rows(self) -> np.ndarray | range | RowRange:
-        """(n,) int64, distinct: the rows to train on; a range takes no memory."""
+    def train_rows(self) -> np.ndarray | range | ComputedRows:
+        """(n,) int64, distinct: the rows to train on; a range, or computed rows, take no memory."""
         ...
 
     @property
-    def val_rows(self) -> np.ndarray:
+    def val_rows(self) -> np.ndarray | ComputedRows:
         """(m,) int64, m >= 1: the rows that choose the best epoch; none of ``train_rows``."""
         ...
 

@@ -1,4 +1,4 @@
-"""Features beside responses: what does not belong together is refused; splits; the task's sums."""
+"""Features beside responses: what does not belong together is refused; the task's sums."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 import torch
 from encoding_kit import FEATURE, LAYOUT, PLANTED, World, tokens_of, write_store
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from sklearn.feature_selection import r_regression
 from sklearn.metrics import mean_squared_error
 
@@ -21,9 +19,9 @@ from raypipe.encoding import data
 from raypipe.encoding.config import ModelConfig
 from raypipe.encoding.readout import build_readout
 from raypipe.encoding.shapes import TokenShape
+from raypipe.encoding.split import seeded_split
 from raypipe.encoding.task import EncodingTask, token_statistics
 from raypipe.errors import (
-    ConfigError,
     InputError,
     MemoryBudgetExceeded,
     MissingInput,
@@ -147,58 +145,13 @@ def test_responses_are_read_through_in_little_memory(
         tracemalloc.stop()
 
 
-# ---- the split
-
-
-@settings(deadline=None, max_examples=50)
-@given(st.lists(st.booleans(), min_size=3, max_size=200), st.floats(0.01, 0.9), st.integers(0, 9))
-def test_a_split_has_each_valid_row_once(flags: list[bool], fraction: float, seed: int) -> None:
-    valid = np.array([*flags, True, True, True, True])
-    if fraction * valid.sum() > valid.sum() - 1.5:
-        return
-    split = data.seeded_split(valid, fraction, seed)
-    both = np.concatenate([split.train, split.val])
-    np.testing.assert_array_equal(np.sort(both), np.flatnonzero(valid))
-    assert len(split.val) == max(2, round(fraction * valid.sum())) and len(split.train)
-    again = data.seeded_split(valid, fraction, seed)
-    np.testing.assert_array_equal(split.val, again.val)
-
-
-def test_seeds_differ_and_the_held_out_are_spread() -> None:
-    valid = np.ones(1000, bool)
-    one, two = data.seeded_split(valid, 0.1, 0), data.seeded_split(valid, 0.1, 1)
-    assert len(np.intersect1d(one.val, two.val)) < 40
-    assert 380 < one.val.mean() < 620
-
-
-def test_too_few_images_are_refused() -> None:
-    with pytest.raises(InputError, match="2 valid images"):
-        data.seeded_split(np.array([True, True, False]), 0.1, 0)
-
-
-def test_a_saved_split_comes_back_and_is_not_changed(tmp_path: Path) -> None:
-    split = data.seeded_split(np.arange(30) % 7 > 0, 0.2, 4)
-    names = tuple(f"{i}.png" for i in range(30))
-    path = tmp_path / "split.json"
-    data.save_split(split, names, path)
-    data.save_split(split, names, path)
-    loaded = data.load_split(path)
-    np.testing.assert_array_equal(loaded.train, split.train)
-    np.testing.assert_array_equal(loaded.val, split.val)
-    assert json.loads(path.read_text())["val_names"] == [names[row] for row in split.val]
-    with pytest.raises(ConfigError, match="another way"):
-        data.save_split(data.seeded_split(np.arange(30) % 7 > 0, 0.2, 5), names, path)
-    with pytest.raises(MissingInput):
-        data.load_split(tmp_path / "none.json")
-
-
 # ---- the task
 
 
 def make_task(world: World, **options: object) -> EncodingTask:
     opened = open_train(world)
     cfg = ModelConfig(d_model=16, heads=2, ffn=16, dropout=0.0, **options)  # type: ignore[arg-type]
-    split = data.seeded_split(opened.valid, 0.2, 0)
+    split = seeded_split(opened.valid, 0.2, 0)
     n = {"lh": PLANTED.vertices_per_hemi, "rh": PLANTED.vertices_per_hemi}
     return EncodingTask(
         features=opened.features.sources(),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from train_helpers import N_TRAIN, ToyTask, config, run, write_toy
 
 from raypipe.errors import ConfigError
-from raypipe.stream import RowRange, WindowShuffle
+from raypipe.stream import RowRange, SplitRows, WindowShuffle, split_rows
 from raypipe.stream.reading import RowReader, Source
 from raypipe.train.feed import training_plan
 from raypipe.train.result import FitResult
@@ -68,6 +68,36 @@ def test_a_task_may_give_a_range_of_rows(tmp_path: Path) -> None:
     measured = config(predict_memory=True)  # which takes rows of its own
     ranged = run(RangeTask(toy.data), measured, tmp_path / "range")
     assert losses(ranged) == losses(listed)
+
+
+@dataclass(frozen=True)
+class SplitTask(ToyTask):
+    """Some of the rows, and those held out of them, computed or as lists of the same."""
+
+    listed: bool = False
+
+    @property
+    def train_rows(self) -> SplitRows | np.ndarray:  # type: ignore[override]
+        left, _ = split_rows(self.n_train, 6, 1)
+        return left[:] if self.listed else left
+
+    @property
+    def val_rows(self) -> SplitRows | np.ndarray:  # type: ignore[override]
+        _, held = split_rows(self.n_train, 6, 1)
+        return held[:] if self.listed else held
+
+
+def test_a_task_may_give_rows_that_a_seed_left(tmp_path: Path) -> None:
+    toy = write_toy(tmp_path / "toy")
+    listed = run(SplitTask(toy.data, listed=True), config(), tmp_path / "listed")
+    measured = config(predict_memory=True)
+    computed = run(SplitTask(toy.data), measured, tmp_path / "computed")
+    assert losses(computed) == losses(listed)
+    first = config(epochs=1)
+    run(SplitTask(toy.data), first, tmp_path / "parts")
+    assert losses(run(SplitTask(toy.data), config(), tmp_path / "parts")) == losses(computed)
+    with pytest.raises(ConfigError, match="other rows"):
+        run(toy, config(epochs=9), tmp_path / "computed")
 
 
 def test_a_plan_of_a_range_lists_no_rows() -> None:
