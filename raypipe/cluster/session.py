@@ -116,13 +116,26 @@ def before_end(close: Callable[[], None]) -> None:
     _before_end.append(close)
 
 
+def hush() -> None:
+    """Only errors from Ray's loggers, unless the session asked for more: its libraries set levels of
+    their own when they are imported, which may be later than the session is opened.
+    """
+    if _hushed:
+        for name in ("ray", "ray.data", "ray.train"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+
+
+_hushed = False
+
+
 def _quiet(verbose: bool) -> None:
     """Ray's own chatter is off unless asked for; a value that the user set stays."""
+    global _hushed
+    _hushed = not verbose
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if verbose:
         return
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_DEDUP_LOGS", "1")
-    for name in ("ray", "ray.data", "ray.train"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    hush()
