@@ -45,9 +45,9 @@ def open_session(address: str | None = None, *, verbose: bool = False) -> Iterat
         if named:
             _check_reachable(named)
             # Inside a job RAY_ADDRESS is set by Ray, and any sizing argument would raise.
-            ray.init(address=named, logging_level=level, log_to_driver=verbose)
+            context = ray.init(address=named, logging_level=level, log_to_driver=verbose)
         else:
-            ray.init(
+            context = ray.init(
                 address="local",
                 include_dashboard=False,
                 logging_level=level,
@@ -62,6 +62,8 @@ def open_session(address: str | None = None, *, verbose: bool = False) -> Iterat
             f"no Ray cluster answers at {named!r} ({first}); start it, correct --address or "
             "RAY_ADDRESS, or drop both to run on this machine"
         ) from error
+    global _dashboard
+    _dashboard = bool(context.dashboard_url)
     try:
         with nullcontext() if named else _told(WATCH_NODES, "0"):
             yield
@@ -69,6 +71,7 @@ def open_session(address: str | None = None, *, verbose: bool = False) -> Iterat
         for close in _before_end:
             close()
         ray.shutdown()
+        _dashboard = None
 
 
 @contextmanager
@@ -97,6 +100,16 @@ def _check_reachable(address: str) -> None:
 def is_open() -> bool:
     """Whether this process has a session."""
     return bool(ray.is_initialized())
+
+
+_dashboard: bool | None = None
+
+
+def has_dashboard() -> bool:
+    """Whether Ray's state can be asked for in the session; taken for granted in one that somebody else
+    opened.
+    """
+    return _dashboard is not False
 
 
 def own_machine() -> Machines:
