@@ -22,7 +22,7 @@ from ray.data.block import BlockMetadata
 from ray.train import DataConfig
 
 from raypipe.cluster.few_ahead import stay_few_ahead
-from raypipe.cluster.session import before_end
+from raypipe.cluster.session import before_end, hush
 from raypipe.cluster.steps import SCHEMA, read_steps, table_slices
 from raypipe.errors import WorkerFailed
 from raypipe.stream import Cursor, StepSlice, StreamPlan
@@ -162,3 +162,4 @@ _open: weakref.WeakSet[Generator[StepSlice, None, None]] = weakref.WeakSet()
 # Kept for ever: to let go of one calls Ray, which is gone and would start again.
 _stranded: list[Any] = []
 before_end(close_open_slices)
+hush()  # Ray Data's logger, whose level came with it

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import ray
 from ray.autoscaler.sdk import request_resources
@@ -19,7 +20,6 @@ from raypipe.cluster.node_memory import make_everywhere
 from raypipe.cluster.pool import SAY_WAITING_EVERY_S, START_TIMEOUT_S, RayPool
 from raypipe.cluster.shards import open_shards
 from raypipe.cluster.stalls import Stalls
-from raypipe.cluster.trainer import TrainSetup, train_on_ray
 from raypipe.errors import ConfigError, DeviceUnavailable, WorkerFailed
 from raypipe.memory.attend import attend
 from raypipe.memory.config import ResolvedMemory, resolve
@@ -27,10 +27,10 @@ from raypipe.memory.limits import node_limits
 from raypipe.runner import Machines, Needs, StepWorker
 from raypipe.stream.at_hand import far_sources, open_at_hand
 from raypipe.stream.reading import OpenRows, Source
-from raypipe.train import FitResult, Task, TrainConfig, checkpoint, training_plan
-from raypipe.train.follow import TrainProgress
-from raypipe.train.stop import stop_on_interrupt, unless_stopped
 from raypipe.units import format_bytes
+
+if TYPE_CHECKING:
+    from raypipe.train import FitResult, Task, TrainConfig
 
 # Ray Data's read tasks need a share of a core: two Train workers that took both cores of a
 # two-core machine would wait for them for ever.
@@ -91,6 +91,12 @@ class RayRunner:
         resume: bool = True,
     ) -> FitResult:
         """Train with ``workers`` processes (DDP above one), which all see ``run_dir``."""
+        # Torch, Ray Data and Ray Train: seconds that no command waits for which trains nothing.
+        from raypipe.cluster.trainer import TrainSetup, train_on_ray
+        from raypipe.train import checkpoint, training_plan
+        from raypipe.train.follow import TrainProgress
+        from raypipe.train.stop import stop_on_interrupt, unless_stopped
+
         run_dir = run_dir.resolve()  # Train workers have a working directory of their own
         if not resume:
             checkpoint.discard(run_dir)

@@ -45,9 +45,9 @@ def open_session(address: str | None = None, *, verbose: bool = False) -> Iterat
         if named:
             _check_reachable(named)
             # Inside a job RAY_ADDRESS is set by Ray, and any sizing argument would raise.
-            ray.init(address=named, logging_level=level, log_to_driver=verbose)
+            context = ray.init(address=named, logging_level=level, log_to_driver=verbose)
         else:
-            ray.init(
+            context = ray.init(
                 address="local",
                 include_dashboard=False,
                 logging_level=level,
@@ -62,6 +62,8 @@ def open_session(address: str | None = None, *, verbose: bool = False) -> Iterat
             f"no Ray cluster answers at {named!r} ({first}); start it, correct --address or "
             "RAY_ADDRESS, or drop both to run on this machine"
         ) from error
+    global _dashboard
+    _dashboard = bool(context.dashboard_url)
     try:
         with nullcontext() if named else _told(WATCH_NODES, "0"):
             yield
@@ -69,6 +71,7 @@ def open_session(address: str | None = None, *, verbose: bool = False) -> Iterat
         for close in _before_end:
             close()
         ray.shutdown()
+        _dashboard = None
 
 
 @contextmanager
@@ -99,6 +102,16 @@ def is_open() -> bool:
     return bool(ray.is_initialized())
 
 
+_dashboard: bool | None = None
+
+
+def has_dashboard() -> bool:
+    """Whether Ray's state can be asked for in the session; taken for granted in one that somebody else
+    opened.
+    """
+    return _dashboard is not False
+
+
 def own_machine() -> Machines:
     """What a session that is started here would have, without starting it."""
     from ray._private.utils import get_num_cpus  # what ray.init itself asks
@@ -116,13 +129,26 @@ def before_end(close: Callable[[], None]) -> None:
     _before_end.append(close)
 
 
+def hush() -> None:
+    """Only errors from Ray's loggers, unless the session asked for more: its libraries set levels of
+    their own when they are imported, which may be later than the session is opened.
+    """
+    if _hushed:
+        for name in ("ray", "ray.data", "ray.train"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+
+
+_hushed = False
+
+
 def _quiet(verbose: bool) -> None:
     """Ray's own chatter is off unless asked for; a value that the user set stays."""
+    global _hushed
+    _hushed = not verbose
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if verbose:
         return
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_DEDUP_LOGS", "1")
-    for name in ("ray", "ray.data", "ray.train"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    hush()

@@ -20,6 +20,7 @@ import ray
 from ray import train as ray_train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 from raypipe.cluster.budget import (
     WorkerMemory,
@@ -32,6 +33,7 @@ from raypipe.cluster.datasets import PlanDataConfig, plan_dataset, read_slices
 from raypipe.cluster.decode_plan import Crew, bytes_on_a_machine, plan_decoders
 from raypipe.cluster.decoders import RowOpener
 from raypipe.cluster.failures import NoSecondTry, batch_limit, our_error
+from raypipe.cluster.session import has_dashboard
 from raypipe.cluster.shards import Shards, open_shards
 from raypipe.cluster.stalls import Stalls
 from raypipe.memory.attend import FOLDER
@@ -132,7 +134,7 @@ def _trainer(
             return Cursor()
         return Cursor(found.meta["progress"]["epoch"], found.meta["progress"]["step"])
 
-    return TorchTrainer(
+    return (TorchTrainer if has_dashboard() else WithoutDashboard)(
         _train_worker,
         train_loop_config={"setup": ray.put(setup)},
         scaling_config=ScalingConfig(
@@ -153,6 +155,19 @@ def _trainer(
             callbacks=[NoSecondTry(setup.memory, setup.name)],
         ),
     )
+
+
+class WithoutDashboard(TorchTrainer):
+    """Starts no actor that frees the workers' places should the controller die before its driver.
+
+    That one asks the dashboard whether the controller lives. Without a dashboard it goes on asking:
+    every training ended with 12 s of waiting for it. And where other Rays run on the machine it asks
+    one of them, which knows of no such controller. The places are free when the driver ends.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        made = super()._create_default_callbacks()
+        return [one for one in made if not isinstance(one, PlacementGroupCleanerCallback)]
 
 
 def _fit_in_thread(trainer: TorchTrainer, tick: Callable[[], None]) -> FitResult:

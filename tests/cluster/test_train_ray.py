@@ -18,14 +18,19 @@ import torch
 import train_helpers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ray.train import ScalingConfig
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from real_kills import killing, workers
 from torch import Tensor, nn
 from train_helpers import ToyTask, config, write_toy
 
 from raypipe.cluster.datasets import close_open_slices, plan_dataset, read_slices
 from raypipe.cluster.runner import RayRunner, wait_for_room
+from raypipe.cluster.session import has_dashboard
 from raypipe.cluster.shards import open_shards
 from raypipe.cluster.steps import step_table
+from raypipe.cluster.trainer import WithoutDashboard
 from raypipe.errors import ConfigError, DeviceUnavailable, Interrupted, StoreError, WorkerFailed
 from raypipe.runner import LocalRunner
 from raypipe.store import adopt, discard_store, plan_adoption, stand_in
@@ -249,6 +254,17 @@ def test_two_workers_begin_anew_where_told_and_equal_one_with_twice_the_batch(
     # Without Ray, which starts nothing; a test above shows that it is the same.
     LocalRunner().fit(toy, config(batch_size=8), tmp_path / "one", device="cpu")
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=1e-4)
+
+
+def test_nobody_asks_a_dashboard_that_is_not_there() -> None:
+    """At the end of a training Ray's cleaner of placement groups would be waited for, 12 s."""
+    assert not has_dashboard()
+    given = {"train_loop_per_worker": print, "scaling_config": ScalingConfig(num_workers=1)}
+    usual, ours = (
+        {type(one) for one in kind(**given)._create_default_callbacks()}
+        for kind in (TorchTrainer, WithoutDashboard)
+    )
+    assert usual - ours == {PlacementGroupCleanerCallback} and ours < usual
 
 
 def test_a_cluster_without_room_is_named_and_not_waited_for_in_silence() -> None:

@@ -1,4 +1,4 @@
-"""A worker of a tiled run is killed on real Ray: its tiles go to others, the result is the same."""
+"""Tiles on real Ray: workers share them, and those of a killed one go to others."""
 
 from __future__ import annotations
 
@@ -13,12 +13,14 @@ import pytest
 import ray
 import torch
 from real_kills import killing
+from tifffile import imread
+from tile_runs import image
 from torch import Tensor, nn
 
 from raypipe.cluster.runner import RayRunner
 from raypipe.runner import LocalRunner
 from raypipe.tile.config import TileConfig
-from raypipe.tile.engine import carry_out
+from raypipe.tile.engine import carry_out, infer
 from raypipe.tile.ledger import paths_of
 from raypipe.tile.plan import TilePlan, make_plan
 from raypipe.tile.source import open_source
@@ -76,3 +78,22 @@ def test_a_killed_workers_tiles_go_to_others(tmp_path: Path) -> None:
     assert out.read_bytes() == whole.read_bytes()
     logs = sorted(path.name for path in (tmp_path / "run" / "memory").glob("*.csv"))
     assert logs[0] == "driver.csv" and any(str(killed.pid) in name for name in logs)
+
+
+def test_workers_share_the_tiles(tmp_path: Path) -> None:
+    path = tmp_path / "in.npy"
+    np.save(path, image())
+    model = nn.Conv2d(1, 1, 3, padding=1)
+    cfg = TileConfig(chunk_size=70, workers=2, device="cpu", halo=1, align=1)
+    found = infer(
+        open_source(path, 2),
+        model,
+        tmp_path / "out.tif",
+        cfg,
+        RayRunner(joined=False, on_event=print),
+        keep_frames=False,
+    )
+    with torch.inference_mode():
+        whole = model(torch.from_numpy(image())[None, None])[0, 0].numpy()
+    assert found.tiles == 49 and found.shape == (500, 500)  # 80 pixels: TIFF wants multiples of 16
+    np.testing.assert_allclose(imread(found.path), whole, rtol=0, atol=1e-6)
