@@ -22,7 +22,7 @@ from raypipe.fmri.config import FmriConfig, MvpaJobConfig, RoiConfig
 from raypipe.fmri.content import content_of, digest
 from raypipe.fmri.masks import Grid
 from raypipe.fmri.mvpa import Design, make_folds
-from raypipe.fmri.mvpa.estimators import maps_at_most, solver_rows
+from raypipe.fmri.mvpa.estimators import maps_at_most, solver_rows, solver_squares
 from raypipe.fmri.plan import ScanFacts, UnitFacts
 from raypipe.fmri.rois import Regions, common, find_regions, roi_files
 from raypipe.fmri.samples import design_of, has_onsets, label_files
@@ -281,7 +281,8 @@ def _unit_facts(cfg: FmriConfig, target: Target | None, design: Design | None) -
         n_folds=len(make_folds(design, decoding)),
         keeps_folds=not gram,
         n_maps=maps_at_most(decoding.model, n_classes) if cfg.weight_maps else 0,
-        solver_rows=solver_rows(decoding.model, n_classes),
+        solver_rows=solver_rows(decoding.model, n_classes, len(design)),
+        solver_squares=solver_squares(decoding.model, n_classes),
     )
 
 

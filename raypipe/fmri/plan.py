@@ -54,7 +54,8 @@ class ScanFacts:
 @dataclass(frozen=True, kw_only=True)
 class UnitFacts:
     """Samples and folds of a unit; keeps_folds : its model holds every fold's patterns at once; n_maps : of
-    its weights, at most; solver_rows : float64 rows that a fit takes beside the patterns.
+    its weights, at most; solver_rows : float64 rows that a fit takes beside the patterns; solver_squares :
+    float64 matrices of voxels x voxels that it takes.
     """
 
     n_samples: int = 0
@@ -62,6 +63,7 @@ class UnitFacts:
     keeps_folds: bool = False
     n_maps: int = 0
     solver_rows: int = 0
+    solver_squares: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,13 +172,13 @@ def need_of(
 
 def _working(unit: UnitFacts, voxels: int) -> int:
     """float64 patterns, a fold's scaled training and test copies with one more in the making, and what
-    folds keep: Gram matrices, or their patterns. Weight maps are made before the folds, of copies as a
-    fold's; they stay, weights and patterns, and are spread over all voxels.
+    folds keep: Gram matrices, or their patterns; and what a solver takes. Weight maps are made before the
+    folds, of copies as a fold's; they stay, weights and patterns, and are spread over all voxels.
     """
     patterns = 8 * unit.n_samples * voxels
     kept = patterns if unit.keeps_folds else 2 * 8 * unit.n_samples**2
     maps = 4 * 8 * unit.n_maps * voxels
-    solver = 8 * unit.solver_rows * voxels
+    solver = 8 * voxels * (unit.solver_rows + unit.solver_squares * voxels)
     return 4 * patterns + unit.n_folds * kept + maps + solver
 
 

@@ -58,6 +58,8 @@ def _cards(folder: Path, run: Run) -> Iterator[Card]:
 
 
 def _notes(run: Run) -> Iterator[Block]:
+    if said := run["input"].get("axes_note"):  # which earlier records do not have
+        yield Note(f"Axes: {said}; where that is wrong, predict again with other --axes.")
     if run["tiles"]["field"]["how"] == "blended":
         yield Note("Windows were blended: the result is not that of the whole image.")
     if run["earlier"]:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import tracemalloc
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from mvpa_kit import planted
+from mvpa_kit import design_of, planted
+from run_kit import mvpa_config
 
 from raypipe.errors import MemoryBudgetExceeded
+from raypipe.fmri import inputs as inputs_module
 from raypipe.fmri.mvpa import EstimatorConfig, MvpaConfig, decode
-from raypipe.fmri.mvpa.estimators import maps_at_most, solver_rows
+from raypipe.fmri.mvpa.estimators import maps_at_most, solver_rows, solver_squares
 from raypipe.fmri.plan import (
     Batch,
     Need,
@@ -29,7 +32,7 @@ from raypipe.fmri.plan import (
     series_bytes,
     split,
 )
-from raypipe.fmri.units import Unit
+from raypipe.fmri.units import Target, Unit
 from raypipe.memory.config import MemoryFlags, ResolvedMemory, resolve
 from raypipe.memory.limits import NodeLimits
 from raypipe.runner import Machines
@@ -158,10 +161,63 @@ def test_a_logistic_unit_stays_within_its_plan(n_classes: int, weights: bool) ->
     unit = UnitFacts(
         n_samples=len(design), n_folds=2, keeps_folds=True,
         n_maps=maps_at_most(model, n_classes) if weights else 0,
-        solver_rows=solver_rows(model, n_classes),
+        solver_rows=solver_rows(model, n_classes, len(design)),
     )  # fmt: skip
     planned = need_of(voxels, [SCAN], [unit], mapped=False).working
     assert planned / 3 < peak <= planned
+
+
+IMPORTED = "sklearn.discriminant_analysis.LinearDiscriminantAnalysis"
+
+
+@pytest.mark.parametrize(
+    ("estimator", "params", "voxels", "n_classes"),
+    [
+        ("lda", "", 50, 3), ("lda", "", 300, 3), ("lda", "", 600, 2),
+        (IMPORTED, "solver=lsqr shrinkage=0.5", 300, 3), (IMPORTED, "solver=lsqr", 300, 3),
+        (IMPORTED, "solver=eigen shrinkage=auto", 300, 3), (IMPORTED, "", 300, 3),
+        ("sklearn.discriminant_analysis.QuadraticDiscriminantAnalysis",
+         "solver=eigen shrinkage=auto", 200, 4),
+        ("sklearn.linear_model.LogisticRegression", "solver=newton-cholesky", 200, 2),
+        ("sklearn.linear_model.LogisticRegression", "solver=newton-cholesky", 100, 3),
+    ],
+)  # fmt: skip
+def test_a_model_with_covariances_stays_within_its_plan(
+    estimator: str, params: str, voxels: int, n_classes: int
+) -> None:
+    """With permutations: a model that was fitted is gone before the next one."""
+    model = EstimatorConfig(estimator=estimator, params=tuple(params.split()))
+    config = MvpaConfig(model=model, n_permutations=2, scores=("accuracy",))
+    patterns, design = planted(n_classes, 3, 8, n_voxels=voxels)
+    decode(patterns[:, :20], design, config)
+    tracemalloc.start()
+    try:
+        decode(patterns.copy(), design, config)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    unit = UnitFacts(
+        n_samples=len(design), n_folds=3, keeps_folds=True,
+        solver_rows=solver_rows(model, n_classes, len(design)),
+        solver_squares=solver_squares(model, n_classes),
+    )  # fmt: skip
+    planned = need_of(voxels, [SCAN], [unit], mapped=False).working
+    assert planned / 1.5 < peak <= planned
+
+
+def test_a_covariance_that_no_worker_holds_is_refused(tmp_path: Path) -> None:
+    """12,000 voxels and 40 samples: 70 MiB of patterns and Gram matrices, 4.3 GiB of covariances."""
+    labels = np.tile(np.array(["a", "b"]), 20)
+    design = design_of(labels, np.repeat(np.arange(4), 10))
+    needs = {}
+    for estimator in ("svc", "lda"):
+        mvpa = MvpaConfig(model=EstimatorConfig(estimator=estimator))
+        cfg = mvpa_config(tmp_path, tmp_path, mvpa=mvpa)
+        facts = inputs_module._unit_facts(cfg, Target(name="all"), design)
+        needs[estimator] = need_of(12_000, [SCAN], [facts], mapped=False)
+    assert pack({"V1": needs["svc"]}, 2 * GIB) == [("V1",)]
+    with pytest.raises(MemoryBudgetExceeded, match=r"ROI V1 needs 4\.\d+ GiB in one worker"):
+        pack({"V1": needs["lda"]}, 2 * GIB)
 
 
 @pytest.mark.parametrize(

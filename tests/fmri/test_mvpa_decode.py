@@ -19,6 +19,7 @@ from sklearn.svm import SVC, LinearSVC
 
 from raypipe.errors import ConfigError, InputError, RaypipeWarning, UnknownName
 from raypipe.fmri.mvpa import EstimatorConfig, Fold, MvpaConfig, decode, make_folds, weight_maps
+from raypipe.fmri.mvpa.engines import Answers, SvcEngine
 from raypipe.fmri.mvpa.folds import mixed_runs, neighbour_correlation
 
 
@@ -273,3 +274,25 @@ def test_haufe_patterns_are_those_of_the_formula() -> None:
     expected = np.linalg.pinv(weights @ cov @ weights.T) @ (weights @ cov)
     np.testing.assert_allclose(np.delete(maps.patterns, 4, axis=1), expected, rtol=1e-6, atol=1e-9)
     assert np.isnan(maps.weights[:, 4]).all()
+
+
+def test_a_batch_of_permutations_counts_pairs_of_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """12 classes have 66 decisions each, which a fold holds at once for all permutations of a batch."""
+    budget, seen = 1 << 18, []
+    real = SvcEngine.answer
+
+    def answer(self: SvcEngine, labels: np.ndarray) -> Answers:
+        seen.append(len(labels))
+        return real(self, labels)
+
+    labels = np.tile([f"c{n:02}" for n in range(12)], 3)
+    design = design_of(labels, np.repeat(np.arange(3), 12))
+    patterns = np.random.default_rng(0).normal(size=(36, 8))
+    config = MvpaConfig(n_permutations=40, scores=("accuracy",), exchange="sample")
+    whole = decode(patterns, design, config)
+    module = importlib.import_module("raypipe.fmri.mvpa.decode")
+    monkeypatch.setattr(module, "_BATCH_BYTES", budget)
+    monkeypatch.setattr(SvcEngine, "answer", answer)
+    parts = decode(patterns, design, config)
+    assert 1 < max(seen) and max(seen) * 8 * 36 * 66 <= budget
+    np.testing.assert_array_equal(parts.null["accuracy"], whole.null["accuracy"])

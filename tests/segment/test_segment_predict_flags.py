@@ -18,6 +18,7 @@ from predict_kit import STATED, fitted_run, predict, write_pages
 from raypipe.cli import main
 from raypipe.launch import LaunchConfig
 from raypipe.segment.predict import SegmentPredictConfig
+from raypipe.segment.predict_page import write_report
 
 # Option -> (its words, with other flags behind them, what must be said); {d} is the folder of inputs.
 BAD: dict[str, list[tuple[list[str], str]]] = {
@@ -210,14 +211,23 @@ def test_a_result_of_pages_goes_on_by_the_command_that_began_it(
     assert len(lines) == 1 and "(6, 64, 64)" in got.out
     record = json.loads((tmp_path / "out.npy.predict/run.json").read_text())
     assert record["input"]["axes"] == "FYX" and said in record["input"]["axes_note"]
+    page = write_report(tmp_path / "out.npy.predict").read_text()
+    assert f"Axes: {said} as the model takes 1 channel(s); where that is wrong" in page
     for axes in ([], ["--axes", "FYX"], ["--axes", "FFYX"]):
         assert predict(*run, *axes) == 0
         assert "complete already" in capsys.readouterr().out
 
 
 def test_axes_of_a_picture_are_those_that_it_has(inputs: Path, tmp_path: Path) -> None:
+    """So its page has no note on them, nor has that of a record of before there were notes."""
     args = inputs / "run", inputs / "grey.png", tmp_path / "out.npy", *STATED
     assert predict(*args, "--axes", "YX") == 0
+    folder = tmp_path / "out.npy.predict"
+    assert "Axes: " not in write_report(folder).read_text()
+    record = json.loads((folder / "run.json").read_text())
+    del record["input"]["axes_note"]
+    (folder / "run.json").write_text(json.dumps(record))
+    assert "Axes: " not in write_report(folder).read_text()
 
 
 def test_a_folder_that_cannot_be_written_is_refused(

@@ -136,7 +136,9 @@ def _null(
     """Score -> (n_permutations,) means over folds; a batch of permutations at a time."""
     if config.n_permutations == 0:
         return {}
-    batch = max(1, _BATCH_BYTES // (8 * len(design) * max(1, len(design.classes))))
+    k = len(design.classes)
+    most = max(1, k, k * (k - 1) // 2)  # a value a class, or a pair of classes
+    batch = max(1, _BATCH_BYTES // (8 * len(design) * most))
     parts: dict[str, list[Floats]] = {name: [] for name in names}
     for first in range(0, config.n_permutations, batch):
         n = min(batch, config.n_permutations - first)

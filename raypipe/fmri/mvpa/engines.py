@@ -92,6 +92,7 @@ class RefitEngine:
             model = clone(self._estimator).fit(self._train, one[self._fold.train])
             predicted.append(model.predict(self._test))
             decisions.append(_decision(model, self._test, one))
+            del model  # it may hold voxels x voxels, and the next one is not planned for beside it
         whole = None if any(d is None for d in decisions) else np.array(decisions, np.float64)
         return Answers(np.array(predicted), whole)
 

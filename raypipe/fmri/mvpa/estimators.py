@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from sklearn.base import is_classifier, is_regressor
-from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.discriminant_analysis import (
+    LinearDiscriminantAnalysis,
+    QuadraticDiscriminantAnalysis,
+)
 from sklearn.linear_model import LogisticRegression, Ridge, RidgeClassifier
 from sklearn.svm import SVC, SVR, NuSVC
 
@@ -101,11 +104,30 @@ def maps_at_most(config: EstimatorConfig, n_classes: int) -> int:
     return n_classes if type(model).__module__.startswith("sklearn.") else max(n_classes, pairs)
 
 
-def solver_rows(config: EstimatorConfig, n_classes: int) -> int:
+def solver_rows(config: EstimatorConfig, n_classes: int, n_samples: int) -> int:
     """Rows of float64, as long as a pattern, that a fit takes beside the patterns."""
     model = config.build()
+    if isinstance(model, LinearDiscriminantAnalysis) and model.solver == "svd":
+        return 3 * n_samples  # measured: patterns by class, scaled, and as LAPACK wants them
     is_lbfgs = isinstance(model, LogisticRegression) and model.solver == "lbfgs"
     return _LBFGS_ROWS * maps_at_most(config, n_classes) if is_lbfgs else 0
+
+
+def solver_squares(config: EstimatorConfig, n_classes: int) -> int:
+    """Matrices of voxels x voxels, float64, that a fit holds at once. Counted in scikit-learn's source, and
+    measured: covariances with their copies while they are shrunk, scaled, or decomposed; a Hessian.
+    """
+    model = config.build()
+    if isinstance(model, LinearDiscriminantAnalysis):
+        # The sum over classes, a class's own, and two while that is scaled back; three while another is
+        # shrunk by a stated part. Of eigen two sums, their difference, and LAPACK's copies and workspace.
+        shrunk = {"auto": 4, None: 3}.get(model.shrinkage, 5)
+        return {"lsqr": shrunk, "eigen": 7}.get(model.solver, 0)
+    if isinstance(model, QuadraticDiscriminantAnalysis):
+        return 2 * n_classes + 1 if model.solver == "eigen" else 0
+    if isinstance(model, LogisticRegression) and model.solver == "newton-cholesky":
+        return int(maps_at_most(config, n_classes)) ** 2 + 1
+    return 0
 
 
 def _imported(path: str, params: Mapping[str, Any]) -> Any:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from raypipe.errors import RaypipeWarning
 from raypipe.fmri.masks import Grid, Voxels
 from raypipe.fmri.mvpa import Design
+from raypipe.fmri.mvpa.estimators import solver_squares
 from raypipe.fmri.searchlight.plan import (
     Block,
     SearchlightConfig,
@@ -60,6 +61,7 @@ def searchlight(
         n_volumes=reader.n_volumes,
         n_samples=len(design),
         centres=centres,
+        squares=solver_squares(config.decode.model, len(design.classes)),
     )
     worker = SearchlightWorker(reader, design, config)
     parts = []

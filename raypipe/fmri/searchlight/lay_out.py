@@ -149,16 +149,14 @@ def _light(
     target = next(target for target in cfg.targets() if target.name == unit.target)
     config, grid = cfg.light_of(target), Grid.of(subject.scans[0])
     mask = sphere_voxels_of(subject.regions, unit.roi)
-    n_volumes = sum(scan.n_volumes for scan in subject.scans)
-    plan = plan_searchlight(
-        mask,
-        grid,
-        config,
-        n_volumes=n_volumes,
-        n_samples=facts.n_samples,
-        centres=subject.regions[0].voxels[unit.roi],
-    )
-    block, voxels = largest_bytes(plan, config, n_volumes=n_volumes, n_samples=facts.n_samples)
+    needs = {
+        "n_volumes": sum(scan.n_volumes for scan in subject.scans),
+        "n_samples": facts.n_samples,
+        "squares": facts.solver_squares,
+    }
+    centres = subject.regions[0].voxels[unit.roi]
+    plan = plan_searchlight(mask, grid, config, centres=centres, **needs)
+    block, voxels = largest_bytes(plan, config, **needs)
     mask_hash = str(xxhash.xxh3_128_hexdigest(plan.mask.tobytes()))
     items = tuple(
         LightItem(

@@ -102,10 +102,11 @@ def plan_searchlight(
     n_volumes: int,
     n_samples: int,
     centres: Voxels | None = None,
+    squares: int = 0,
 ) -> SearchlightPlan:
     """Blocks for spheres around ``centres`` (all of the mask for None), of the mask's voxels.
 
-    n_volumes : of the series that are read; n_samples : of the design
+    n_volumes : of the series that are read; n_samples : of the design; squares : see `block_bytes`
     Raises MemoryBudgetExceeded when not even one sphere fits the budget.
     """
     offsets, inside = sphere_offsets(grid, config.radius_mm), inside_mask(mask, grid)
@@ -116,7 +117,7 @@ def plan_searchlight(
             "centres within it"
         )
 
-    limit = _Limit(offsets, inside, grid, config, n_volumes, n_samples)
+    limit = _Limit(offsets, inside, grid, config, n_volumes, n_samples, squares)
     lumps = [_walk(lump, grid) for lump in _halves(wanted, grid, limit.fits)]
     start = np.concatenate(([0], np.cumsum([len(lump) for lump in lumps]))).astype(np.int64)
     return SearchlightPlan(
@@ -129,26 +130,38 @@ def plan_searchlight(
 
 
 def largest_bytes(
-    plan: SearchlightPlan, config: SearchlightConfig, *, n_volumes: int, n_samples: int
+    plan: SearchlightPlan,
+    config: SearchlightConfig,
+    *,
+    n_volumes: int,
+    n_samples: int,
+    squares: int = 0,
 ) -> tuple[int, int]:
     """(bytes, voxels) that the largest block takes at most, by the boxes around its spheres."""
     offsets, inside = sphere_offsets(plan.grid, plan.radius_mm), inside_mask(plan.mask, plan.grid)
     voxels = max(voxels_at_most(lump, offsets, inside, plan.grid) for lump in plan.lumps())
     labels = 1 + config.decode.n_permutations
-    bound = block_bytes(voxels, len(offsets), n_volumes, n_samples, labels)
+    bound = block_bytes(voxels, len(offsets), n_volumes, n_samples, labels, squares)
     return min(bound, config.budget_bytes), voxels
 
 
 def block_bytes(
-    n_voxels: int, sphere: int, n_volumes: int, n_samples: int, n_labels: int = 1
+    n_voxels: int,
+    sphere: int,
+    n_volumes: int,
+    n_samples: int,
+    n_labels: int = 1,
+    squares: int = 0,
 ) -> int:
     """What scoring a block takes at its peak.
 
-    Series (float32); patterns, and those being scaled (float64); a sphere's patterns, twice; Gram
-    matrices; for each label vector its samples' labels, predictions and decisions.
+    Series (float32); patterns, and those being scaled (float64); a sphere's patterns, twice, and
+    ``squares`` matrices of its voxels (`mvpa.estimators.solver_squares`); Gram matrices; for each
+    label vector its samples' labels, predictions and decisions.
     """
     series = n_voxels * (4 * n_volumes + 6 * 8 * n_samples)
-    return series + 2 * 8 * sphere * n_samples + 4 * 8 * n_samples**2 + 48 * n_labels * n_samples
+    own = 2 * 8 * sphere * n_samples + 8 * squares * sphere**2
+    return series + own + 4 * 8 * n_samples**2 + 48 * n_labels * n_samples
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,6 +174,7 @@ class _Limit:
     config: SearchlightConfig
     n_volumes: int
     n_samples: int
+    squares: int
 
     def fits(self, lump: Voxels) -> bool:
         """Raises MemoryBudgetExceeded for a single centre that does not."""
@@ -179,7 +193,9 @@ class _Limit:
 
     def _bytes(self, n_voxels: int) -> int:
         labels = 1 + self.config.decode.n_permutations
-        return block_bytes(n_voxels, len(self.offsets), self.n_volumes, self.n_samples, labels)
+        return block_bytes(
+            n_voxels, len(self.offsets), self.n_volumes, self.n_samples, labels, self.squares
+        )
 
 
 def _halves(centres: Voxels, grid: Grid, fits: Callable[[Voxels], bool]) -> Iterator[Voxels]:

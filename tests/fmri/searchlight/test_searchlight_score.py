@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import tracemalloc
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC, SVR
 
-from raypipe.errors import InputError, RaypipeWarning, UnknownName
+from raypipe.errors import InputError, MemoryBudgetExceeded, RaypipeWarning, UnknownName
 from raypipe.fmri.masks import Grid
 from raypipe.fmri.mvpa import Design, EstimatorConfig, MvpaConfig, decode
+from raypipe.fmri.mvpa.estimators import solver_squares
 from raypipe.fmri.searchlight import (
     Block,
     SearchlightConfig,
@@ -33,6 +35,7 @@ from raypipe.fmri.searchlight import (
 )
 from raypipe.fmri.searchlight.geometry import Spheres
 from raypipe.fmri.searchlight.gram import GramWalk, update_pays
+from raypipe.fmri.searchlight.plan import largest_bytes
 from raypipe.fmri.sources import ArraySeries
 
 SHAPE = (5, 4, 4)
@@ -286,6 +289,35 @@ def test_a_block_keeps_to_the_bytes_that_it_was_planned_with(n_permutations: int
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert 0.3 * config.budget_bytes < peak <= config.budget_bytes
+
+
+def test_a_sphere_keeps_to_its_bytes_where_covariances_are_most_of_them() -> None:
+    """257 voxels: 0.5 MiB each of four."""
+    rng = np.random.default_rng(0)
+    grid = Grid(shape=(9, 9, 9), affine=np.diag([2.0, 2.0, 2.0, 1.0]))
+    n, middle = 60, np.array([364])
+    reader = ArraySeries(rng.normal(size=(729, n)).astype(np.float32))
+    design = design_of(np.array(["a", "b"])[np.arange(n) % 2], np.repeat(np.arange(3), n // 3))
+    model = EstimatorConfig(estimator="lda")
+    config = SearchlightConfig(
+        radius_mm=8.0, decode=MvpaConfig(model=model, scores=("accuracy",), n_permutations=2)
+    )
+    needs = {"n_volumes": n, "n_samples": n, "squares": solver_squares(model, 2)}
+    around = plan_searchlight(np.arange(729), grid, config, centres=middle, **needs)
+    mask = next(around.blocks()).voxels
+    plan = plan_searchlight(mask, grid, config, centres=middle, **needs)
+    block = next(plan.blocks())
+    score_block(block, reader, design, config)  # imports
+    tracemalloc.start()
+    score_block(block, reader, design, config)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    planned, voxels = largest_bytes(plan, config, **needs)
+    assert voxels == len(block.voxels) == 257
+    assert planned / 1.5 < peak <= planned
+    tight = replace(config, budget_bytes=planned - 1)
+    with pytest.raises(MemoryBudgetExceeded, match="one sphere of 8 mm"):
+        plan_searchlight(mask, grid, tight, centres=middle, **needs)
 
 
 def test_walking_gives_the_gram_matrix_of_each_sphere() -> None:
