@@ -32,6 +32,8 @@ from raypipe.stream import ArraySource
 
 READY_S = START_TIMEOUT_S + LEASE_WAIT_S
 SAY_EVERY_S = 20.0
+# To give a lease back takes milliseconds; of a server that starts yet, or hangs, its node finds the end.
+CLOSE_S = 2.0
 # How often Ray starts a server again on its node, and sends it what it did not answer.
 RESTARTS = 3
 
@@ -209,6 +211,6 @@ def _end(servers: Any) -> None:
         return
     closing = [server.close.remote() for server in servers]
     if closing:
-        ray.wait(closing, num_returns=len(closing), timeout=5.0)
+        ray.wait(closing, num_returns=len(closing), timeout=CLOSE_S)
     for server in servers:
         ray.kill(server)
