@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -154,6 +154,26 @@ def _await_ready(
 ) -> None:
     """Until all have their leases and files. Raises the first error."""
     waiting = {server.ready.remote(True): node for node, server in servers.items()}
+    try:
+        _await(waiting, leases, nodes, say)
+    except BaseException:
+        _drop(waiting)
+        raise
+
+
+def _drop(calls: Iterable[Any]) -> None:
+    """Nobody wants their answers: else Ray says on stderr of each that it will be tried again."""
+    for call in calls:
+        ray.cancel(call)
+
+
+def _await(
+    waiting: dict[Any, str],
+    leases: Mapping[str, Lease],
+    nodes: Mapping[str, str],
+    say: Callable[[str], None],
+) -> None:
+    """Takes from ``waiting`` who has answered."""
     began = time.monotonic()
     next_word = began + SAY_EVERY_S
     while waiting:
@@ -211,6 +231,6 @@ def _end(servers: Any) -> None:
         return
     closing = [server.close.remote() for server in servers]
     if closing:
-        ray.wait(closing, num_returns=len(closing), timeout=CLOSE_S)
+        _drop(ray.wait(closing, num_returns=len(closing), timeout=CLOSE_S)[1])
     for server in servers:
         ray.kill(server)

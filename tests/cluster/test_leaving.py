@@ -115,7 +115,9 @@ def task_of(tmp_path: Path, placed: bool) -> ToyTask:
 
 
 @pytest.mark.parametrize("what", WAITS)
-def test_the_first_ctrl_c_ends_it_and_nothing_is_held(tmp_path: Path, what: str) -> None:
+def test_the_first_ctrl_c_ends_it_and_nothing_is_held(
+    tmp_path: Path, what: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     wait, run_dir, sent = WAITS[what], tmp_path / "run", list[float]()
     task = task_of(tmp_path, wait.placed)
     memory = resolve(MemoryFlags(max_memory_per_process="1GiB"), environ={})
@@ -135,7 +137,8 @@ def test_the_first_ctrl_c_ends_it_and_nothing_is_held(tmp_path: Path, what: str)
             runner.fit(task, config(), run_dir, device="cpu")
         took_s = time.monotonic() - sent[0]
         assert took_s < SOON_S
-        print(f"{what}: {took_s:.1f} s")
+        with capfd.disabled():
+            print(f"{what}: {took_s:.1f} s")
         assert stop.value.exit_code == 130 and "\n" not in str(stop.value)
         until(lambda: not state()["queue"])
         assert state()["leases"] == before
@@ -145,6 +148,7 @@ def test_the_first_ctrl_c_ends_it_and_nothing_is_held(tmp_path: Path, what: str)
         assert sorted(path.name for path in run_dir.glob(".*")) == []
     # Nobody has a place any more, nor will one be taken later.
     until(lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"])
+    assert "will be retried" not in capfd.readouterr().err  # Ray's own words
     if what == "lease":  # and the same command begins
         assert runner.fit(task, config(epochs=1), run_dir, device="cpu").epochs == 1
 
