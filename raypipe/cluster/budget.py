@@ -7,7 +7,6 @@ that help them (decoders, row servers), whose budgets are computed from what the
 
 from __future__ import annotations
 
-import math
 import os
 import random
 import time
@@ -217,10 +216,12 @@ def budgeted_together(
     tries again after a pause; its length is the group's own, so that of two groups one comes first.
 
     agree(mine) : whether all members say yes; called by all of them, in step. say : told by those
-    who miss theirs, within 30 s. Raises LeaseTimeout.
+    who miss theirs, within 30 s. Raises LeaseTimeout: no round begins `LEASE_WAIT_S` after the first,
+    but for the pause before it.
     """
     pauses, next_word = random.Random(name), time.monotonic()
-    for left in range(math.ceil(LEASE_WAIT_S / gather_s), 0, -1):
+    deadline = next_word + LEASE_WAIT_S
+    while True:
         missing: LeaseTimeout | None = None
         with ExitStack() as stack:
             guard: Guard | None = None
@@ -229,12 +230,15 @@ def budgeted_together(
             except LeaseTimeout as error:
                 missing = error
                 if time.monotonic() >= next_word:
-                    say(f"{error}; it asks {left - 1} times more")
+                    left_s = max(0.0, deadline - time.monotonic())
+                    say(f"{error}; it asks again for {left_s:.0f} s")
                     next_word = time.monotonic() + SAY_WAITING_EVERY_S
             if agree(guard is not None):
                 assert guard is not None
                 yield guard
                 return
+        if not agree(time.monotonic() < deadline):  # all give up together
+            break
         time.sleep(pauses.uniform(0, gather_s))
     raise missing or LeaseTimeout(
         f"{name}: other workers of this training did not get their memory in {LEASE_WAIT_S:.0f} s; "

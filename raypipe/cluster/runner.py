@@ -120,7 +120,7 @@ class RayRunner:
         with (
             attend(self.memory, run_dir, "driver"),
             TrainProgress(steps, run_dir) as progress,
-            stop_on_interrupt(run_dir),
+            stop_on_interrupt(run_dir, workers_wait=True),
         ):
             result = train_on_ray(
                 setup, plan, workers=workers, use_gpu=on_cuda, cpus=cpus, tick=progress.tick

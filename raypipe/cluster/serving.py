@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +32,8 @@ from raypipe.stream import ArraySource
 
 READY_S = START_TIMEOUT_S + LEASE_WAIT_S
 SAY_EVERY_S = 20.0
+# To give a lease back takes milliseconds; of a server that starts yet, or hangs, its node finds the end.
+CLOSE_S = 2.0
 # How often Ray starts a server again on its node, and sends it what it did not answer.
 RESTARTS = 3
 
@@ -152,6 +154,26 @@ def _await_ready(
 ) -> None:
     """Until all have their leases and files. Raises the first error."""
     waiting = {server.ready.remote(True): node for node, server in servers.items()}
+    try:
+        _await(waiting, leases, nodes, say)
+    except BaseException:
+        _drop(waiting)
+        raise
+
+
+def _drop(calls: Iterable[Any]) -> None:
+    """Nobody wants their answers: else Ray says on stderr of each that it will be tried again."""
+    for call in calls:
+        ray.cancel(call)
+
+
+def _await(
+    waiting: dict[Any, str],
+    leases: Mapping[str, Lease],
+    nodes: Mapping[str, str],
+    say: Callable[[str], None],
+) -> None:
+    """Takes from ``waiting`` who has answered."""
     began = time.monotonic()
     next_word = began + SAY_EVERY_S
     while waiting:
@@ -209,6 +231,6 @@ def _end(servers: Any) -> None:
         return
     closing = [server.close.remote() for server in servers]
     if closing:
-        ray.wait(closing, num_returns=len(closing), timeout=5.0)
+        _drop(ray.wait(closing, num_returns=len(closing), timeout=CLOSE_S)[1])
     for server in servers:
         ray.kill(server)

@@ -33,6 +33,7 @@ from raypipe.cluster.datasets import PlanDataConfig, plan_dataset, read_slices
 from raypipe.cluster.decode_plan import Crew, bytes_on_a_machine, plan_decoders
 from raypipe.cluster.decoders import RowOpener
 from raypipe.cluster.failures import NoSecondTry, batch_limit, our_error
+from raypipe.cluster.leaving import LeavesWithDriver, leave, stay
 from raypipe.cluster.session import has_dashboard
 from raypipe.cluster.shards import Shards, open_shards
 from raypipe.cluster.stalls import Stalls
@@ -43,13 +44,15 @@ from raypipe.stream import Cursor, StepSlice, StreamPlan
 from raypipe.train import FitResult, Task, TrainConfig, WorkerContext, checkpoint, fit
 from raypipe.train.follow import log_aloud, log_to
 from raypipe.train.footprint import SIZES
-from raypipe.train.stop import stop_wished
+from raypipe.train.stop import note_training, stop_wished, unless_stopping
 
 # A worker that dies is restarted from the last whole checkpoint this often.
 MAX_FAILURES = 3
 # Ray Train gives a worker group a minute to start, and by default as many minutes as it takes.
 MAX_START_TIMEOUTS = 20
 POLL_S = 0.5
+# Ray Train has ended, with all workers, 1 s after it was asked to.
+LEAVE_S = 10.0
 # A report waits until the controller looks: every 2 s by default, which here was most of an epoch
 # (20 epochs of 14 small steps: 7 steps/s against 56 without Ray). It looks at each worker, one call
 # a look: more than a few hundred calls a second would be most of what one process can do.
@@ -115,7 +118,7 @@ def train_on_ray(
         memory = replace(setup.memory, beside_bytes=beside)
         setup = replace(setup, shards=shards, decoders=decoders, memory=memory)
         trainer = _trainer(setup, plan, workers, use_gpu, cpus)
-        return _fit_in_thread(trainer, tick)
+        return _fit_in_thread(trainer, setup.run_dir, tick)
 
 
 def look_s(workers: int) -> float:
@@ -152,7 +155,7 @@ def _trainer(
                 max_failures=MAX_FAILURES + setup.cfg.batch_size.bit_length(),
                 controller_failure_limit=MAX_START_TIMEOUTS,
             ),
-            callbacks=[NoSecondTry(setup.memory, setup.name)],
+            callbacks=[NoSecondTry(setup.memory, setup.name), LeavesWithDriver(run_dir)],
         ),
     )
 
@@ -170,21 +173,29 @@ class WithoutDashboard(TorchTrainer):
         return [one for one in made if not isinstance(one, PlacementGroupCleanerCallback)]
 
 
-def _fit_in_thread(trainer: TorchTrainer, tick: Callable[[], None]) -> FitResult:
+def _fit_in_thread(trainer: TorchTrainer, run_dir: Path, tick: Callable[[], None]) -> FitResult:
     """Off the main thread Ray Train leaves SIGINT alone; its own handler would exit with 0."""
+    stay(run_dir)
     box: dict[str, Any] = {}
+    over = threading.Event()  # an interrupted Thread.join takes its thread for ended
 
     def run() -> None:
         try:
             box["result"] = trainer.fit()
         except BaseException as error:
             box["error"] = error
+        over.set()
 
-    thread = threading.Thread(target=run, name="ray-train", daemon=True)
-    thread.start()
-    while thread.is_alive():
-        thread.join(POLL_S)
-        tick()
+    threading.Thread(target=run, name="ray-train", daemon=True).start()
+    try:
+        while not over.wait(POLL_S):
+            tick()
+    except KeyboardInterrupt:
+        leave(run_dir)
+        if over.wait(LEAVE_S):  # else it is told for as long as it takes
+            stay(run_dir)
+        raise
+    tick()
     if "error" in box:
         raise our_error(box["error"])
     return box["result"].return_value
@@ -194,6 +205,9 @@ def _train_worker(config: dict[str, Any]) -> FitResult:
     """Runs in each Train worker."""
     setup: TrainSetup = ray.get(config["setup"])
     limit = batch_limit(verdicts(setup.memory, setup.name))
+    if ray_train.get_context().get_world_rank() == 0:
+        unless_stopping(setup.run_dir)
+        note_training(setup.run_dir, False)
     began = time.time()
     with _leases(setup) as guard:
         if _all(not is_younger(guard, began)) or not _gives_way(setup):
@@ -245,6 +259,7 @@ def _train(setup: TrainSetup, batch_limit: int | None) -> FitResult:
     assert shards is not None
     if rank == 0:
         shards.workers_are_in()
+        note_training(setup.run_dir, True)
     ways = shards.words(turn=rank)
     if ways:
         say(f"rank {rank} {ways}")

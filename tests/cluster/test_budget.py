@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -128,5 +129,38 @@ def test_a_group_that_misses_a_lease_says_so_in_its_first_round(
     ):
         pass
     assert len(said) == 1 and said[0].endswith(
-        "held by row-server-A (7) 7.00 GiB; it asks 2 times more"
+        "held by row-server-A (7) 7.00 GiB; it asks again for 0 s"
     )
+
+
+def test_a_group_does_not_ask_longer_than_one_worker_and_ends_in_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its pauses count; and members whose clocks differ give up in the same round."""
+    now, rounds = [0.0], list[bool]()
+
+    def budgeted(order: object, name: str, wait_s: float, say: object) -> None:
+        now[0] += wait_s
+        raise LeaseTimeout(HELD)
+
+    def agree(mine: bool) -> bool:
+        rounds.append(mine)
+        return mine and len(rounds) != 2 * 5  # another member's time is over in the fifth
+
+    clock = SimpleNamespace(
+        monotonic=lambda: now[0], sleep=lambda s: now.__setitem__(0, now[0] + s)
+    )
+    monkeypatch.setattr(budget_file, "time", clock)
+    monkeypatch.setattr(budget_file, "budgeted", budgeted)
+    order = WorkerMemory(memory=resolved(None, 8), per_node=1, run_dir=None)
+    for all_say_yes, at_most_rounds in ((lambda mine: mine, 40), (agree, 5)):
+        now[0] = 0.0
+        with (
+            pytest.raises(LeaseTimeout),
+            budgeted_together(order, "group", all_say_yes, say=lambda text: None),
+        ):
+            pass
+        assert now[0] <= budget_file.LEASE_WAIT_S + 2 * budget_file.GATHER_S
+        assert now[0] <= at_most_rounds * 2 * budget_file.GATHER_S
+        assert at_most_rounds == 5 or now[0] >= budget_file.LEASE_WAIT_S
+    assert len(rounds) == 10

@@ -17,7 +17,7 @@ from train_helpers import ToyTask, config, losses, write_toy
 from raypipe.errors import ConfigError, Interrupted
 from raypipe.runner import LocalRunner
 from raypipe.train import finished
-from raypipe.train.stop import stop_on_interrupt, stop_wished
+from raypipe.train.stop import note_training, stop_on_interrupt, stop_wished, unless_stopping
 
 pytestmark = pytest.mark.usefixtures("heeded_sigint")
 
@@ -49,6 +49,31 @@ def test_the_first_interrupt_is_a_wish_the_second_leaves(
     assert signal.getsignal(signal.SIGINT) is before
     assert not stop_wished(tmp_path / "run")
     assert capfd.readouterr().err.count("stopping after this step") == 1
+
+
+def test_workers_that_wait_are_left_at_the_first_interrupt_those_that_train_at_the_second(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with (
+        pytest.raises(Interrupted, match=f"while it waited to train in {tmp_path}") as stop,
+        stop_on_interrupt(tmp_path, workers_wait=True),
+    ):
+        os.kill(os.getpid(), signal.SIGINT)
+    assert stop.value.exit_code == 130 and capfd.readouterr().err == ""
+    assert signal.getsignal(signal.SIGINT) is before and not list(tmp_path.iterdir())
+    with stop_on_interrupt(tmp_path, workers_wait=True):
+        note_training(tmp_path, True)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop_wished(tmp_path)
+        with pytest.raises(Interrupted, match="last checkpoint is kept"):
+            unless_stopping(tmp_path)  # those that begin anew before the step is done
+    unless_stopping(tmp_path)
+    with pytest.raises(Interrupted), stop_on_interrupt(tmp_path, workers_wait=True):
+        note_training(tmp_path, True)
+        note_training(tmp_path, False)  # they begin anew
+        os.kill(os.getpid(), signal.SIGINT)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_wish_left_by_a_killed_driver_is_forgotten(tmp_path: Path) -> None:

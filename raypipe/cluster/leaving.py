@@ -1,0 +1,64 @@
+"""A driver that leaves Ray Train takes it along: its controller, and with it the workers, wherever they wait.
+
+Ray Train's controller is an actor of its own. A driver that is interrupted and goes on with its session
+would leave it waiting for a place or for memory, and then training, for nobody. It runs on the driver's
+node, so a file in the run folder tells it at once: one that waits for a place hears no calls.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+_LEAVE = ".leave"
+LOOK_S = 0.2
+
+
+def leave(run_dir: Path) -> None:
+    """Ask the controller of the training in ``run_dir`` to end."""
+    (run_dir / _LEAVE).touch()
+
+
+def stay(run_dir: Path) -> None:
+    """Nobody is asked any more."""
+    (run_dir / _LEAVE).unlink(missing_ok=True)
+
+
+class LeavesWithDriver(ControllerCallback):
+    """Ends the controller that it is given to when its driver asks by `leave`."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._file = run_dir / _LEAVE
+
+    def after_controller_start(self, train_run_context: object) -> None:
+        """Called in the controller."""
+        me = ray.get_runtime_context().current_actor
+        threading.Thread(target=self._look, args=(me,), daemon=True).start()
+
+    def on_controller_start_worker_group(self, **_: object) -> dict[str, str] | None:
+        """Called before each group's place is asked for: none is, once it has to end."""
+        while self._file.exists():
+            time.sleep(LOOK_S)
+        return None
+
+    def _look(self, me: Any) -> None:
+        while not self._file.exists():
+            time.sleep(LOOK_S)
+        time.sleep(LOOK_S)  # what is asked for in this moment is then there to be given back
+        _give_places_back()
+        ray.kill(me)
+
+
+def _give_places_back() -> None:
+    """Ray keeps a dead actor's places, taken or asked for, until the whole job ends; and nothing names
+    those of a controller that waits: all that this process has made are its own.
+    """
+    for group in [one for one in gc.get_objects() if type(one) is PlacementGroup]:
+        remove_placement_group(group)
