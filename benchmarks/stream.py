@@ -8,6 +8,17 @@ limit_gbps: the copy of as many bytes into a reused buffer, by the best of 1 to 
 ours gathers with (limit_threads), in the same process and in turn with ours. plain: without Ray.
 ray: row numbers through Ray Data. anon_mib_NAME: largest RssAnon of the consumer, above what its
 imports take; cpu_s_per_gb_NAME: of its process tree; start_s_NAME: from its imports to its first batch.
+cold_NAME_gbps: one epoch, or 10 s of it, of the largest rows, each contender's files dropped from the
+page cache before (posix_fadvise; cold_pages_left: the part that stayed). plain_cold_gbps and
+plain_window_cold_gbps (all three kinds of rows): our loader so, in the global order and with a
+shuffle window of about 64 MiB (window_rows; 16 pieces of neighbours of 4 MiB each), on
+cold_window_gb of rows, in two rounds (one of files above 1 GB; cold_window_rounds_done);
+plain_window_to_plain_cold: the ratio within a round. Each such turn is one epoch, or 5 s of it, timed from
+before its first batch; plain_cold_part, plain_window_cold_part: what was read of the epoch. The file fits
+the memory, so the kernel reads ahead around every row, and later ones are found in the cache: where a part
+is below 1 the global order's figure is of its slow beginning, and the ratio too large. What the window
+costs is window_displacement and window_neighbour_correlation (`raypipe.stream.shuffle_quality`: a global
+shuffle has 1 and 0).
 --minutes bounds the whole: rounds are left out when they would not end in time (rounds_done), but
 the first of each kind.
 A peer that needs an environment of its own (mosaicml-streaming pins numpy < 2.2) is run by the
@@ -27,24 +38,14 @@ from pathlib import Path
 from typing import Any
 
 from common import emit, median, parser, say
-from stream_data import (
-    LARGE,
-    TOKENS,
-    VECTORS,
-    Rows,
-    chill,
-    heat,
-    make,
-    make_sparse,
-    resident_fraction,
-)
+from stream_cold import cold_pass, cold_windows
+from stream_data import LARGE, TOKENS, VECTORS, Rows, heat, make, make_sparse
 from stream_peers import PEERS
 from stream_turn import Seen, TurnFailed, interpreter, take_turn
 
 OURS = ("plain", "ray")
 # The part of --minutes after which a table begins no round any more; what follows it is short.
 ROUNDS_END = {"large": 0.5, "257x768": 0.75, "768": 0.92}
-COLD_S = 10.0  # of one contender's cold pass
 BIG_ROWS = 10_000_000
 MIB = 2**20
 Metrics = dict[str, Any]
@@ -80,13 +81,17 @@ class Table:
         self.failed: dict[str, str] = {}
         self.rounds: list[dict[str, Seen]] = []
 
-    def take(self, name: str, **how: Any) -> Seen | None:
-        """One turn; a failure is said, kept, and ends this contender's part."""
+    def take(self, name: str, npy: Path | None = None, n: int = 0, **how: Any) -> Seen | None:
+        """One turn; a failure is said, kept, and ends this contender's part.
+
+        npy, n : another file, and its rows.
+        """
         how = {"seconds": self.options.seconds, "warm": self.options.warm, **how}
         if name not in OURS:
             how.setdefault("workers", self.workers.get(name, 0))
         try:
-            return take_turn(name, self.rows, self.n, self.npy, self.folder / name, **how)
+            file, count = (npy, n) if npy else (self.npy, self.n)
+            return take_turn(name, self.rows, count, file, self.folder / name, **how)
         except TurnFailed as error:
             self.failed[name] = str(error)
             say(f"FAILED {name} on {self.rows.name}: {error}")
@@ -186,22 +191,6 @@ class Table:
             "epoch_gaps": len(gaps),
         }
 
-    def cold_pass(self) -> Metrics:
-        """Every contender once, its files dropped from the page cache before."""
-        made: Metrics = {}
-        left = []
-        for name in [*OURS, *self.workers]:
-            own = self.folder / name if name not in OURS and PEERS[name].prepare else self.npy
-            chill(own)
-            left.append(resident_fraction(own))
-            if name not in self.failed and (seen := self.take(name, do="cold", seconds=COLD_S)):
-                key = f"cold_{name}_gbps" if name in OURS else f"cold_peer_{name}_gbps"
-                made[key] = seen.gbps
-        made["cold_pages_left"] = max(left)
-        if max(left) > 0.01:
-            say(f"cold pass: the file system kept {max(left):.0%} of a contender's pages")
-        return made
-
     def memory_of_a_quarter(self) -> Metrics:
         """Our consumers' memory on a quarter of the rows: it does not follow their number."""
         made: Metrics = {}
@@ -280,7 +269,7 @@ def main() -> None:
         root = Path(tmp)
         for name, rows in ((name, kinds[name]) for name in asked_rows if name in kinds):
             gigabytes = options.gb if rows is LARGE else options.small_gb
-            _need_room(root, gigabytes * (2 + len(versions)))
+            _need_room(root, gigabytes * (1 + rows.cold_times + len(versions)))
             until = began + 60 * options.minutes * ROUNDS_END[name]
             table = Table(rows, rows.count(gigabytes), root, options, until)
             say(f"{table.n} rows of {rows.name}, batch {rows.batch}")
@@ -290,7 +279,9 @@ def main() -> None:
             if rows is LARGE:
                 metrics |= table.epoch_gaps() | table.memory_of_a_quarter()
                 if not options.no_cold:
-                    metrics |= table.cold_pass()
+                    metrics |= cold_pass(table)
+            if not options.no_cold:
+                metrics |= cold_windows(table, began + 60 * options.minutes)
             shutil.rmtree(table.folder)
         if "10m" in asked_rows:
             metrics |= first_batch(root, options.rounds)

@@ -15,17 +15,23 @@ from pathlib import Path
 
 import numpy as np
 
+WINDOW_BYTES = 64 * 2**20  # 16 pieces of 4 MiB: what a disk reads about as fast as any more
 _NUMBER_BASE = 1024  # both digits of a row's number are exact in float16
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """What is read: rows of ``row_shape``, ``batch`` at a time; ``suffix`` of its keys."""
+    """What is read: rows of ``row_shape``, ``batch`` at a time; ``suffix`` of its keys.
+
+    cold_times : how many times as much of them the cold windows read: of a small file every page is
+    there before its window comes, for a small row that is read brings pages around it.
+    """
 
     row_shape: tuple[int, ...]
     dtype: str
     batch: int
     suffix: str = ""
+    cold_times: int = 1
 
     @property
     def name(self) -> str:
@@ -42,6 +48,11 @@ class Rows:
         """Bytes of one batch."""
         return self.row_bytes * self.batch
 
+    @property
+    def window(self) -> int:
+        """Rows of a shuffle window of about ``WINDOW_BYTES``, a whole number of batches."""
+        return max(1, round(WINDOW_BYTES / self.batch_bytes)) * self.batch
+
     def count(self, gigabytes: float) -> int:
         """Rows in so many GB (10**9), a whole number of batches, at least eight."""
         return max(8, round(gigabytes * 1e9 / self.batch_bytes)) * self.batch
@@ -50,7 +61,7 @@ class Rows:
 # DINOv2 at 434 pixels; CLIP's tokens; one vector an image.
 LARGE = Rows(row_shape=(962, 768), dtype="float16", batch=16)
 TOKENS = Rows(row_shape=(257, 768), dtype="float32", batch=16, suffix="_257x768")
-VECTORS = Rows(row_shape=(768,), dtype="float32", batch=256, suffix="_768")
+VECTORS = Rows(row_shape=(768,), dtype="float32", batch=256, suffix="_768", cold_times=2)
 
 
 def make(path: Path, rows: Rows, n: int) -> Path:

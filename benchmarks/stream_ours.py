@@ -1,8 +1,9 @@
 """Our loaders for benchmarks/stream.py, and the memory copy that bounds them.
 
 ``Plain`` needs no Ray: `FeatureLoader` where this checkout has it, else a `Gatherer` fed by a
-`StreamPlan`. ``ThroughRay`` feeds a `Gatherer` with the descriptors that arrive through Ray Data,
-as a Train worker does; the time between its batches is kept, for the pause between epochs.
+`StreamPlan`; ``windowed`` is the same with a shuffle window. ``ThroughRay`` feeds a `Gatherer` with
+the descriptors that arrive through Ray Data, as a Train worker does; the time between its batches is
+kept, for the pause between epochs.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ def gather_threads() -> int:
 
 
 class Plain:
-    """Batches by our plain loader, epoch after epoch."""
+    """Batches by our plain loader, epoch after epoch; ``window``: 0, or rows to shuffle within."""
 
-    def __init__(self, turn: Turn, threads: int | None = None) -> None:
-        self._turn, self._threads = turn, threads
+    def __init__(self, turn: Turn, threads: int | None = None, window: int = 0) -> None:
+        self._turn, self._threads, self._window = turn, threads, window
         self.api = "FeatureLoader" if hasattr(stream, "FeatureLoader") else "Gatherer"
 
     def __iter__(self) -> Iterator[Any]:
@@ -44,7 +45,9 @@ class Plain:
 
     def _loader(self) -> Iterator[Any]:
         sources = {"x": ArraySource.npy(self._turn.npy)}
-        loader = stream.FeatureLoader(sources, self._turn.rows.batch, seed=0, threads=self._threads)
+        loader = stream.FeatureLoader(
+            sources, self._turn.rows.batch, seed=0, threads=self._threads, window=self._window
+        )
         epoch = 0
         while True:
             loader.set_epoch(epoch)
@@ -152,4 +155,9 @@ class Memcpy:
         return count * self._target.size / (time.perf_counter() - began) / 1e9
 
 
-OURS = {"plain": Plain, "ray": ThroughRay}
+def windowed(turn: Turn) -> Plain:
+    """The plain loader with a shuffle window of the rows' own size."""
+    return Plain(turn, window=turn.rows.window)
+
+
+OURS = {"plain": Plain, "plain_window": windowed, "ray": ThroughRay}
