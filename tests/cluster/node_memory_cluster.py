@@ -24,7 +24,12 @@ from raypipe.errors import MemoryBudgetExceeded
 
 GIB = 1024**3
 CAPACITY = 6 * GIB  # the nodes are of one machine, and each of them knows that
-NODE = {"num_cpus": 1, "object_store_memory": 80 * 1024**2, "include_dashboard": False}
+NODE = {
+    "num_cpus": 1,
+    "object_store_memory": 80 * 1024**2,
+    "include_dashboard": False,
+    "include_log_monitor": False,  # whose lines nobody reads
+}
 HEAD = NODE | {"no_monitor": True}  # nobody scales this cluster
 
 

@@ -23,6 +23,7 @@ from ray.cluster_utils import Cluster
 from train_helpers import ToyTask, begin, config, losses, run, write_toy
 
 from raypipe.cluster.runner import RayRunner
+from raypipe.cluster.session import open_session
 from raypipe.store import FeatureStore, declare, stand_in
 from raypipe.store.adoption import adopt, plan_adoption
 from raypipe.stream import ArraySource
@@ -31,7 +32,12 @@ from raypipe.train import TrainConfig
 for module in (sys.modules[__name__], train_helpers):
     ray.cloudpickle.register_pickle_by_value(module)  # workers cannot import tests
 
-NODE = {"num_cpus": 1, "object_store_memory": 80 * 1024**2, "include_dashboard": False}
+NODE = {
+    "num_cpus": 1,
+    "object_store_memory": 80 * 1024**2,
+    "include_dashboard": False,
+    "include_log_monitor": False,  # whose lines nobody reads
+}
 HEAD = NODE | {"no_monitor": True}  # nobody scales this cluster
 PLACES = {"x": "A", "y": "B", "row": "C"}  # which node has which source
 
@@ -78,15 +84,14 @@ def on_three_nodes(task: PlacedTask, cfg: TrainConfig, folder: Path) -> None:
     for node in "BC":
         cluster.add_node(**NODE, env_vars={"RAYPIPE_NODE": node})
     os.environ["RAYPIPE_NODE"] = "the driver's"
-    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-    cluster.wait_for_nodes()
     run_dir = folder / "three"
     measured = replace(cfg, predict_memory=True)  # which reads rows too
-    RayRunner(joined=True, on_event=print).fit(task, measured, run_dir, workers=3, device="cpu")
+    with open_session(cluster.address):
+        cluster.wait_for_nodes()
+        RayRunner(joined=True, on_event=print).fit(task, measured, run_dir, workers=3, device="cpu")
     log = (run_dir / "train.log").read_text()
     assert log.startswith("row servers start on node A for x; node B for y; node C for row\n"), log
     assert log.count("local copy") == 3 and log.count("from node") == 6, log
-    ray.shutdown()
     for node in reversed(cluster.list_all_nodes()):  # nothing is left to be done gracefully
         cluster.remove_node(node, allow_graceful=False)
 

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from encoding_kit import PLANTED, World, extract_toy
+from encoding_kit import PLANTED, World, extract_toy, pageless
 
-from raypipe.encoding import assess, make_planted_dataset, run
+from raypipe.encoding import make_planted_dataset
 
 
 @pytest.fixture(scope="session")
@@ -29,7 +29,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
-def no_page(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing a run's page takes longer than a small run: for tests that do not look at it."""
-    for module in (run, assess):
-        monkeypatch.setattr(module, "build_report", lambda run_dir: run_dir / "report.html")
+def no_page() -> Iterator[None]:
+    """For tests that do not look at it."""
+    with pageless():
+        yield

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
-from raypipe.encoding import FitConfig, ModelConfig, PlantedConfig
+from raypipe.encoding import FitConfig, ModelConfig, PlantedConfig, assess, run
+from raypipe.extract import run as extract_run
 from raypipe.store import RowSource, ShardSpec, ShardWriter, discard_store, open_for_writing
 from raypipe.train import TrainConfig
 
@@ -104,3 +108,12 @@ def extract_toy(data: Path, features: Path, bad: tuple[int, ...] = ()) -> None:
             rows = np.stack([tokens_of(image) for image in images])
             path = features / FEATURE / subject.name[4:] / f"{shard}.npy"
             write_store(path, rows, [image.name for image in images], bad=bad)
+
+
+@contextmanager
+def pageless() -> Iterator[None]:
+    """Drawing a run's page takes longer than a small run."""
+    with pytest.MonkeyPatch.context() as patched:
+        for module in (extract_run, run, assess):
+            patched.setattr(module, "build_report", lambda run_dir: run_dir / "report.html")
+        yield

@@ -16,7 +16,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from encoding_kit import World
+from encoding_kit import World, pageless
+from fly_kit import (
+    FEATURE,
+    OPTIONS,
+    TOLERANCE,
+    TRAIN,
+    config,
+    image,
+    losses,
+    planted,
+    records,
+    spoil,
+)
 
 from raypipe.backbone.options import FeatureOptions
 from raypipe.config import parse
@@ -24,9 +36,7 @@ from raypipe.encoding import (
     EvaluateConfig,
     FitConfig,
     ModelConfig,
-    PlantedConfig,
     PredictConfig,
-    make_planted_dataset,
 )
 from raypipe.encoding.assess import evaluate, predict
 from raypipe.encoding.frozen import FrozenBackbone, release
@@ -36,17 +46,8 @@ from raypipe.errors import BadImage, ConfigError, InputError, Interrupted
 from raypipe.extract.config import ExtractConfig
 from raypipe.extract.run import extract
 from raypipe.runner import LocalRunner
-from raypipe.train import TrainConfig
 
 pytestmark = pytest.mark.usefixtures("no_page")
-OPTIONS: dict[str, Any] = {"backbone": "resnet18", "enc_layer": 1, "weights": "random:0"}
-OPTIONS |= {"image_size": 64, "decode_threads": 2}
-FEATURE = "resnet18_layer2"
-TRAIN = TrainConfig(epochs=2, batch_size=8, lr=3e-3, schedule="constant", clip_norm=1.0)
-# A token is rounded to float16, within 2**-11 of itself. Another batch shape moves float32 sums by
-# about 1e-6 of themselves, which only seldom rounds to the neighbouring float16; so losses agree
-# far better than 2**-11, but that is what a store's precision promises.
-TOLERANCE = 2.0**-11
 
 
 @dataclass(frozen=True)
@@ -65,56 +66,18 @@ def released() -> Iterator[None]:
     release()
 
 
-def config(world: World, run_dir: Path, *, stored: bool = False, **changes: Any) -> FitConfig:
-    fields: dict[str, Any] = {
-        "data_dir": world.data,
-        "run_dir": run_dir,
-        "subj": ("01",),
-        "encoder": ModelConfig(d_model=16, heads=2, ffn=16, dropout=0.1),
-        "train": TRAIN,
-        "device": "cpu",
-    }
-    if stored:
-        fields |= {"features_dir": world.features, "feature": FEATURE}
-    else:
-        fields |= {"on_the_fly": True, "images": FeatureOptions(**OPTIONS)}
-    return FitConfig(**{**fields, **changes})
-
-
-def image(world: World, row: int, split: str = "training") -> Path:
-    return sorted((world.data / f"subj01/{split}_split/{split}_images").iterdir())[row]
-
-
-def spoil(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:200])
-
-
 @pytest.fixture(scope="module")
 def fly(tmp_path_factory: pytest.TempPathFactory) -> Fly:
     root = tmp_path_factory.mktemp("fly")
-    make_planted_dataset(
-        root / "data",
-        PlantedConfig(subjects=("01",), n_train=32, n_test=8, vertices_per_hemi=70, seed=5),
-    )
-    world = World(root / "data", root / "features")
-    spoil(image(world, 4))
-    spoil(image(world, 2, "test"))
-    extract(
-        ExtractConfig(data_dir=world.data, output_dir=world.features, device="cpu", **OPTIONS),
-        LocalRunner(),
-    )
-    fit(config(world, root / "stored", stored=True), LocalRunner())
-    fit(config(world, root / "flown"), LocalRunner())
+    world = planted(root)
+    with pageless():
+        extract(
+            ExtractConfig(data_dir=world.data, output_dir=world.features, device="cpu", **OPTIONS),
+            LocalRunner(),
+        )
+        fit(config(world, root / "stored", stored=True), LocalRunner())
+        fit(config(world, root / "flown"), LocalRunner())
     return Fly(world, root / "stored", root / "flown")
-
-
-def records(run_dir: Path, kind: str) -> list[dict[str, Any]]:
-    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    return [record for line in lines if (record := json.loads(line))["kind"] == kind]
-
-
-def losses(run_dir: Path) -> list[float]:
-    return [record["loss"] for record in records(run_dir, "step")]
 
 
 def test_the_losses_are_those_of_stored_features(fly: Fly) -> None:
@@ -334,14 +297,3 @@ def test_one_layer_at_a_time(fly: Fly) -> None:
     )
     with pytest.raises(ConfigError, match="2 layers"):
         prepare(config(fly.world, Path("unused"), images=images), "01", Path("unused"))
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-@pytest.mark.usefixtures("ray_session")
-def test_on_ray_actors_decode_and_the_losses_are_the_same(fly: Fly, tmp_path: Path) -> None:
-    from raypipe.cluster.runner import RayRunner
-
-    fit(config(fly.world, tmp_path), RayRunner(joined=False, on_event=print))
-    np.testing.assert_allclose(losses(tmp_path), losses(fly.flown), rtol=TOLERANCE)
-    assert list((tmp_path / "memory").glob("decoder-*.csv"))

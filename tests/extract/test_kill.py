@@ -1,8 +1,8 @@
 """Real Ray, real kills: what an extraction leaves behind is whole, and ends byte-identical.
 
-Three of the commands start their own Ray: one that nobody disturbs, one whose driver is killed, one
-interrupted with all its processes. What the others show does not depend on whose Ray it is: they join
-the suite's.
+Two of the commands start their own Ray: one whose driver is killed, one interrupted with all its
+processes. What the others show does not depend on whose Ray it is: they join the suite's. One that
+starts its own and is not disturbed is in tests/jobs.
 """
 
 from __future__ import annotations
@@ -120,14 +120,16 @@ def when_each_has_committed(runs: Sequence[Started], then: Callable[[Started], N
 BESIDE = ("--max-memory-per-process", "2GiB")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def joining(ray_session: None) -> tuple[str, ...]:
     """Flags of a command that starts no Ray."""
     return ("--address", str(ray.get_runtime_context().gcs_address), *BESIDE)
 
 
 @pytest.fixture(scope="module")
-def beginning(images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Started, Started]:
+def beginning(
+    images: Path, joining: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Started, Started]:
     """Two runs that start together: nobody disturbs the first, the second's driver is killed."""
     configs = [
         ExtractConfig(
@@ -139,7 +141,7 @@ def beginning(images: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[S
         )
         for name in ("unbroken", "killed")
     ]
-    whole, killed = (Started.of(cfg, *BESIDE) for cfg in configs)
+    killed, whole = Started.of(configs[1], *BESIDE), Started.of(configs[0], *joining)
     when_each_has_committed([killed], lambda run: run.process.kill())
     killed.end()
     said = whole.end()

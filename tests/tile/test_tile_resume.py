@@ -118,9 +118,8 @@ def test_what_is_overwritten_is_there_until_the_new_one_is_complete(tmp_path: Pa
     run(out, Slow())
     failing, other = Failing(), Slow()
     failing.mean.bias = other.mean.bias = bias
-    failing.__class__.__name__ = (
-        other.__class__.__name__
-    )  # printed alike, so one goes on for the other
+    # Named alike, so one goes on for the other.
+    Failing.__name__, Failing.__module__ = Slow.__name__, Slow.__module__
     with pytest.raises(RuntimeError, match="ended"):
         run(out, failing, overwrite=True)
     np.testing.assert_allclose(np.load(out), wanted(), rtol=0, atol=1e-6)
