@@ -25,6 +25,7 @@ from raypipe.stream import Cursor, Gatherer, StepSlice
 from raypipe.stream.gather import ring_bytes
 from raypipe.stream.reading import Source
 from raypipe.train import checkpoint, limit, rng
+from raypipe.train.choose import Planned, plan_for
 from raypipe.train.config import TrainConfig
 from raypipe.train.context import WorkerContext
 from raypipe.train.engine import Engine, check_finite
@@ -41,7 +42,7 @@ from raypipe.train.feed import (
 )
 from raypipe.train.metrics import MetricsLog, plain
 from raypipe.train.numbers import StepNumbers
-from raypipe.train.planner import Planned, device_budget, plan_for
+from raypipe.train.planner import device_budget
 from raypipe.train.precision import format_table, settings_table, use_device
 from raypipe.train.result import FitResult, Progress
 from raypipe.train.saving import Saver, begin
