@@ -135,20 +135,15 @@ class Prepared:
         """What a step takes on this machine's own device, and the options that would be used."""
         import torch
 
-        from raypipe.train.planner import predict
+        from raypipe.train.choose import plan_here
 
-        budget = cfg.train.fit_gpu_bytes
-        if budget is None and cfg.train.predict_memory is False:
+        if cfg.train.fit_gpu_bytes is None and cfg.train.predict_memory is False:
             return [], cfg.train
         on_cuda = cfg.device != "cpu" and torch.cuda.is_available()
         device = torch.device("cuda" if on_cuda else "cpu")
-        plan = predict(self.task, cfg.train, device, cfg.workers)
-        if budget is None:
-            return plan.lines(), cfg.train
         found = checkpoint.newest(self.run_dir) if cfg.resume else None
-        kept = found.meta["stream"]["recipe"]["amp"] if found else None
-        choice = plan.choose(budget, amp=kept)
-        return [*plan.lines(choice.cfg), choice.words(cfg.train)], choice.cfg
+        planned = plan_here(self.task, cfg.train, device, cfg.workers, found)
+        return planned.lines, planned.cfg
 
 
 def prepare(cfg: SegmentFitConfig) -> Prepared:

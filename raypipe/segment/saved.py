@@ -137,7 +137,7 @@ def _of_epoch(saved: SavedModel, meta: Mapping[str, Any], checkpoint: str) -> Sa
     history = progress.get("history", [])
     if not history:  # saved before the first epoch's end
         return saved
-    went_on = progress.get("step", 0) > 0
+    went_on = progress.get("step", 0) > 0 or progress.get("owes_validation", False)
     # Earlier versions did not say it; their best weights were judged.
     judged = meta.get("judged", checkpoint == "best")
     threshold = history[-1].get("val_threshold") if judged else None

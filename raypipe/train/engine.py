@@ -77,6 +77,13 @@ class Engine:
         self.buffers = _StepBuffers(self.module)
         self.average = WeightAverage(self.module, cfg.ema_decay or 0.0) if averaged else None
         rng.seed_all(cfg.seed, 1 + ctx.rank)  # dropout: another draw on every rank
+        self.note_whole()
+
+    def note_whole(self) -> None:
+        """Called between two steps: torch's generators are noted, so that a checkpoint from the middle of
+        the next step goes on from here. ``moved`` is set as soon as that step may have changed weights.
+        """
+        self.moved, self._drawn = False, rng.torch_state(self.ctx.torch_device)
 
     def backward(self, micro: Micro, batch: dict[str, Tensor]) -> Tensor:
         """Add the micro batch's gradient; the sum of its rows' losses, float32 on device."""
@@ -101,6 +108,7 @@ class Engine:
             scaler.unscale_(self.optimizer)  # the norm of the true gradient, not the scaled one
             grad_norm = torch.nn.utils.clip_grad_norm_(self.trainable, self.cfg.clip_norm)
         before = scaler.get_scale() if scaler.is_enabled() else None
+        self.moved = True
         scaler.step(self.optimizer)
         scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -118,13 +126,16 @@ class Engine:
     def validate(self, gatherer: Gatherer, limit: BatchLimit) -> dict[str, float]:
         """The task's metrics over all validation rows of all workers, on every rank.
 
-        Of the averaged weights, where there are any.
+        Of the averaged weights, where there are any. Raises MemoryBudgetExceeded on every rank when one
+        row at once is too many for one of them.
         """
         self.module.eval()
         try:
             with torch.no_grad(), self._judged():
                 self._share_buffers()
-                sums = limit.retry(lambda: self._val_sums(gatherer, limit.rows))
+                sums = self.ctx.together(
+                    lambda: limit.retry(lambda: self._val_sums(gatherer, limit.rows))
+                )
         finally:
             self.module.train()
         for key in sorted(sums):
@@ -177,10 +188,10 @@ class Engine:
 
     def training_state(self, *, alone: bool = False) -> dict[str, Any]:
         """All else that resuming needs; collective, because each rank has its own generators, unless
-        rank 0 has to do ``alone``.
+        this rank has to do ``alone``. torch's generators are those of the last `note_whole`.
         """
-        own = rng.capture(self.ctx.torch_device)
-        states = [own] if alone else self.ctx.collect(own)
+        own = rng.capture(self.ctx.torch_device) | self._drawn
+        states = [None] * self.ctx.rank + [own] if alone else self.ctx.collect(own)
         scaler = self.prepared.scaler.state_dict()
         state = {"optimizer": self.optimizer.state_dict(), "scaler": scaler, "rng": states}
         return state if self.average is None else state | {"average": self.average.state_dict()}
@@ -200,8 +211,11 @@ class Engine:
             ) from error
         if state["scaler"]:
             self.prepared.scaler.load_state_dict(state["scaler"])
-        if self.ctx.rank < len(state["rng"]):  # a rank that is new keeps its own seed
-            rng.restore(state["rng"][self.ctx.rank], self.ctx.torch_device)
+        states = state["rng"]
+        own = states[self.ctx.rank] if self.ctx.rank < len(states) else None
+        if own is not None:  # a rank that is new, or of which nothing was saved, keeps its own seed
+            rng.restore(own, self.ctx.torch_device)
+        self.note_whole()
 
 
 class _StepBuffers:

@@ -3,8 +3,8 @@
 Runs the same in one process and in each of many (DDP). It takes its rows as `StepSlice`s from
 whoever feeds it, a local plan or Ray Data, and checks that they are the plan's: the right step, and
 over all ranks the right number of rows. Arithmetic is ``engine``'s, what a step came to ``numbers``',
-files are ``saving``'s and ``checkpoint``'s, how many rows are computed at once is ``limit``'s, and
-what that takes is foretold by ``planner``.
+files are ``saving``'s and ``checkpoint``'s, how many rows are computed at once is ``limit``'s, what
+that takes is foretold by ``planner``, and what is kept where it is too much is ``rescue``'s.
 
 The test split has no way in here: the best epoch is the one of lowest ``val_loss``, or of lowest
 ``epoch_cost`` where the task has one.
@@ -25,6 +25,7 @@ from raypipe.stream import Cursor, Gatherer, StepSlice
 from raypipe.stream.gather import ring_bytes
 from raypipe.stream.reading import Source
 from raypipe.train import checkpoint, limit, rng
+from raypipe.train.choose import Planned, plan_for
 from raypipe.train.config import TrainConfig
 from raypipe.train.context import WorkerContext
 from raypipe.train.engine import Engine, check_finite
@@ -39,12 +40,13 @@ from raypipe.train.feed import (
     source_fingerprints,
     stream_record,
 )
-from raypipe.train.metrics import MetricsLog, plain
+from raypipe.train.metrics import METRICS_FILE, MetricsLog, plain
 from raypipe.train.numbers import StepNumbers
-from raypipe.train.planner import Planned, device_budget, plan_for
+from raypipe.train.planner import device_budget
 from raypipe.train.precision import format_table, settings_table, use_device
+from raypipe.train.rescue import Rescue
 from raypipe.train.result import FitResult, Progress
-from raypipe.train.saving import Saver, begin
+from raypipe.train.saving import Saver, begin, log_fields
 from raypipe.train.schedule import learning_rate
 from raypipe.train.task import Task, epoch_cost, epoch_stride
 from raypipe.train.trial import cut_for
@@ -131,15 +133,17 @@ class _Fit:
 
     def run(self, slices: Callable[[Cursor], Iterator[StepSlice]]) -> FitResult:
         """Do the steps that are left."""
-        log_path = self.ctx.run_dir / "metrics.jsonl" if self.ctx.is_main else None
-        log_bytes = self.found.meta["metrics_bytes"] if self.found else 0
+        log_path = self.ctx.run_dir / METRICS_FILE if self.ctx.is_main else None
         self._announce()
         self.limit = limit.BatchLimit(self.cfg.batch_size, self.batch_limit, self.ctx)
-        with MetricsLog(log_path, log_bytes) as self.log, ExitStack() as stack:
+        with MetricsLog(log_path, *log_fields(self.found)) as self.log, ExitStack() as stack:
             self._keep_books()
             if not self.progress.is_over(self.cfg):
                 train, self.val = self.ctx.together(lambda: self._open(stack))
-                self._steps(slices(self.progress.cursor), train)
+                steps = slices(self.progress.cursor)
+                done, failure = limit.attempt(lambda: self._steps(steps, train))
+                if done is None:
+                    raise self.rescue.elsewhere(failure)
         return self._result()
 
     def _keep_books(self) -> None:
@@ -149,6 +153,7 @@ class _Fit:
             cfg, ctx, self.engine, progress, log,
             stream=self.stream, started=self.started, seconds=self._seconds,
         )  # fmt: skip
+        self.rescue = Rescue(ctx, self.engine, progress, self.numbers, self.saver)
 
     def _open(self, stack: ExitStack) -> tuple[Gatherer, Gatherer]:
         """For training, and for validation: one ring has a batch of the next epoch in it by then."""
@@ -160,6 +165,10 @@ class _Fit:
     def _steps(self, slices: Iterator[StepSlice], train: Gatherer) -> None:
         """All steps that are left, or those until someone asks to stop."""
         self.engine.module.train()
+        if self.progress.owes_validation:
+            self._end_epoch()
+            if self._is_over():
+                return
         micros = micro_batches(slices, self.cut, int(self.plan.rows[0]))
         with closing(gathered(train, micros, self.stride)) as stream:
             for micro, batch in stream:
@@ -177,8 +186,7 @@ class _Fit:
         """The micro batch's gradients, in pieces within the limit.
 
         A device that runs out of memory may have added half a piece's gradients: the step is then
-        computed again from its first row. Not where other workers wait for its gradients: there
-        nobody can be asked to save together any more, and rank 0 saves for itself.
+        computed again from its first row. Not where other workers wait for its gradients.
         """
         if not self.step_micros:
             guard.note(step=self.progress.global_step, phase="train")
@@ -188,12 +196,12 @@ class _Fit:
             try:
                 self.limit.retry(lambda: self._add(micro, batch), self._step_again)
             except MemoryBudgetExceeded:
-                self._rescue()
+                self.rescue.alone()
                 raise
             return
         done, failure = limit.attempt(lambda: self._add(micro, batch))
         if done is None:
-            self._rescue()
+            self.rescue.alone()
             raise limit.out_of_memory(failure, "with several workers no step is redone")
 
     def _at_boundary(self) -> None:
@@ -207,23 +215,13 @@ class _Fit:
             self.limit.at_boundary()
         except MemoryBudgetExceeded as error:
             if self.ctx.world == 1:
-                self._rescue()
+                self.rescue.alone()
                 raise
             self.exhausted = self.exhausted or error
             self.limit.follow(1, "memory is over its budget")
         if self.cut.in_step:
             rows = self.ctx.smallest(self.limit.rows)
             self.limit.follow(rows, "another worker's memory is short")
-
-    def _rescue(self) -> None:
-        """Save, without the others, the weights of the last whole step; before the first there is
-        nothing to save. Generators are of after the attempt, or missing: dropout is then drawn anew.
-        """
-        self.engine.clear()
-        if self.progress.global_step and self.ctx.is_main:
-            guard.relieve()
-            self.numbers.settle()
-            self.saver.save_alone()
 
     def _add(self, micro: Micro, batch: dict[str, Tensor]) -> None:
         for part, rows in in_pieces(micro, batch, self.limit.rows, self.cut.least):
@@ -248,20 +246,22 @@ class _Fit:
 
     def _end_step(self, micro: Micro) -> bool:
         """Update, log, and where it is time validate and save; True when the run ends here."""
-        progress = self.progress
-        self._update(micro)
+        progress, numbers = self.progress, self.numbers
+        done, failure = limit.attempt(lambda: self._update(micro))
+        if done is None:
+            raise self.rescue.in_update(failure)
         at = progress.cursor.advance(self.plan.steps_per_epoch)
         ended = at.epoch > progress.epoch
-        if not ended:
-            progress.step = at.step
+        progress.epoch, progress.step, progress.owes_validation = at.epoch, at.step, ended
         progress.global_step += 1
-        numbers = self.numbers
+        self.engine.note_whole()
         if ended:
             numbers.settle()
-            self._end_epoch(at)
+            self._end_epoch()
         elif numbers.stopping or numbers.save_is_due or self.saver.is_due_by_steps():
             numbers.settle()
-            self._save(best=False)
+            numbers.save_is_due = False
+            self.saver.save(best=False)
         return self._is_over()
 
     def _is_over(self) -> bool:
@@ -295,30 +295,32 @@ class _Fit:
         self.numbers.follow(record, sums, notes)
         self._start_step()
 
-    def _end_epoch(self, following: Cursor) -> None:
+    def _end_epoch(self) -> None:
         """Validate, note the best, save, and report."""
-        progress = self.progress
+        progress, epoch = self.progress, self.progress.epoch - 1
         guard.note(phase="validate")
-        metrics = self.engine.validate(self.val, self.limit)
+        try:
+            metrics = self.engine.validate(self.val, self.limit)
+        except MemoryBudgetExceeded:
+            self.rescue.together()
+            raise
+        self.engine.note_whole()
         val_loss = metrics["val_loss"]
-        check_finite(val_loss, f"the validation of epoch {progress.epoch}", self.cfg)
+        check_finite(val_loss, f"the validation of epoch {epoch}", self.cfg)
         cost = epoch_cost(self.task, metrics)
-        check_finite(cost, f"the choice of epoch {progress.epoch}", self.cfg)
+        check_finite(cost, f"the choice of epoch {epoch}", self.cfg)
         best = progress.best_cost is None or cost < progress.best_cost
         if best:
             progress.best_cost, progress.best_val_loss = cost, val_loss
-            progress.best_epoch = progress.epoch
+            progress.best_epoch = epoch
         record = plain({**progress.epoch_record(metrics, best), "seconds": self._seconds()})
         progress.history.append(record)
         self.log.append(record)
-        progress.epoch, progress.step = following.epoch, following.step
+        progress.owes_validation = False
         progress.epoch_loss_sum, progress.epoch_rows = 0.0, 0
-        self._save(best=best)
-        self.ctx.report({**record, "checkpoint": str(self.ctx.run_dir / "last")})
-
-    def _save(self, *, best: bool) -> None:
-        self.saver.save(best=best)
         self.numbers.save_is_due = False
+        self.saver.save(best=best)
+        self.ctx.report({**record, "checkpoint": str(self.ctx.run_dir / "last")})
 
     def _seconds(self) -> float:
         """Seconds of training, those before a resume included."""
@@ -337,8 +339,7 @@ class _Fit:
             prepared=self.engine.prepared,
         )
         if self.found:
-            at = self.progress.cursor
-            table.append(("resumed", f"{self.found.path} at epoch {at.epoch} step {at.step}"))
+            table.append(("resumed", f"{self.found.path} at {self.progress.words}"))
         self.ctx.say("\n".join(["training", format_table(table), *self.planned.lines]))
 
     def _result(self) -> FitResult:

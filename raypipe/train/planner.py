@@ -1,8 +1,8 @@
 """The memory planner: what a step needs under each set of techniques, and which set fits a budget.
 
 `predict` measures the sets by ``footprint`` and makes the table that is printed before training;
-`Plan.choose` is what ``--fit-gpu`` does with it. Both leave the rows of an optimiser step, and so
-the run itself, as they are: a smaller micro batch means more of them.
+`Plan.choose` is what ``--fit-gpu`` does with it (``choose`` for a task). Both leave the rows of an
+optimiser step, and so the run itself, as they are: a smaller micro batch means more of them.
 
 The sets, and which of two is the milder, are ``techniques``'. A set is chosen before a milder one
 only where it lets more of the asked micro batch be computed at once.
@@ -10,7 +10,7 @@ only where it lets more of the asked micro batch be computed at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,9 +22,7 @@ from raypipe.errors import MemoryBudgetExceeded
 from raypipe.report.saved import read_json, write_json
 from raypipe.stream.reading import OpenRows
 from raypipe.train import rng
-from raypipe.train.checkpoint import Found
 from raypipe.train.config import TrainConfig
-from raypipe.train.context import WorkerContext
 from raypipe.train.footprint import SIZES, Footprint, measure
 from raypipe.train.limit import is_out_of_memory
 from raypipe.train.precision import has_convolutions
@@ -95,21 +93,36 @@ class Plan:
         peak = prediction.footprint.peak_bytes(rows, accumulates=self._accumulates(rows))
         return peak + self._context_bytes
 
-    def choose(self, budget_bytes: int, *, amp: Amp | None = None) -> Choice:
+    @property
+    def sizes(self) -> list[int]:
+        """Rows of a micro batch, the most first: they divide a step's."""
+        n = self._rows_a_step
+        return [rows for rows in range(n, 0, -1) if n % rows == 0]
+
+    def choose(
+        self,
+        budget_bytes: int,
+        *,
+        amp: Amp | None = None,
+        bears: Callable[[int], bool] = lambda rows: True,
+    ) -> Choice:
         """The mildest set and the largest micro batch that take at most ``budget_bytes``.
 
-        ``amp``: the one that a resumed run was trained with, which it must keep. Micro batches
-        divide the rows of a step. Raises MemoryBudgetExceeded when not even one row fits.
+        ``amp``: the one that a resumed run was trained with, which it must keep. ``bears``: whether a
+        micro batch may have so many rows; one of `sizes` at least. Raises MemoryBudgetExceeded when
+        not even the fewest fit.
         """
+        sizes = [rows for rows in self.sizes if bears(rows)]
         usable = [p for p in self._candidates(amp) if p.footprint is not None]
         best: tuple[int, Prediction] | None = None
         for prediction in usable:
-            rows = self._largest(prediction, budget_bytes)
+            fits = (n for n in sizes if self.peak_bytes(prediction, n) <= budget_bytes)
+            rows = next(fits, 0)
             capped = min(rows, self.asked.batch_size)
             if rows and (best is None or capped > min(best[0], self.asked.batch_size)):
                 best = rows, prediction
         if best is None:
-            raise MemoryBudgetExceeded(self._refusal(usable, budget_bytes))
+            raise MemoryBudgetExceeded(self._refusal(usable, budget_bytes, sizes))
         rows, chosen = best
         cfg = replace(
             self.asked,
@@ -169,22 +182,22 @@ class Plan:
         held = [p for p in self.predictions if asked.within(p.techniques)]
         return [p for p in held if amp in (None, p.techniques.amp)]
 
-    def _largest(self, prediction: Prediction, budget_bytes: int) -> int:
-        """The largest micro batch that divides a step's rows and fits; 0 when none does."""
-        divisors = [n for n in range(self._rows_a_step, 0, -1) if self._rows_a_step % n == 0]
-        fits = (n for n in divisors if self.peak_bytes(prediction, n) <= budget_bytes)
-        return next(fits, 0)
-
-    def _refusal(self, usable: list[Prediction], budget_bytes: int) -> str:
-        needs = {p.techniques.name: self.peak_bytes(p, 1) for p in usable}
+    def _refusal(
+        self, usable: Sequence[Prediction], budget_bytes: int, sizes: Sequence[int]
+    ) -> str:
+        fewest = sizes[-1]
+        needs = {p.techniques.name: self.peak_bytes(p, fewest) for p in usable}
         if not needs:
             return (
                 f"--fit-gpu {format_bytes(budget_bytes)}: {self.device} cannot hold {SIZES[0]} rows"
                 " under any set of techniques; train a smaller model, or on a larger device"
             )
         name = min(needs, key=needs.__getitem__)
+        few = (
+            "one row" if fewest == 1 else f"{fewest} rows, this model's batch norm bears no fewer,"
+        )
         return (
-            f"--fit-gpu {format_bytes(budget_bytes)}: micro batches of one row need at least"
+            f"--fit-gpu {format_bytes(budget_bytes)}: micro batches of {few} need at least"
             f" {format_bytes(needs[name])} ({name}); give a budget of at least that, or make the"
             " model smaller"
         )
@@ -315,34 +328,3 @@ def device_budget(device: torch.device, budget_bytes: int | None) -> Iterator[No
         yield
     finally:
         torch.cuda.set_per_process_memory_fraction(before, index)
-
-
-@dataclass(frozen=True)
-class Planned:
-    """The options to train with, and what the table says of them."""
-
-    cfg: TrainConfig
-    lines: list[str]
-
-
-def plan_for(task: Task, cfg: TrainConfig, ctx: WorkerContext, found: Found | None) -> Planned:
-    """Measured on rank 0, before the model is there, and the same on every rank.
-
-    A run that goes on from ``found`` keeps its arithmetic. Raises MemoryBudgetExceeded.
-    """
-    done = found is not None and found.meta["progress"]["epoch"] >= cfg.epochs
-    on_cuda = ctx.torch_device.type == "cuda"
-    wanted = on_cuda if cfg.predict_memory is None else cfg.predict_memory
-    if done or (cfg.fit_gpu is None and not wanted):
-        return Planned(cfg, [])
-    kept = found.meta["stream"]["recipe"]["amp"] if found else None
-
-    def look() -> Planned:
-        plan = predict(task, cfg, ctx.torch_device, ctx.world, ctx.open_rows)
-        choice = plan.choose(cfg.fit_gpu_bytes, amp=kept) if cfg.fit_gpu_bytes else None
-        save_plan(ctx.run_dir, plan, choice)
-        lines = plan.lines(choice.cfg if choice else None)
-        return Planned(choice.cfg, [*lines, choice.words(cfg)]) if choice else Planned(cfg, lines)
-
-    planned: Planned = ctx.on_main(look)
-    return planned

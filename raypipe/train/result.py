@@ -32,7 +32,10 @@ class FitResult:
 
 @dataclass
 class Progress:
-    """Where a run stands; saved in each checkpoint's meta.json."""
+    """Where a run stands; saved in each checkpoint's meta.json.
+
+    owes_validation : all steps of the epoch before ``epoch`` are done, and it is not validated yet.
+    """
 
     epoch: int = 0
     step: int = 0
@@ -44,6 +47,7 @@ class Progress:
     best_epoch: int | None = None
     best_val_loss: float | None = None
     best_cost: float | None = None
+    owes_validation: bool = False
     history: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -51,11 +55,11 @@ class Progress:
             self.best_cost = self.best_val_loss
 
     def epoch_record(self, metrics: Mapping[str, float], best: bool) -> dict[str, Any]:
-        """The line of metrics.jsonl about the epoch that ends here."""
+        """The line of metrics.jsonl about the epoch whose steps are done."""
         rows = self.epoch_rows
         return {
             "kind": "epoch",
-            "epoch": self.epoch,
+            "epoch": self.epoch - 1,
             "global_step": self.global_step,
             "train_loss": self.epoch_loss_sum / rows if rows else math.nan,
             **metrics,
@@ -64,11 +68,19 @@ class Progress:
 
     def is_over(self, cfg: TrainConfig) -> bool:
         """Whether all epochs are done, or ``cfg.patience`` of them without a better one."""
+        if self.owes_validation:
+            return False
         if self.epoch >= cfg.epochs:
             return True
         if not cfg.patience or self.step or self.best_epoch is None:
             return False
         return self.epoch - 1 - self.best_epoch >= cfg.patience
+
+    @property
+    def words(self) -> str:
+        """`cursor`, for people."""
+        owed = f", once epoch {self.epoch - 1} is validated" * self.owes_validation
+        return f"epoch {self.epoch} step {self.step}{owed}"
 
     @property
     def cursor(self) -> Cursor:

@@ -19,7 +19,7 @@ from raypipe.train import checkpoint
 from raypipe.train.config import TrainConfig
 from raypipe.train.context import WorkerContext
 from raypipe.train.engine import Engine
-from raypipe.train.metrics import MetricsLog
+from raypipe.train.metrics import METRICS_FILE, MetricsLog
 from raypipe.train.result import Progress
 
 # Of a run without a checkpoint: a full disk, or memory that ends it, shows in its first minutes.
@@ -38,6 +38,12 @@ def begin(ctx: WorkerContext, resume: bool) -> checkpoint.Found | None:
     found: checkpoint.Found | None = ctx.on_main(choose)
     ctx.together(lambda: _check_visible(found, ctx))
     return found
+
+
+def log_fields(found: checkpoint.Found | None) -> tuple[int, list[dict[str, Any]]]:
+    """Where the checkpoint saw metrics.jsonl: its length, and the records that were not in it yet."""
+    meta = found.meta if found else {}
+    return meta.get("metrics_bytes", 0), meta.get("metrics_tail", [])
 
 
 def _check_visible(found: checkpoint.Found | None, ctx: WorkerContext) -> None:
@@ -99,7 +105,7 @@ class Saver:
         self._saved_at, self._is_first = self._ctx.clock(), False
 
     def save_alone(self) -> None:
-        """Rank 0's checkpoint where the others cannot be waited for: without their generators."""
+        """This rank's checkpoint where the others cannot be waited for: without their generators."""
         guard.note(phase="save")
         self._write_last(self._engine.training_state(alone=True), self._meta())
 
@@ -108,9 +114,16 @@ class Saver:
         return {
             "progress": asdict(self._progress),
             "stream": self._stream,
-            "metrics_bytes": self._log.sync(),
+            **self._log_fields(),
             "versions": {"torch": torch.__version__, "numpy": np.__version__},
         }
+
+    def _log_fields(self) -> dict[str, Any]:
+        """Where metrics.jsonl stands, which rank 0 writes."""
+        if self._ctx.is_main:
+            return {"metrics_bytes": self._log.sync()}
+        length, tail = self._log.beside(self._ctx.run_dir / METRICS_FILE)
+        return {"metrics_bytes": length, "metrics_tail": tail}
 
     def _write_last(self, state: dict[str, Any], meta: dict[str, Any]) -> None:
         contents = {"model": self._engine.model_state(), "state": state}
@@ -119,4 +132,5 @@ class Saver:
 
     def _last_is_judged(self) -> bool:
         at = self._progress
-        return bool(at.history) and at.step == 0 and self._cfg.ema_decay is None
+        is_end = at.step == 0 and not at.owes_validation
+        return bool(at.history) and is_end and self._cfg.ema_decay is None

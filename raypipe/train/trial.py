@@ -68,10 +68,15 @@ def unreached(
     return tuple(sorted({name for names in of_all for name in names}))
 
 
+def has_batch_norm(module: nn.Module) -> bool:
+    """Whether any of its parts takes statistics over a batch."""
+    norms = nn.modules.batchnorm._BatchNorm
+    return any(isinstance(part, norms) for part in module.modules())
+
+
 def least_rows(task: Task, cfg: TrainConfig, ctx: WorkerContext, prepared: Prepared) -> int:
     """Rows that a micro batch needs: 2 where batch norm sees maps of one pixel, else 1."""
-    norms = nn.modules.batchnorm._BatchNorm
-    if not any(isinstance(part, norms) for part in prepared.module.modules()):
+    if not has_batch_norm(prepared.module):
         return 1
 
     batch = ctx.together(lambda: prepared.place(_first_rows(task, ctx, 1)))

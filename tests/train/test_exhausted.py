@@ -6,20 +6,32 @@ Two real processes joined by gloo; each pair of runs is made once, the tests loo
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor, nn
-from train_helpers import Clock, FakeGuard, ToyTask, config, losses, run, spawn, write_toy
+from torch import Tensor
+from train_helpers import (
+    Clock,
+    FakeGuard,
+    LateTask,
+    ToyTask,
+    config,
+    losses,
+    run,
+    same_run,
+    saved_steps,
+    spawn,
+    write_toy,
+)
 
 from raypipe.errors import MemoryBudgetExceeded, RaypipeError
 from raypipe.memory.guard import guarding
 from raypipe.train import checkpoint, precision
 from raypipe.train.engine import Engine
+from raypipe.train.rescue import LOCK
 from raypipe.train.saving import FIRST_S
 
 
@@ -31,31 +43,6 @@ class FullGuard(FakeGuard):
         if self.asked > self.at[0]:
             raise MemoryBudgetExceeded("this worker holds too much")
         return False
-
-
-@dataclass(frozen=True)
-class LateTask(ToyTask):
-    """A device that has no room for one row from the n-th loss of a process on."""
-
-    room_for: int = 0
-
-    def build_model(self) -> nn.Module:
-        model = super().build_model()
-        model.left = self.room_for  # type: ignore[assignment]
-        return model
-
-    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-        bare = getattr(model, "module", model)
-        if torch.is_grad_enabled():
-            bare.left -= 1
-            if bare.left < 0:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate.")
-        return super().loss(model, batch)
-
-
-def saved_steps(run_dir: Path) -> int | None:
-    found = checkpoint.newest(run_dir)
-    return found.meta["progress"]["global_step"] if found else None
 
 
 @pytest.mark.parametrize("room_for", [0, 9, 11])
@@ -107,6 +94,14 @@ class Runs:
         self.note(rank, "late", failure(lambda: go("late", late)))
         go("late")
         self.note(rank, "in step", self.in_step(rank))
+        noisy = replace(self.toy, dropout=0.4)
+        go("noisy", noisy)
+        late = LateTask(noisy.data, dropout=0.4, room_for=1, where="validation", rank=1)
+        self.note(rank, "validation", failure(lambda: go("validation", late)))
+        go("validation", noisy)
+        # The last: rank 1 leaves, and rank 0 waits for its gradients until it has.
+        late = LateTask(self.toy.data, room_for=8 + 1, rank=1)
+        self.note(rank, "alone", failure(lambda: go("alone", late)))
 
     def in_step(self, rank: int) -> list[int]:
         """Rows of each backward pass when batch norm counts as synchronised (which CPUs cannot)."""
@@ -140,6 +135,8 @@ def failure(act: Callable[[], Any]) -> str:
         act()
     except RaypipeError as error:
         return f"{error.exit_code} {error}"
+    except RuntimeError as error:  # the other rank has gone
+        return f"gone: {error}"
     return "none"
 
 
@@ -169,6 +166,28 @@ def test_a_device_without_memory_leaves_rank_0s_checkpoint(runs: Runs) -> None:
 @pytest.mark.parametrize("name", ["full", "late"])
 def test_both_go_on_to_the_same_end(runs: Runs, name: str) -> None:
     assert losses(runs.root / name) == pytest.approx(losses(runs.root / "one"), rel=1e-5)
+
+
+def test_a_full_validation_is_saved_by_both_with_their_generators(runs: Runs) -> None:
+    (first, steps), (second, _) = runs.noted("validation")
+    assert first == second and first.startswith("3 the device ran out of memory")
+    assert steps == 2 * 6
+    same_run(runs.root / "validation", runs.root / "noisy")
+
+
+def test_a_rank_that_is_full_alone_saves_for_all(runs: Runs) -> None:
+    """Rank 0, which writes the log, waits for gradients: the log's last line is missing in it."""
+    (first, _), (second, _) = runs.noted("alone")
+    assert second.startswith("3 the device ran out of memory") and first.startswith("gone: ")
+    run_dir = runs.root / "alone"
+    found = checkpoint.newest(run_dir)
+    assert found is not None and found.meta["progress"]["global_step"] == 8
+    assert [r["global_step"] for r in found.meta["metrics_tail"]] == [7]
+    generators = found.load("state")["rng"]
+    assert generators[0] is None and generators[1] is not None
+    assert not (run_dir / LOCK).exists()
+    run(runs.toy, config(), run_dir)
+    assert losses(run_dir) == pytest.approx(losses(runs.root / "one"), rel=1e-5)
 
 
 def test_under_syncbn_all_ranks_make_as_many_passes(runs: Runs) -> None:

@@ -5,6 +5,7 @@ training where the steps leave no other cut.
 from __future__ import annotations
 
 import importlib.util
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,17 @@ from train_helpers import (
     config,
     grad_norms,
     losses,
+    made_up,
     run,
     write_toy,
 )
 
-from raypipe.errors import ConfigError
+from raypipe.errors import ConfigError, MemoryBudgetExceeded
 from raypipe.memory.guard import guarding
 from raypipe.segment.model import build_model, spec_of
-from raypipe.train import WorkerContext
+from raypipe.train import WorkerContext, choose, training_plan
 from raypipe.train.engine import Engine
+from raypipe.train.planner import PLAN_FILE
 from raypipe.train.precision import prepare
 from raypipe.train.trial import least_rows
 
@@ -79,6 +82,52 @@ def test_steps_that_leave_one_row_are_refused_before_training(toy: ToyTask, tmp_
 
 def test_one_row_is_fine_where_maps_are_larger(toy: ToyTask, tmp_path: Path) -> None:
     assert run(PooledTask(toy.data, pixels=2), config(batch_size=6), tmp_path / "run").epochs == 3
+
+
+ALL = "AMP bf16 + checkpointing + channels_last"
+
+
+@pytest.mark.parametrize(
+    ("pixels", "n_train", "name", "rows"),
+    [(2, 43, "fp32", 1), (1, 42, "AMP bf16", 2), (1, 43, ALL, 4)],
+)
+def test_fit_gpu_chooses_what_the_model_bears(
+    toy: ToyTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    pixels: int, n_train: int, name: str, rows: int,
+) -> None:  # fmt: skip
+    """Asked for single rows in steps of 16. Twos leave one of the 11 rows of the last step, none of 10."""
+    monkeypatch.setattr(choose, "predict", lambda task, cfg, *rest: made_up(**asked))
+    asked = {"batch_size": 1, "accumulate": 16}
+    task = PooledTask(toy.data, pixels=pixels, n_train=n_train)
+    assert run(task, config(fit_gpu="116B", **asked), tmp_path / "run").epochs == 3
+    chosen = json.loads((tmp_path / "run" / PLAN_FILE).read_text())["chosen"]
+    assert (chosen["techniques"], chosen["batch_size"]) == (name, rows)
+    steps = training_plan(task.train_rows, config(**asked), 1)
+    tight = choose.choose(made_up(**asked), task, steps, 115)
+    assert (tight.name, tight.cfg.batch_size) == (name, rows)
+    if pixels == 1 and n_train == 43:
+        with pytest.raises(MemoryBudgetExceeded, match=r"of 4 rows, .* need at least 113 B \(AMP"):
+            choose.choose(made_up(**asked), task, steps, 112)
+
+
+def test_fit_gpu_leaves_what_no_size_mends_to_the_refusal(toy: ToyTask, tmp_path: Path) -> None:
+    """A step of one row."""
+    with pytest.raises(
+        ConfigError, match="a step of 1 rows over 1 workers has a micro batch of one"
+    ):
+        run(PooledTask(toy.data, n_train=33), config(fit_gpu="1GiB"), tmp_path / "run")
+
+
+def test_synchronised_norms_bear_one_row_of_each_worker(toy: ToyTask) -> None:
+    """43 rows in steps of 8 leave two for one worker, and one for the other: ones would leave that one
+    without a row, and norms of its own bear nothing, so it is left to the refusal.
+    """
+    task, asked = PooledTask(toy.data), {"batch_size": 1, "accumulate": 4}
+    for sync, rows in ((True, 2), (False, 1)):
+        cfg = config(sync_batch_norm=sync, **asked)
+        plan = made_up(2, sync_batch_norm=sync, **asked)
+        steps = training_plan(task.train_rows, cfg, 2)
+        assert choose.choose(plan, task, steps, 116).cfg.batch_size == rows
 
 
 class SqueezedTask(PooledTask):

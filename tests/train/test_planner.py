@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from image_tasks import ImageTask
-from train_helpers import SmallDeviceTask, ToyTask, config
+from train_helpers import SmallDeviceTask, ToyTask, config, made_up
 
 from raypipe.errors import ConfigError, MemoryBudgetExceeded
 from raypipe.train import TrainConfig
-from raypipe.train.footprint import Footprint, Line
-from raypipe.train.planner import Plan, Prediction, predict
-from raypipe.train.techniques import Techniques
+from raypipe.train.planner import predict
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -73,28 +70,6 @@ def test_measuring_leaves_the_generators_alone(toy: ToyTask) -> None:
     torch.manual_seed(3)
     predict(replace(toy, dropout=0.5), config(), CPU)
     assert torch.rand(1).item() == expected
-
-
-def made_up(world: int = 1, **options: Any) -> Plan:
-    """fp32 100 + 10 a row; channels_last the same; checkpointing 120 + 4; AMP 90 + 6; all 100 + 2."""
-    lines = {
-        Techniques(): (100, 10),
-        Techniques(channels_last=True): (100, 10),
-        Techniques(checkpointing=True): (120, 4),
-        Techniques(amp="bf16"): (90, 6),
-        Techniques("bf16", True, True): (100, 2),
-    }
-    predictions = tuple(
-        Prediction(
-            techniques=techniques,
-            footprint=Footprint(
-                static_bytes=40,
-                phases={"first": (Line(fixed - 40, a_row),), "more": (Line(fixed - 35, a_row),)},
-            ),
-        )
-        for techniques, (fixed, a_row) in lines.items()
-    )
-    return Plan(asked=config(**options), device="cpu", world=world, predictions=predictions)
 
 
 @pytest.mark.parametrize(

@@ -164,7 +164,7 @@ def test_an_optimiser_without_room_is_told_in_our_words(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried.")
 
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    with pytest.raises(MemoryBudgetExceeded, match="not in a micro batch"):
+    with pytest.raises(MemoryBudgetExceeded, match="in the optimiser's step"):
         run(toy, config(), tmp_path / "run")
 
 

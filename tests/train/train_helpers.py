@@ -19,10 +19,14 @@ from raypipe.train import (
     FitResult,
     TrainConfig,
     WorkerContext,
+    checkpoint,
     fit,
     load_model_state,
     training_plan,
 )
+from raypipe.train.footprint import Footprint, Line
+from raypipe.train.planner import Plan, Prediction
+from raypipe.train.techniques import Techniques
 
 N_TRAIN, N_VAL, DIM, OUT = 43, 7, 6, 3
 
@@ -324,3 +328,66 @@ class SmallDeviceTask(ToyTask):
     def _check(self, batch: Mapping[str, Tensor], where: str) -> None:
         if self.where == where and len(batch["row"]) > self.rows:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 MiB. Advice.")
+
+
+@dataclass(frozen=True)
+class LateTask(ToyTask):
+    """A device (that of ``rank``, or any) that has no room for one row from the n-th loss of a process on,
+    or from the n-th batch of its validation.
+    """
+
+    room_for: int = 0
+    where: str = "loss"
+    rank: int | None = None
+
+    def build_model(self) -> nn.Module:
+        model = super().build_model()
+        model.left = self.room_for  # type: ignore[assignment]
+        return model
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        found = super().loss(model, batch)  # and with it what dropout draws
+        if torch.is_grad_enabled():
+            self._take(model, "loss")
+        return found
+
+    def val_sums(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        found = super().val_sums(model, batch)
+        self._take(model, "validation")
+        return found
+
+    def _take(self, model: nn.Module, where: str) -> None:
+        if where != self.where or (self.rank is not None and self.rank != dist.get_rank()):
+            return
+        bare: Any = getattr(model, "module", model)
+        bare.left -= 1
+        if bare.left < 0:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 MiB. Advice.")
+
+
+def saved_steps(run_dir: Path) -> int | None:
+    """Of the newest checkpoint."""
+    found = checkpoint.newest(run_dir)
+    return found.meta["progress"]["global_step"] if found else None
+
+
+def made_up(world: int = 1, **options: Any) -> Plan:
+    """fp32 100 + 10 a row; channels_last the same; checkpointing 120 + 4; AMP 90 + 6; all 100 + 2."""
+    lines = {
+        Techniques(): (100, 10),
+        Techniques(channels_last=True): (100, 10),
+        Techniques(checkpointing=True): (120, 4),
+        Techniques(amp="bf16"): (90, 6),
+        Techniques("bf16", True, True): (100, 2),
+    }
+    predictions = tuple(
+        Prediction(
+            techniques=techniques,
+            footprint=Footprint(
+                static_bytes=40,
+                phases={"first": (Line(fixed - 40, a_row),), "more": (Line(fixed - 35, a_row),)},
+            ),
+        )
+        for techniques, (fixed, a_row) in lines.items()
+    )
+    return Plan(asked=config(**options), device="cpu", world=world, predictions=predictions)

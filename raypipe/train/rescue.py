@@ -1,0 +1,112 @@
+"""What is saved where memory ends a fit: the last whole step, by whoever can still save it.
+
+- In a micro batch, or between two steps: by the rank whose memory ended. The others wait for its gradients
+  and cannot be asked, so their generators are missing: their dropout is drawn anew. torch's own are noted at
+  each step's end: alone, the run goes on as if nothing had been, unless its task draws from NumPy's or
+  Python's.
+- In the validation: by all together, as after an epoch. The checkpoint owes the validation, and the run that
+  goes on begins with it.
+- In the optimiser's step: nothing. Weights may be half new, on this rank alone; the checkpoint before stays.
+
+When memory ends is ``limit``'s to know, what is in a checkpoint ``saving``'s.
+"""
+
+from __future__ import annotations
+
+from raypipe.errors import MemoryBudgetExceeded, StoreCorrupt, StoreError, StoreLocked
+from raypipe.memory import guard
+from raypipe.store.flocks import held
+from raypipe.train import checkpoint, limit
+from raypipe.train.context import WorkerContext
+from raypipe.train.engine import Engine
+from raypipe.train.numbers import StepNumbers
+from raypipe.train.result import Progress
+from raypipe.train.saving import Saver
+
+LOCK = ".rescue.lock"
+# A rank that fails as well ends the run with its error, so it waits for the one that writes.
+PATIENCE_S = 600.0
+
+
+class Rescue:
+    """For one fit; ``progress`` is of its last whole step, and of the numbers up to it."""
+
+    def __init__(
+        self,
+        ctx: WorkerContext,
+        engine: Engine,
+        progress: Progress,
+        numbers: StepNumbers,
+        saver: Saver,
+    ) -> None:
+        self._ctx, self._engine, self._progress = ctx, engine, progress
+        self._numbers, self._saver = numbers, saver
+
+    def alone(self) -> None:
+        """Save without the others; before the first step there is nothing to save."""
+        self._engine.clear()
+        if not self._progress.global_step:
+            return
+        guard.relieve()
+        self._numbers.settle()
+        if self._ctx.world == 1:
+            self._saver.save_alone()
+        else:
+            self._save_once()
+
+    def together(self) -> None:
+        """Save with the others, who are at the same place."""
+        guard.relieve()
+        self._saver.save(best=False)
+
+    def in_update(self, failure: str) -> MemoryBudgetExceeded:
+        """What to raise where a step's gradients are whole and its update failed."""
+        if not self._engine.moved:
+            self.alone()
+            return limit.out_of_memory(failure, "no room to scale or clip the gradients")
+        return limit.out_of_memory(
+            failure,
+            "it was in the optimiser's step, so weights may be half new and are not saved;"
+            f" {self._newest()}",
+        )
+
+    def elsewhere(self, failure: str) -> MemoryBudgetExceeded:
+        """What to raise where neither a micro batch nor an update failed."""
+        if not self._engine.moved:
+            self.alone()
+        return limit.out_of_memory(failure, "not in a micro batch, which could be halved")
+
+    def _save_once(self) -> None:
+        """Several ranks may run out of memory in the same step: the first one saves for all."""
+        busy = f"another worker has been saving for more than {PATIENCE_S:.0f} s"
+        try:
+            with held(self._ctx.run_dir / LOCK, busy, PATIENCE_S):
+                if not self._is_saved():
+                    self._saver.save_alone()
+        except StoreLocked as error:
+            self._ctx.say(f"worker {self._ctx.rank}: {error}; it does not wait for that any longer")
+        except StoreError:  # a disk without locks
+            if self._ctx.is_main:
+                self._saver.save_alone()
+
+    def _is_saved(self) -> bool:
+        try:
+            found = checkpoint.newest(self._ctx.run_dir)
+        except StoreCorrupt:
+            return False
+        return found is not None and self._steps_of(found) == self._progress.global_step
+
+    def _newest(self) -> str:
+        try:
+            found = checkpoint.newest(self._ctx.run_dir)
+        except StoreCorrupt as error:
+            return str(error)
+        if found is None:
+            return "there is no checkpoint yet"
+        steps = self._steps_of(found)
+        lost = self._progress.global_step - steps
+        return f"resume from {found.path}, of {steps} steps ({lost} less than were done)"
+
+    @staticmethod
+    def _steps_of(found: checkpoint.Found) -> int:
+        return int(found.meta["progress"]["global_step"])
