@@ -282,10 +282,13 @@ def test_what_does_not_come_is_named_unless_its_reader_does_so_itself(
     reader._first = 0
     for names_itself in (False, True):
         said.clear()
+        looks = list[int]()
+        reader.look = lambda looks=looks: looks.append(1)  # type: ignore[attr-defined]
         reader.names_itself = names_itself  # type: ignore[attr-defined]
         reader.answer.clear()
         threading.Timer(0.5, reader.answer.set).start()
         with opened(reader, file, say=said.append) as gatherer:
             list(gatherer.batches([np.arange(4)]))
+        assert looks  # whatever the batch waits for, a reader is asked whether its rows are late
         assert bool(said) != names_itself
         assert all(text.startswith("far: has waited 0 s for 4 rows of far;") for text in said)
