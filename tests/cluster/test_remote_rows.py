@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 from ray.exceptions import ActorUnavailableError, ActorUnschedulableError, RayActorError
 
 from raypipe.cluster import remote_rows
+from raypipe.cluster import stalls as stalls_file
 from raypipe.cluster.pieces import PIECE_BYTES, Share, divide
 from raypipe.cluster.remote_rows import Copy, Patience, RemoteRows
 from raypipe.cluster.shards import Shards, open_shards
@@ -148,97 +149,114 @@ def test_a_batch_that_is_not_wanted_is_let_go_of_within_seconds(
         request()
 
 
+class Nodes:
+    """Servers that give no answer before ``comes`` (seconds, by reader); waiting for them takes no time."""
+
+    def __init__(self) -> None:
+        self.now, self.comes = 1000.0, dict[str, float]()
+
+    def wait(self, refs: list[Any], timeout: float, fetch_local: bool = True) -> tuple[Any, Any]:
+        if self.now >= self.comes.get(refs[0][0], np.inf):
+            return refs, []
+        self.now += timeout
+        time.sleep(0.0001)  # other threads
+        return [], refs
+
+    def get(self, ref: Any, timeout: float | None = None) -> np.ndarray:
+        return ref[1].astype(np.uint8)
+
+    def monotonic(self) -> float:
+        return self.now
+
+    time = monotonic
+
+
 class TestSeveralThatStall:
-    """Of readers on nodes that give no answer; ``came``: what each has given all the same."""
-
     @pytest.fixture
-    def came(self, monkeypatch: pytest.MonkeyPatch) -> set[str]:
-        found: set[str] = set()
+    def nodes(self, monkeypatch: pytest.MonkeyPatch) -> Nodes:
+        nodes = Nodes()
+        monkeypatch.setattr(remote_rows, "ray", nodes)
+        monkeypatch.setattr(remote_rows, "time", nodes)
+        monkeypatch.setattr(stalls_file, "time", nodes)
+        return nodes
 
-        def wait(refs: list[Any], timeout: float, fetch_local: bool = True) -> tuple[Any, Any]:
-            if refs[0][0] in found:
-                return refs, []
-            time.sleep(timeout)
-            return [], refs
-
-        fake = SimpleNamespace(wait=wait, get=lambda ref, timeout=None: ref[1].astype(np.uint8))
-        monkeypatch.setattr(remote_rows, "ray", fake)
-        return found
-
-    def reader(
-        self, name: str, say: Callable[[str], None], patience: Patience, stalls: Stalls
-    ) -> RemoteRows:
+    def reader(self, name: str, say: Callable[[str], None], stalls: Stalls) -> RemoteRows:
         source = ArraySource(
             path=Path(f"/{name}.npy"), dtype="uint8", shape=(9, 1), offset=0, node=name.upper()
         )
         read = SimpleNamespace(remote=lambda source, rows: (name, rows[:, None]))
         copy = Copy(source, SimpleNamespace(read=read))
-        return RemoteRows(source, name, [copy], Share(8, 3), say, patience, stalls)
+        return RemoteRows(source, name, [copy], Share(8, 3), say, stalls=stalls)
 
     def test_each_is_named_though_one_is_waited_for_and_the_end_names_all(
-        self, came: set[str]
+        self, nodes: Nodes
     ) -> None:
-        said, patience = list[str](), Patience(first_word_s=0.3, again_s=9.0, give_up_s=1.2)
-        stalls = Stalls()
-        readers = {name: self.reader(name, said.append, patience, stalls) for name in "abc"}
-        came.add("b")
-        rows = [np.arange(8), np.arange(4)]
+        said, stalls = list[tuple[float, str]](), Stalls()
+        readers = {
+            name: self.reader(name, lambda text: said.append((nodes.now, text)), stalls)
+            for name in "abc"
+        }
+        began = nodes.comes["b"] = nodes.now
         with (
             Gatherer(
-                {name: reader.source for name, reader in readers.items()}, 8, depth=2,
+                {name: reader.source for name, reader in readers.items()}, 8, threads=1,
                 open_rows=lambda source: readers[source.path.stem],
             ) as gatherer,
             pytest.raises(WorkerFailed) as stop,
         ):  # fmt: skip
-            next(gatherer.batches(rows))
-        assert said == [
-            f"{name}: has waited 0 s for 8 rows of /{name}.npy on node {name.upper()}; ends after 1 s"
-            for name in "ac"
-        ]
+            next(gatherer.batches([np.arange(8)]))
+        for name in "ac":
+            at, text = next(word for word in said if word[1].startswith(name))
+            assert 20 <= at - began <= 30
+            assert text == (
+                f"{name}: has waited {at - began:.0f} s for 8 rows of /{name}.npy on node "
+                f"{name.upper()}; ends after 600 s"
+            )
+        assert {text[0] for _, text in said} == {"a", "c"}
+        assert len(said) <= 2 * 11, "a word a minute"
         told = in_one_line(stop.value)
-        assert told.startswith(
-            "a: 8 rows of /a.npy on node A did not come in 1 s; c: 8 rows of /c.npy on node C did not "
-            "come in 1 s; see to "
+        assert re.match(
+            r"a: 8 rows of /a.npy on node A did not come in 60\d s; c: 8 rows of /c.npy on node C did "
+            r"not come in 60\d s; see to ",
+            told,
         )
         assert told.count("/c.npy") == 1 and "/b.npy" not in told
         assert re.search(SEES_BOTH + r"\)$", told)
 
     def test_the_clock_runs_from_when_rows_were_asked_for_or_the_last_ones_came(
-        self, came: set[str]
+        self, nodes: Nodes
     ) -> None:
-        said, patience = list[str](), Patience(first_word_s=0.5, again_s=9.0, give_up_s=1.0)
-        reader = self.reader("a", said.append, patience, Stalls())
+        said: list[str] = []
+        reader = self.reader("a", said.append, Stalls())
         wait = reader.start(np.arange(8))
-        time.sleep(1.1)
-        began = time.monotonic()
-        with pytest.raises(WorkerFailed, match="did not come in 1 s"):
+        nodes.now += 599.5  # another reader is waited for
+        began = nodes.now
+        with pytest.raises(WorkerFailed, match=r"did not come in 60\d s"):
             wait()
-        assert time.monotonic() - began < 0.4 and len(said) == 1
-        said.clear()
-        slow = [reader.start(np.arange(8)) for _ in range(3)]  # a batch every 0.7 s, as asked for
-        for wait in slow[:2]:
-            threading.Timer(0.7, came.add, "a").start()
+        assert nodes.now - began <= 2.0 and len(said) == 1
+        slow = [
+            reader.start(np.arange(8)) for _ in range(3)
+        ]  # the last comes 1500 s after it was asked
+        for wait in slow:
+            nodes.comes["a"] = nodes.now + 500
             np.testing.assert_array_equal(wait()[:, 0], np.arange(8))
-            came.clear()
-        assert len(said) == 2  # neither is given up
 
-    def test_what_has_come_or_is_not_wanted_is_never_late(self, came: set[str]) -> None:
-        said, patience = list[str](), Patience(first_word_s=0.1, again_s=0.1, give_up_s=9.0)
-        stalls = Stalls()
-        mine, other = (self.reader(name, said.append, patience, stalls) for name in "ab")
+    def test_what_has_come_or_is_not_wanted_is_never_late(self, nodes: Nodes) -> None:
+        said, stalls = list[str](), Stalls()
+        mine, other = (self.reader(name, said.append, stalls) for name in "ab")
         wait, dropped = mine.start(np.arange(8)), other.start(np.arange(8))
         dropped.cancel()
-        came.add("a")
-        time.sleep(0.2)
+        nodes.comes["a"] = nodes.now
+        nodes.now += 100
         stalls.look()
         assert not said and not stalls.all_late()
         assert wait().shape == (8, 1)
         kept = other.start(np.arange(8))
-        time.sleep(0.2)
+        nodes.now += 25
         stalls.look()
-        assert len(said) == 1 and said[0].startswith("b: ")
+        assert len(said) == 1 and said[0].startswith("b: has waited 25 s")
         del other, kept  # nobody has that reader any more
-        time.sleep(0.2)
+        nodes.now += 100
         stalls.look()
         assert len(said) == 1
 
