@@ -163,9 +163,9 @@ def _trainer(
 class WithoutDashboard(TorchTrainer):
     """Starts no actor that frees the workers' places should the controller die before its driver.
 
-    That one asks the dashboard whether the controller lives. Without a dashboard it goes on asking:
-    every training ended with 12 s of waiting for it. And where other Rays run on the machine it asks
-    one of them, which knows of no such controller. The places are free when the driver ends.
+    That one asks the dashboard of the machine's last Ray (/tmp/ray/ray_current_cluster) whether the
+    controller lives. Ours has none; and where that Ray is another or gone, the end of a training waited
+    12 s for the answer (nearly every one of the suite's did). The places are free when the driver ends.
     """
 
     def _create_default_callbacks(self) -> list[Any]:

@@ -257,7 +257,7 @@ def test_two_workers_begin_anew_where_told_and_equal_one_with_twice_the_batch(
 
 
 def test_nobody_asks_a_dashboard_that_is_not_there() -> None:
-    """At the end of a training Ray's cleaner of placement groups would be waited for, 12 s."""
+    """Ray's cleaner of placement groups would: for 12 s at the end of a training, or of another Ray."""
     assert not has_dashboard()
     given = {"train_loop_per_worker": print, "scaling_config": ScalingConfig(num_workers=1)}
     usual, ours = (
