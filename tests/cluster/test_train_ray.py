@@ -23,7 +23,7 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from real_kills import killing, workers
 from torch import Tensor, nn
-from train_helpers import ToyTask, config, write_toy
+from train_helpers import LateTask, ToyTask, config, write_toy
 
 from raypipe.cluster.datasets import close_open_slices, plan_dataset, read_slices
 from raypipe.cluster.runner import RayRunner, wait_for_room
@@ -31,7 +31,14 @@ from raypipe.cluster.session import has_dashboard
 from raypipe.cluster.shards import open_shards
 from raypipe.cluster.steps import step_table
 from raypipe.cluster.trainer import WithoutDashboard
-from raypipe.errors import ConfigError, DeviceUnavailable, Interrupted, StoreError, WorkerFailed
+from raypipe.errors import (
+    ConfigError,
+    DeviceUnavailable,
+    Interrupted,
+    MemoryBudgetExceeded,
+    StoreError,
+    WorkerFailed,
+)
 from raypipe.runner import LocalRunner
 from raypipe.store import adopt, discard_store, plan_adoption, stand_in
 from raypipe.store.copy_commands import ReplicateConfig, replicate
@@ -147,6 +154,25 @@ def test_one_ray_worker_trains_as_no_ray_does_on_this_nodes_copy_of_a_store(
     )
     log = (tmp_path / "ray" / "train.log").read_text()
     assert f"x: local copy {tmp_path / 'nvme' / 'x.npy'}; y: shared {toy.data / 'y.npy'}" in log
+
+
+def test_a_last_validation_that_is_owed_is_done_where_no_step_is_left(
+    toy: ToyTask, runner: RayRunner, tmp_path: Path
+) -> None:
+    """Ray's own stream is empty then."""
+    late = LateTask(toy.data, room_for=2, where="validation")
+    with pytest.raises(MemoryBudgetExceeded, match="one row at once"):
+        LocalRunner().fit(late, config(), tmp_path / "run", device="cpu")
+    assert len(records(tmp_path / "run", "epoch")) == 2
+    assert runner.fit(toy, config(), tmp_path / "run", device="cpu").epochs == 3
+    LocalRunner().fit(toy, config(), tmp_path / "whole", device="cpu")
+    for key in ("val_loss", "train_loss"):
+        ours, theirs = (
+            [record[key] for record in records(tmp_path / name, "epoch")]
+            for name in ("run", "whole")
+        )
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6)
+    assert len(losses(tmp_path / "run")) == len(losses(tmp_path / "whole"))
 
 
 def test_a_copy_that_the_catalog_lists_and_nobody_has_is_named(

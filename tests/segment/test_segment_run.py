@@ -21,6 +21,7 @@ from raypipe.segment.loss import LossConfig
 from raypipe.segment.prepare import prepare
 from raypipe.segment.run import fit
 from raypipe.segment.saved import load_model
+from raypipe.segment.task import SegmentTask
 from raypipe.train import stop
 from raypipe.train.limit import BatchLimit
 
@@ -125,6 +126,35 @@ def test_a_threshold_belongs_to_the_weights_it_was_tuned_on(
     last, best = (load_model(cfg.run_dir, name)[1] for name in ("last", "best"))
     assert (last.epoch, last.threshold) == (epoch, epochs[-1]["val_threshold"] if tuned else None)
     assert best.epoch is not None and best.threshold == epochs[best.epoch]["val_threshold"]
+
+
+@pytest.mark.usefixtures("no_page")
+def test_a_full_device_in_validation_costs_no_step(
+    nuclei: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the second epoch's: `last` has gone on from what the first one judged, and has no threshold."""
+    train = replace(TRAIN, epochs=2)
+    cfg = config(nuclei, tmp_path / "run", train=train)
+    with monkeypatch.context() as patched:
+
+        def full(self: SegmentTask, model: Any, batch: Any) -> Any:
+            if (cfg.run_dir / "best").exists():
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+            return real(self, model, batch)
+
+        real = SegmentTask.val_sums
+        patched.setattr(SegmentTask, "val_sums", full)
+        with pytest.raises(MemoryBudgetExceeded, match="one row at once is too many"):
+            fit(cfg, LocalRunner())
+    last = load_model(cfg.run_dir, "last")[1]
+    assert (last.epoch, last.threshold) == (1, None)
+    steps = len(losses(cfg.run_dir))
+    whole = config(nuclei, tmp_path / "whole", train=train)
+    for one in (cfg, whole):
+        fit(one, LocalRunner())
+    assert losses(cfg.run_dir) == losses(whole.run_dir) and len(losses(cfg.run_dir)) == steps
+    ours, theirs = (records(one.run_dir, "epoch")[1]["val_loss"] for one in (cfg, whole))
+    assert ours == theirs
 
 
 @pytest.mark.usefixtures("no_page")
