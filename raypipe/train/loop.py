@@ -121,12 +121,11 @@ class _Fit:
         self.cut.check(self.plan)
         self.progress = Progress()
         self.stream = stream_record(self.plan, cfg, ctx.world, found, made_of)
-        self.found = found
+        self.found, self.batch_limit = found, batch_limit
         if found:
             self.engine.load(found)
             self.progress = Progress(**found.meta["progress"])
         self.earlier_seconds = self.progress.seconds
-        self.batch_limit = batch_limit
         self.exhausted: MemoryBudgetExceeded | None = None
         self.step_micros: list[Micro] = []
         self._start_step()
