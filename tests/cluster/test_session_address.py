@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import socket
 import time
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -60,7 +61,7 @@ def test_only_this_machine_is_not_watched_for_being_taken_away(
     monkeypatch.delenv(WATCH_NODES, raising=False)
     if set_by_user:
         monkeypatch.setenv(WATCH_NODES, set_by_user)
-    monkeypatch.setattr(ray, "init", lambda **options: None)
+    monkeypatch.setattr(ray, "init", lambda **options: SimpleNamespace(dashboard_url=""))
     monkeypatch.setattr(ray, "shutdown", lambda: None)
     with open_session("auto" if named else None):
         assert os.environ.get(WATCH_NODES) == said
