@@ -7,11 +7,15 @@
 - In the validation: by all together, as after an epoch. The checkpoint owes the validation, and the run that
   goes on begins with it.
 - In the optimiser's step: nothing. Weights may be half new, on this rank alone; the checkpoint before stays.
+- While an epoch's result is noted and saved: nothing. A last that names a best epoch comes after its weights.
 
 When memory ends is ``limit``'s to know, what is in a checkpoint ``saving``'s.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from raypipe.errors import MemoryBudgetExceeded, StoreCorrupt, StoreError, StoreLocked
 from raypipe.memory import guard
@@ -41,6 +45,16 @@ class Rescue:
     ) -> None:
         self._ctx, self._engine, self._progress = ctx, engine, progress
         self._numbers, self._saver = numbers, saver
+        self._is_booking = False
+
+    @contextmanager
+    def booking(self) -> Iterator[None]:
+        """From the first word of an epoch's result to the checkpoint that has all of it. What ends the
+        block early leaves it half told.
+        """
+        self._is_booking = True
+        yield
+        self._is_booking = False
 
     def alone(self) -> None:
         """Save without the others; before the first step there is nothing to save."""
@@ -72,7 +86,7 @@ class Rescue:
 
     def elsewhere(self, failure: str) -> MemoryBudgetExceeded:
         """What to raise where neither a micro batch nor an update failed."""
-        if not self._engine.moved:
+        if not self._engine.moved and not self._is_booking:
             self.alone()
         return limit.out_of_memory(failure, "not in a micro batch, which could be halved")
 

@@ -15,7 +15,9 @@ from train_helpers import LateTask, ToyTask, config, run, same_run, saved_steps
 
 from raypipe.errors import MemoryBudgetExceeded
 from raypipe.train import checkpoint, loop
+from raypipe.train.engine import Engine
 from raypipe.train.metrics import MetricsLog
+from raypipe.train.saving import Saver
 
 FULL = "CUDA out of memory. Tried to allocate 2 MiB. Advice."
 STEPS = 6  # an epoch
@@ -131,6 +133,39 @@ def test_weights_that_no_update_has_touched_are_saved(
         with pytest.raises(MemoryBudgetExceeded, match="ran out of memory"):
             run(noisy, config(), ours)
     assert saved_steps(ours) == done
+    run(noisy, config(), ours)
+    run(noisy, config(), tmp_path / "whole")
+    same_run(ours, tmp_path / "whole")
+
+
+@pytest.mark.parametrize("full", ["training_state", "judged_state"])
+def test_a_last_names_no_best_that_is_not_there(
+    noisy: ToyTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: str
+) -> None:
+    """No room while the second epoch, which is better than the first, is saved."""
+    ours, saves = tmp_path / "run", []
+    whole = run(noisy, config(epochs=2), tmp_path / "whole")
+    real_save, real = Saver.save, getattr(Engine, full)
+
+    def save(self: Saver, *, best: bool) -> None:
+        saves.append(best)
+        real_save(self, best=best)
+
+    def late(self: Engine, *, alone: bool = False) -> Any:
+        if len(saves) == 2 and not alone:
+            raise torch.OutOfMemoryError(FULL)
+        return real(self, alone=alone) if full == "training_state" else real(self)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Saver, "save", save)
+        patched.setattr(Engine, full, late)
+        with pytest.raises(MemoryBudgetExceeded, match="ran out of memory"):
+            run(noisy, config(), ours)
+    assert saves == [True, True] and whole.best_epoch == 1
+    last, best = (checkpoint.newest(ours, name) for name in ("last", "best"))
+    assert last is not None and best is not None
+    named = [found.meta["progress"]["best_epoch"] for found in (last, best)]
+    assert named == [0, 0] and saved_steps(ours) == STEPS
     run(noisy, config(), ours)
     run(noisy, config(), tmp_path / "whole")
     same_run(ours, tmp_path / "whole")
