@@ -19,17 +19,12 @@ from contextlib import contextmanager
 
 from raypipe.errors import MemoryBudgetExceeded, StoreCorrupt, StoreError, StoreLocked
 from raypipe.memory import guard
-from raypipe.store.flocks import held
 from raypipe.train import checkpoint, limit
 from raypipe.train.context import WorkerContext
 from raypipe.train.engine import Engine
 from raypipe.train.numbers import StepNumbers
 from raypipe.train.result import Progress
-from raypipe.train.saving import Saver
-
-LOCK = ".rescue.lock"
-# A rank that fails as well ends the run with its error, so it waits for the one that writes.
-PATIENCE_S = 600.0
+from raypipe.train.saving import Saver, writing
 
 
 class Rescue:
@@ -92,9 +87,8 @@ class Rescue:
 
     def _save_once(self) -> None:
         """Several ranks may run out of memory in the same step: the first one saves for all."""
-        busy = f"another worker has been saving for more than {PATIENCE_S:.0f} s"
         try:
-            with held(self._ctx.run_dir / LOCK, busy, PATIENCE_S):
+            with writing(self._ctx):
                 if not self._is_saved():
                     self._saver.save_alone()
         except StoreLocked as error:
