@@ -17,7 +17,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from raypipe.errors import MemoryBudgetExceeded, StoreCorrupt, StoreError, StoreLocked
+from raypipe.errors import (
+    MemoryBudgetExceeded,
+    StoreCorrupt,
+    StoreError,
+    StoreLocked,
+    in_one_line,
+)
 from raypipe.memory import guard
 from raypipe.train import checkpoint, limit
 from raypipe.train.context import WorkerContext
@@ -52,16 +58,24 @@ class Rescue:
         self._is_booking = False
 
     def alone(self) -> None:
-        """Save without the others; before the first step there is nothing to save."""
+        """Save without the others; before the first step there is nothing to save.
+
+        A disk that does not take it is told of, not raised: memory ends the run, and in its place an
+        error of the disk would have the workers started again.
+        """
         self._engine.clear()
         if not self._progress.global_step:
             return
         guard.relieve()
         self._numbers.settle()
-        if self._ctx.world == 1:
-            self._saver.save_alone()
-        else:
-            self._save_once()
+        try:
+            if self._ctx.world == 1:
+                self._saver.save_alone()
+            else:
+                self._save_once()
+        except (StoreError, OSError, ValueError) as error:
+            what = f"worker {self._ctx.rank}: the last whole step is not saved"
+            self._ctx.say(f"{what}: {type(error).__name__}: {in_one_line(error)}")
 
     def together(self) -> None:
         """Save with the others, who are at the same place."""

@@ -5,6 +5,8 @@ The other worker is made up: what it would say is what this one says.
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +18,8 @@ from raypipe.errors import StoreError, StoreLocked
 from raypipe.store.flocks import Flock
 from raypipe.train import checkpoint, saving
 from raypipe.train.context import WorkerContext
-from raypipe.train.metrics import MetricsLog
+from raypipe.train.metrics import METRICS_FILE, MetricsLog
+from raypipe.train.rescue import Rescue
 from raypipe.train.result import Progress
 from raypipe.train.saving import LOCK, Saver
 
@@ -29,13 +32,25 @@ class OneOfTwo(WorkerContext):
         return value
 
 
+STATES = ("training_state", "model_state", "judged_state")
+# Of a model without weights, after nine steps.
+ENGINE: Any = SimpleNamespace(
+    **{name: lambda **how: {} for name in STATES}, clear=lambda: None, moved=False
+)
+NINE = Progress(global_step=9)
+
+
 def saver(ctx: WorkerContext) -> Saver:
-    """Of a model without weights, after nine steps."""
-    states = {name: lambda **how: {} for name in ("training_state", "model_state", "judged_state")}
     return Saver(
-        config(), ctx, SimpleNamespace(**states), Progress(global_step=9), MetricsLog(None, 0),
+        config(), ctx, ENGINE, NINE, MetricsLog(None, 0),
         stream={}, started=0.0, seconds=lambda: 1.0,
     )  # fmt: skip
+
+
+def end(ctx: WorkerContext) -> str:
+    """What memory ends a fit with, on this worker alone."""
+    numbers: Any = SimpleNamespace(settle=lambda: None)
+    return str(Rescue(ctx, ENGINE, NINE, numbers, saver(ctx)).elsewhere("no room for 2 MiB"))
 
 
 def written(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
@@ -84,3 +99,30 @@ def test_without_locks_rank_0_still_saves(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(Flock, "try_exclusive", none)
     saver(OneOfTwo(run_dir=tmp_path, world=2)).save(best=False)
     assert checkpoint.newest(tmp_path) is not None
+
+
+@pytest.mark.parametrize("log", [b"", b"\0\0\0\n"])
+def test_a_log_that_cannot_be_read_does_not_stand_for_the_memory(
+    tmp_path: Path, log: bytes
+) -> None:
+    """Zeros are what a disk may leave of a file that was being written when its machine went down."""
+    (tmp_path / METRICS_FILE).write_bytes(log)
+    said: list[str] = []
+    ended = end(OneOfTwo(run_dir=tmp_path, rank=1, world=2, say=said.append))
+    assert ended.startswith("the device ran out of memory (no room for 2 MiB)")
+    assert (checkpoint.newest(tmp_path) is None) == bool(said) == bool(log)
+    assert all("the last whole step is not saved: JSONDecodeError: " in line for line in said)
+
+
+@pytest.mark.parametrize(("world", "who"), [(1, "checkpoint"), (2, "checkpoint"), (2, "lock")])
+def test_a_disk_that_takes_nothing_does_not_stand_for_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: int, who: str
+) -> None:
+    def broken(*args: Any, **how: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(*((checkpoint, "save") if who == "checkpoint" else (os, "open")), broken)
+    said: list[str] = []
+    ended = end(OneOfTwo(run_dir=tmp_path, world=world, say=said.append))
+    assert ended.startswith("the device ran out of memory (no room for 2 MiB)")
+    assert len(said) == 1 and "is not saved: OSError: [Errno 5] Input/output error" in said[0]
