@@ -106,7 +106,9 @@ def test_fit_gpu_chooses_what_the_model_bears(
     tight = choose.choose(made_up(**asked), task, steps, 115)
     assert (tight.name, tight.cfg.batch_size) == (name, rows)
     if pixels == 1 and n_train == 43:
-        with pytest.raises(MemoryBudgetExceeded, match=r"of 4 rows, .* need at least 113 B \(AMP"):
+        with pytest.raises(
+            MemoryBudgetExceeded, match=r"of 4 rows, this model's .* at least 113 B"
+        ):
             choose.choose(made_up(**asked), task, steps, 112)
 
 
@@ -128,6 +130,10 @@ def test_synchronised_norms_bear_one_row_of_each_worker(toy: ToyTask) -> None:
         plan = made_up(2, sync_batch_norm=sync, **asked)
         steps = training_plan(task.train_rows, cfg, 2)
         assert choose.choose(plan, task, steps, 116).cfg.batch_size == rows
+        if sync:
+            said = "of 2 rows, SyncBN over 2 workers bears no fewer, need at least 107 B"
+            with pytest.raises(MemoryBudgetExceeded, match=said):
+                choose.choose(plan, task, steps, 104)
 
 
 class SqueezedTask(PooledTask):
