@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import weakref
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -134,6 +136,26 @@ def test_synchronised_norms_bear_one_row_of_each_worker(toy: ToyTask) -> None:
             said = "of 2 rows, SyncBN over 2 workers bears no fewer, need at least 107 B"
             with pytest.raises(MemoryBudgetExceeded, match=said):
                 choose.choose(plan, task, steps, 104)
+
+
+def test_the_model_that_was_asked_is_gone_when_its_memory_is_given_back(
+    toy: ToyTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: what is still held there, CUDA's cache does not give back."""
+    alive: list[bool] = []
+    asked: list[weakref.ref[nn.Module]] = []
+
+    def least(task: Any, cfg: Any, ctx: Any, prepared: Any) -> int:
+        asked.append(weakref.ref(prepared))
+        return 2
+
+    monkeypatch.setattr(choose, "prepare", lambda module, *rest: module)
+    monkeypatch.setattr(choose, "least_rows", least)
+    monkeypatch.setattr(choose.rng, "preserved", lambda device: nullcontext())
+    monkeypatch.setattr(choose, "relieve", lambda: alive.append(asked[0]() is not None))
+    plan = replace(made_up(), device="cuda")
+    assert choose._asked(PooledTask(toy.data), config(), plan, None) == (2, False)
+    assert alive == [False]
 
 
 class SqueezedTask(PooledTask):
