@@ -33,7 +33,7 @@ class Applied:
     """One subject's encoder and the images it is applied to.
 
     all_rows : (n,) rows of the split in order; rows : those of them whose image could be read
-    epoch    : of the checkpoint, from 0, or None
+    epoch    : of the weights, from 0, or None (`Found.epoch`)
     """
 
     opened: data.SplitData
@@ -92,7 +92,7 @@ def open_applied(cfg: ApplyConfig, run_dir: Path, *, fmri: bool) -> Applied:
         n_vertices={hemi: int(record["responses"][hemi][1]) for hemi in HEMIS},
         device=LocalRunner().resolve_device(cfg.device),
         checkpoint=cfg.checkpoint,
-        epoch=_epoch(found),
+        epoch=found.epoch,
     )
 
 
@@ -174,8 +174,3 @@ def _load_model(record: Mapping[str, Any], opened: data.SplitData, found: Found)
             f"weights in {found.path} do not fit these data ({reason}); give the data of the fit"
         ) from error
     return model
-
-
-def _epoch(found: Found) -> int | None:
-    history = found.meta.get("progress", {}).get("history", [])
-    return int(history[-1]["epoch"]) if history else None

@@ -22,7 +22,7 @@ from raypipe.report.saved import read_json, write_json
 from raypipe.segment.labels import Target, class_names
 from raypipe.segment.model import ModelSpec, build_model, record, spec_from
 from raypipe.segment.normalise import Normalisation
-from raypipe.train.checkpoint import find_checkpoint
+from raypipe.train.checkpoint import Found, find_checkpoint
 
 MODEL_FILE = "model.json"
 _REMEDY = "give a folder made by raypipe segment fit"
@@ -112,7 +112,7 @@ def load_fitted(run_dir: Path | str, checkpoint: str = "best") -> Fitted:
         raise InputError(
             f"weights in {run_dir / checkpoint} do not fit {MODEL_FILE} ({reason}); {_REMEDY}"
         ) from error
-    saved = _of_epoch(saved, found.meta, checkpoint)
+    saved = _of_epoch(saved, found, checkpoint)
     return Fitted(module=module.eval(), saved=saved, files=found.meta["files"])
 
 
@@ -132,13 +132,9 @@ def read_saved(run_dir: Path) -> SavedModel:
         raise StoreCorrupt(f"{run_dir / MODEL_FILE} lacks {error}; {_REMEDY}") from error
 
 
-def _of_epoch(saved: SavedModel, meta: Mapping[str, Any], checkpoint: str) -> SavedModel:
-    progress = meta.get("progress", {})
-    history = progress.get("history", [])
-    if not history:  # saved before the first epoch's end
-        return saved
-    went_on = progress.get("step", 0) > 0 or progress.get("owes_validation", False)
+def _of_epoch(saved: SavedModel, found: Found, checkpoint: str) -> SavedModel:
+    history = found.meta.get("progress", {}).get("history", [])
     # Earlier versions did not say it; their best weights were judged.
-    judged = meta.get("judged", checkpoint == "best")
-    threshold = history[-1].get("val_threshold") if judged else None
-    return replace(saved, epoch=int(history[-1]["epoch"]) + went_on, threshold=threshold)
+    judged = found.meta.get("judged", checkpoint == "best")
+    threshold = history[-1].get("val_threshold") if history and judged else None
+    return replace(saved, epoch=found.epoch, threshold=threshold)

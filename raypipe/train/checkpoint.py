@@ -51,6 +51,17 @@ class Found:
 
         return torch.load(self.path / f"{name}.pt", map_location="cpu", weights_only=True)
 
+    @property
+    def epoch(self) -> int | None:
+        """Of the weights, from 0: the last one that was validated, or the one after it, where steps of that
+        are in them, or all its steps and no validation. None before the first epoch's steps are done.
+        """
+        progress = self.meta.get("progress", {})
+        history, owes = progress.get("history", []), progress.get("owes_validation", False)
+        if not history:
+            return 0 if owes else None
+        return int(history[-1]["epoch"]) + (owes or progress.get("step", 0) > 0)
+
 
 def save(
     run_dir: Path, name: str, contents: Mapping[str, Any], meta: Mapping[str, Any], keep: int = 1

@@ -123,14 +123,18 @@ def _asked(
     ctx = WorkerContext(run_dir=Path(), device=plan.device, open_rows=open_rows)
     try:
         with rng.preserved(device):
-            module = task.build_model()
-            if cfg.sync_batch_norm and plan.world > 1 and has_batch_norm(module):
-                return 1, True  # statistics are of all workers' rows: two at least
-            blocks = task.checkpoint_blocks(module) if cfg.checkpointing else ()
-            return least_rows(task, cfg, ctx, prepare(module, blocks, cfg, ctx)), False
+            return _by_its_model(task, cfg, ctx, plan.world)
     finally:
         if device.type == "cuda":
-            relieve()
+            relieve()  # of the model too, which has gone with its function
+
+
+def _by_its_model(task: Task, cfg: TrainConfig, ctx: WorkerContext, world: int) -> tuple[int, bool]:
+    module = task.build_model()
+    if cfg.sync_batch_norm and world > 1 and has_batch_norm(module):
+        return 1, True  # statistics are of all workers' rows: two at least
+    blocks = task.checkpoint_blocks(module) if cfg.checkpointing else ()
+    return least_rows(task, cfg, ctx, prepare(module, blocks, cfg, ctx)), False
 
 
 def _planned(plan: Plan, choice: Choice | None) -> Planned:

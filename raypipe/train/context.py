@@ -132,7 +132,9 @@ class WorkerContext:
         return result
 
     def together(self, act: Callable[[], Any]) -> Any:
-        """This rank's ``act()``; when it fails on any rank, its error on every rank."""
+        """This rank's ``act()``; when it fails on any rank, the error of the first that failed on every rank:
+        with one of its own each might do something else next, and wait for the others there.
+        """
         result, failure = None, None
         try:
             result = act()
@@ -141,9 +143,10 @@ class WorkerContext:
                 raise
             failure = error
         failures = self.collect(failure)
-        first = failure or next((f for f in failures if f is not None), None)
-        if first is not None:
-            raise first
+        failures[self.rank] = failure  # a copy has no traceback
+        for found in failures:
+            if found is not None:
+                raise found
         return result
 
     @property

@@ -22,8 +22,12 @@ from raypipe.train.context import WorkerContext
 
 T = TypeVar("T")
 
-# CUBLAS_STATUS_ALLOC_FAILED, CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED, the runtime's own.
-_LIBRARY = re.compile(r"\b[A-Z]+_STATUS_\w*ALLOC\w*|CUDA (driver )?error: out of memory")
+# CUBLAS_STATUS_ALLOC_FAILED, CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED, the runtime's own, and
+# NCCL's: Cuda failure 2 'out of memory' (without a number in older ones).
+_LIBRARY = re.compile(
+    r"\b[A-Z]+_STATUS_\w*ALLOC\w*|CUDA (driver )?error: out of memory"
+    r"|Cuda failure (\d+ )?'out of memory'"
+)
 
 
 class BatchLimit:

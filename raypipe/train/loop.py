@@ -309,16 +309,16 @@ class _Fit:
         cost = epoch_cost(self.task, metrics)
         check_finite(cost, f"the choice of epoch {epoch}", self.cfg)
         best = progress.best_cost is None or cost < progress.best_cost
-        if best:
-            progress.best_cost, progress.best_val_loss = cost, val_loss
-            progress.best_epoch = epoch
-        record = plain({**progress.epoch_record(metrics, best), "seconds": self._seconds()})
-        progress.history.append(record)
-        self.log.append(record)
-        progress.owes_validation = False
-        progress.epoch_loss_sum, progress.epoch_rows = 0.0, 0
-        self.numbers.save_is_due = False
-        self.saver.save(best=best)
+        with self.rescue.booking():
+            if best:
+                progress.best_cost, progress.best_val_loss = cost, val_loss
+                progress.best_epoch = epoch
+            record = plain({**progress.epoch_record(metrics, best), "seconds": self._seconds()})
+            progress.history.append(record)
+            self.log.append(record)
+            progress.owes_validation, self.numbers.save_is_due = False, False
+            progress.epoch_loss_sum, progress.epoch_rows = 0.0, 0
+            self.saver.save(best=best)
         self.ctx.report({**record, "checkpoint": str(self.ctx.run_dir / "last")})
 
     def _seconds(self) -> float:

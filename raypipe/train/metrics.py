@@ -8,7 +8,8 @@ metrics, best, seconds. Epochs and steps count from 0 here, from 1 where they ar
 
 A checkpoint notes how long the file was; resuming cuts it back to there, so the file of a resumed
 run has each step once. One rank writes the file; another that has to save alone notes what it finds in
-it, and the records that are not in it yet.
+it, and its records that are not in it yet. On a network disk it may find less than was written: what lies
+between that and its records stays.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import json
 import math
 import os
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +31,19 @@ _LAST_LINES_BYTES = 1 << 20
 class MetricsLog:
     """Appends records to ``path``, after cutting it to ``length_bytes``; None writes nothing.
 
-    tail : records that a checkpoint had beside those bytes.
+    tail : records that a checkpoint had beside those bytes; the file is then cut before the first of them.
     """
 
     def __init__(
-        self, path: Path | None, length_bytes: int, tail: Iterable[dict[str, Any]] = ()
+        self, path: Path | None, length_bytes: int, tail: Sequence[dict[str, Any]] = ()
     ) -> None:
         self._file = None
         self._recent: deque[dict[str, Any]] = deque(maxlen=_RECENT)
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("ab")
+            if tail:
+                length_bytes = _end_before(path, length_bytes, _place(tail[0]))
             if self._file.tell() > length_bytes:
                 self._file.truncate(length_bytes)
         for record in tail:
@@ -85,6 +88,25 @@ def _last_line(path: Path) -> tuple[int, dict[str, Any] | None]:
         start = file.seek(max(0, size - _LAST_LINES_BYTES))
         lines, _, _ = file.read(size - start).rpartition(b"\n")
     return (start + len(lines) + 1, json.loads(lines.rpartition(b"\n")[2])) if lines else (0, None)
+
+
+def _end_before(path: Path, start_bytes: int, place: tuple[int, bool]) -> int:
+    """Where the whole lines from ``start_bytes`` on end whose records come before ``place``."""
+    end = start_bytes
+    with path.open("rb") as file:
+        file.seek(start_bytes)
+        for line in file:
+            if not line.endswith(b"\n") or not _is_before(line, place):
+                break
+            end += len(line)
+    return end
+
+
+def _is_before(line: bytes, place: tuple[int, bool]) -> bool:
+    try:
+        return _place(json.loads(line)) < place
+    except ValueError:  # torn when its machine went down
+        return False
 
 
 def _place(record: dict[str, Any]) -> tuple[int, bool]:

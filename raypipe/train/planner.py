@@ -193,9 +193,9 @@ class Plan:
                 " under any set of techniques; train a smaller model, or on a larger device"
             )
         name = min(needs, key=needs.__getitem__)
-        few = (
-            "one row" if fewest == 1 else f"{fewest} rows, this model's batch norm bears no fewer,"
-        )
+        synced = self.asked.sync_batch_norm and self.world > 1
+        norm = f"SyncBN over {self.world} workers" if synced else "this model's batch norm"
+        few = "one row" if fewest == 1 else f"{fewest} rows, {norm} bears no fewer,"
         return (
             f"--fit-gpu {format_bytes(budget_bytes)}: micro batches of {few} need at least"
             f" {format_bytes(needs[name])} ({name}); give a budget of at least that, or make the"

@@ -7,25 +7,30 @@
 - In the validation: by all together, as after an epoch. The checkpoint owes the validation, and the run that
   goes on begins with it.
 - In the optimiser's step: nothing. Weights may be half new, on this rank alone; the checkpoint before stays.
+- While an epoch's result is noted and saved: nothing. A last that names a best epoch comes after its weights.
 
 When memory ends is ``limit``'s to know, what is in a checkpoint ``saving``'s.
 """
 
 from __future__ import annotations
 
-from raypipe.errors import MemoryBudgetExceeded, StoreCorrupt, StoreError, StoreLocked
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from raypipe.errors import (
+    MemoryBudgetExceeded,
+    StoreCorrupt,
+    StoreError,
+    StoreLocked,
+    in_one_line,
+)
 from raypipe.memory import guard
-from raypipe.store.flocks import held
 from raypipe.train import checkpoint, limit
 from raypipe.train.context import WorkerContext
 from raypipe.train.engine import Engine
 from raypipe.train.numbers import StepNumbers
 from raypipe.train.result import Progress
-from raypipe.train.saving import Saver
-
-LOCK = ".rescue.lock"
-# A rank that fails as well ends the run with its error, so it waits for the one that writes.
-PATIENCE_S = 600.0
+from raypipe.train.saving import Saver, writing
 
 
 class Rescue:
@@ -41,18 +46,36 @@ class Rescue:
     ) -> None:
         self._ctx, self._engine, self._progress = ctx, engine, progress
         self._numbers, self._saver = numbers, saver
+        self._is_booking = False
+
+    @contextmanager
+    def booking(self) -> Iterator[None]:
+        """From the first word of an epoch's result to the checkpoint that has all of it. What ends the
+        block early leaves it half told.
+        """
+        self._is_booking = True
+        yield
+        self._is_booking = False
 
     def alone(self) -> None:
-        """Save without the others; before the first step there is nothing to save."""
+        """Save without the others; before the first step there is nothing to save.
+
+        A disk that does not take it is told of, not raised: memory ends the run, and in its place an
+        error of the disk would have the workers started again.
+        """
         self._engine.clear()
         if not self._progress.global_step:
             return
         guard.relieve()
         self._numbers.settle()
-        if self._ctx.world == 1:
-            self._saver.save_alone()
-        else:
-            self._save_once()
+        try:
+            if self._ctx.world == 1:
+                self._saver.save_alone()
+            else:
+                self._save_once()
+        except (StoreError, OSError, ValueError) as error:
+            what = f"worker {self._ctx.rank}: the last whole step is not saved"
+            self._ctx.say(f"{what}: {type(error).__name__}: {in_one_line(error)}")
 
     def together(self) -> None:
         """Save with the others, who are at the same place."""
@@ -72,15 +95,14 @@ class Rescue:
 
     def elsewhere(self, failure: str) -> MemoryBudgetExceeded:
         """What to raise where neither a micro batch nor an update failed."""
-        if not self._engine.moved:
+        if not self._engine.moved and not self._is_booking:
             self.alone()
         return limit.out_of_memory(failure, "not in a micro batch, which could be halved")
 
     def _save_once(self) -> None:
         """Several ranks may run out of memory in the same step: the first one saves for all."""
-        busy = f"another worker has been saving for more than {PATIENCE_S:.0f} s"
         try:
-            with held(self._ctx.run_dir / LOCK, busy, PATIENCE_S):
+            with writing(self._ctx):
                 if not self._is_saved():
                     self._saver.save_alone()
         except StoreLocked as error:

@@ -6,15 +6,17 @@ How a checkpoint is written, found and thrown away is ``checkpoint``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
 
-from raypipe.errors import ConfigError
+from raypipe.errors import ConfigError, StoreError, StoreLocked
 from raypipe.memory import guard
+from raypipe.store.flocks import held
 from raypipe.train import checkpoint
 from raypipe.train.config import TrainConfig
 from raypipe.train.context import WorkerContext
@@ -24,6 +26,9 @@ from raypipe.train.result import Progress
 
 # Of a run without a checkpoint: a full disk, or memory that ends it, shows in its first minutes.
 FIRST_S = 60.0
+LOCK = ".rescue.lock"
+# A rank that fails as well ends the run with its error, so it waits for the one that writes.
+PATIENCE_S = 600.0
 
 
 def begin(ctx: WorkerContext, resume: bool) -> checkpoint.Found | None:
@@ -44,6 +49,15 @@ def log_fields(found: checkpoint.Found | None) -> tuple[int, list[dict[str, Any]
     """Where the checkpoint saw metrics.jsonl: its length, and the records that were not in it yet."""
     meta = found.meta if found else {}
     return meta.get("metrics_bytes", 0), meta.get("metrics_tail", [])
+
+
+def writing(ctx: WorkerContext) -> AbstractContextManager[None]:
+    """Keep the other workers from writing a checkpoint: all write under the same name before it is whole.
+
+    Raises StoreLocked, StoreError on a disk without locks, OSError.
+    """
+    busy = f"another worker has been saving for more than {PATIENCE_S:.0f} s"
+    return held(ctx.run_dir / LOCK, busy, PATIENCE_S)
 
 
 def _check_visible(found: checkpoint.Found | None, ctx: WorkerContext) -> None:
@@ -96,10 +110,11 @@ class Saver:
         state, meta = self._engine.training_state(), self._meta()
 
         def write() -> None:
-            if best:
-                judged = {"model": self._engine.judged_state()}
-                checkpoint.save(self._ctx.run_dir, "best", judged, {**meta, "judged": True})
-            self._write_last(state, meta)
+            with self._only_writer():
+                if best:
+                    judged = {"model": self._engine.judged_state()}
+                    checkpoint.save(self._ctx.run_dir, "best", judged, {**meta, "judged": True})
+                self._write_last(state, meta)
 
         self._ctx.on_main(write)
         self._saved_at, self._is_first = self._ctx.clock(), False
@@ -108,6 +123,19 @@ class Saver:
         """This rank's checkpoint where the others cannot be waited for: without their generators."""
         guard.note(phase="save")
         self._write_last(self._engine.training_state(alone=True), self._meta())
+
+    @contextmanager
+    def _only_writer(self) -> Iterator[None]:
+        """Rank 0's: another may have to save alone meanwhile, but not where it gets no lock."""
+        with ExitStack() as stack:
+            if self._ctx.world > 1:
+                try:
+                    stack.enter_context(writing(self._ctx))
+                except StoreLocked:
+                    raise
+                except (StoreError, OSError):
+                    pass  # a disk without locks; what else it lacks, writing the checkpoint will tell
+            yield
 
     def _meta(self) -> dict[str, Any]:
         self._progress.seconds = self._seconds()

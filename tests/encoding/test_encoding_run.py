@@ -303,6 +303,21 @@ def test_other_roi_masks_are_refused(world: World, fitted: Path, tmp_path: Path)
         evaluate(cfg)
 
 
+def test_weights_that_went_on_are_of_the_epoch_they_were_trained_in(
+    fitted: Path, tmp_path: Path
+) -> None:
+    """Validated in epoch 1, trained through epoch 2, and no memory for its validation."""
+    run_dir = tmp_path / "subj01"
+    shutil.copytree(fitted / "subj01", run_dir)
+    path = run_dir / "last/meta.json"
+    meta = json.loads(path.read_text())
+    meta["progress"]["history"].pop()
+    meta["progress"]["owes_validation"] = True
+    path.write_text(json.dumps(meta))
+    cfg = EvaluateConfig(run_dir=run_dir, checkpoint="last", device="cpu")
+    assert open_applied(cfg, run_dir, fmri=True).epoch == 2
+
+
 def test_no_run_and_no_checkpoint(world: World, fitted: Path, tmp_path: Path) -> None:
     with pytest.raises(MissingInput, match="run folder"):
         evaluate(EvaluateConfig(run_dir=tmp_path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -126,6 +127,19 @@ def test_a_threshold_belongs_to_the_weights_it_was_tuned_on(
     last, best = (load_model(cfg.run_dir, name)[1] for name in ("last", "best"))
     assert (last.epoch, last.threshold) == (epoch, epochs[-1]["val_threshold"] if tuned else None)
     assert best.epoch is not None and best.threshold == epochs[best.epoch]["val_threshold"]
+
+
+def test_weights_that_no_validation_has_seen_are_of_the_epoch_they_were_trained_in(
+    fitted: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(fitted, tmp_path / "run")
+    path = tmp_path / "run/last/meta.json"
+    meta = json.loads(path.read_text())
+    meta |= {"judged": False}
+    meta["progress"] |= {"history": [], "step": 0, "owes_validation": True}
+    path.write_text(json.dumps(meta))
+    last = load_model(tmp_path / "run", "last")[1]
+    assert (last.epoch, last.threshold) == (0, None)
 
 
 @pytest.mark.usefixtures("no_page")

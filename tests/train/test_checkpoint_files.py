@@ -147,3 +147,23 @@ def test_meta_is_plain_json(noisy: ToyTask, tmp_path: Path) -> None:
     assert meta["stream"]["rows_per_step"] == 8
     assert meta["judged"] is True
     assert set(meta["files"]) == {"model.pt", "state.pt"}
+
+
+@pytest.mark.parametrize(
+    ("validated", "step", "owes", "epoch"),
+    [
+        (0, 0, False, None), (0, 4, False, None), (0, 0, True, 0),
+        (2, 0, False, 1), (2, 4, False, 2), (2, 0, True, 2),
+    ],
+)  # fmt: skip
+def test_weights_are_of_the_epoch_whose_steps_are_in_them(
+    tmp_path: Path, validated: int, step: int, owes: bool, epoch: int | None
+) -> None:
+    history = [{"epoch": n} for n in range(validated)]
+    progress = {"history": history, "step": step, "owes_validation": owes}
+    found = checkpoint.Found(tmp_path, {"progress": progress})
+    assert found.epoch == epoch and type(found.epoch) is type(epoch)
+    if not owes:  # earlier versions had no word of it
+        del progress["owes_validation"]
+        assert found.epoch == epoch
+    assert checkpoint.Found(tmp_path, {}).epoch is None

@@ -31,8 +31,7 @@ from raypipe.errors import MemoryBudgetExceeded, RaypipeError
 from raypipe.memory.guard import guarding
 from raypipe.train import checkpoint, precision
 from raypipe.train.engine import Engine
-from raypipe.train.rescue import LOCK
-from raypipe.train.saving import FIRST_S
+from raypipe.train.saving import FIRST_S, LOCK
 
 
 class FullGuard(FakeGuard):

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import weakref
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -106,7 +108,9 @@ def test_fit_gpu_chooses_what_the_model_bears(
     tight = choose.choose(made_up(**asked), task, steps, 115)
     assert (tight.name, tight.cfg.batch_size) == (name, rows)
     if pixels == 1 and n_train == 43:
-        with pytest.raises(MemoryBudgetExceeded, match=r"of 4 rows, .* need at least 113 B \(AMP"):
+        with pytest.raises(
+            MemoryBudgetExceeded, match=r"of 4 rows, this model's .* at least 113 B"
+        ):
             choose.choose(made_up(**asked), task, steps, 112)
 
 
@@ -128,6 +132,30 @@ def test_synchronised_norms_bear_one_row_of_each_worker(toy: ToyTask) -> None:
         plan = made_up(2, sync_batch_norm=sync, **asked)
         steps = training_plan(task.train_rows, cfg, 2)
         assert choose.choose(plan, task, steps, 116).cfg.batch_size == rows
+        if sync:
+            said = "of 2 rows, SyncBN over 2 workers bears no fewer, need at least 107 B"
+            with pytest.raises(MemoryBudgetExceeded, match=said):
+                choose.choose(plan, task, steps, 104)
+
+
+def test_the_model_that_was_asked_is_gone_when_its_memory_is_given_back(
+    toy: ToyTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU: what is still held there, CUDA's cache does not give back."""
+    alive: list[bool] = []
+    asked: list[weakref.ref[nn.Module]] = []
+
+    def least(task: Any, cfg: Any, ctx: Any, prepared: Any) -> int:
+        asked.append(weakref.ref(prepared))
+        return 2
+
+    monkeypatch.setattr(choose, "prepare", lambda module, *rest: module)
+    monkeypatch.setattr(choose, "least_rows", least)
+    monkeypatch.setattr(choose.rng, "preserved", lambda device: nullcontext())
+    monkeypatch.setattr(choose, "relieve", lambda: alive.append(asked[0]() is not None))
+    plan = replace(made_up(), device="cuda")
+    assert choose._asked(PooledTask(toy.data), config(), plan, None) == (2, False)
+    assert alive == [False]
 
 
 class SqueezedTask(PooledTask):

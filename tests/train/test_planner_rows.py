@@ -67,6 +67,8 @@ def test_fit_gpu_chooses_among_those_that_were_measured(fp32_only: Fp32Task) -> 
         "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
         "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
         "CUDA error: out of memory",
+        "NCCL error in: NCCLUtils.hpp:268, unhandled cuda error\nLast error:\nCuda failure 'out of memory'",
+        "ncclUnhandledCudaError: Call to CUDA function failed.\nCuda failure 2 'out of memory'",
     ],
 )
 def test_a_library_without_memory_is_a_device_without_memory(

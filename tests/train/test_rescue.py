@@ -15,7 +15,9 @@ from train_helpers import LateTask, ToyTask, config, run, same_run, saved_steps
 
 from raypipe.errors import MemoryBudgetExceeded
 from raypipe.train import checkpoint, loop
+from raypipe.train.engine import Engine
 from raypipe.train.metrics import MetricsLog
+from raypipe.train.saving import Saver
 
 FULL = "CUDA out of memory. Tried to allocate 2 MiB. Advice."
 STEPS = 6  # an epoch
@@ -136,6 +138,39 @@ def test_weights_that_no_update_has_touched_are_saved(
     same_run(ours, tmp_path / "whole")
 
 
+@pytest.mark.parametrize("full", ["training_state", "judged_state"])
+def test_a_last_names_no_best_that_is_not_there(
+    noisy: ToyTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: str
+) -> None:
+    """No room while the second epoch, which is better than the first, is saved."""
+    ours, saves = tmp_path / "run", []
+    whole = run(noisy, config(epochs=2), tmp_path / "whole")
+    real_save, real = Saver.save, getattr(Engine, full)
+
+    def save(self: Saver, *, best: bool) -> None:
+        saves.append(best)
+        real_save(self, best=best)
+
+    def late(self: Engine, *, alone: bool = False) -> Any:
+        if len(saves) == 2 and not alone:
+            raise torch.OutOfMemoryError(FULL)
+        return real(self, alone=alone) if full == "training_state" else real(self)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Saver, "save", save)
+        patched.setattr(Engine, full, late)
+        with pytest.raises(MemoryBudgetExceeded, match="ran out of memory"):
+            run(noisy, config(), ours)
+    assert saves == [True, True] and whole.best_epoch == 1
+    last, best = (checkpoint.newest(ours, name) for name in ("last", "best"))
+    assert last is not None and best is not None
+    named = [found.meta["progress"]["best_epoch"] for found in (last, best)]
+    assert named == [0, 0] and saved_steps(ours) == STEPS
+    run(noisy, config(), ours)
+    run(noisy, config(), tmp_path / "whole")
+    same_run(ours, tmp_path / "whole")
+
+
 def test_a_rank_that_does_not_write_the_log_knows_what_is_in_it(tmp_path: Path) -> None:
     """Steps 0 and 1 and the epoch after them are there, step 3 is torn: 2 and 3 come from the rank."""
 
@@ -153,6 +188,40 @@ def test_a_rank_that_does_not_write_the_log_knows_what_is_in_it(tmp_path: Path) 
         assert silent.beside(path) == (len(whole), records[n_there:])
     with MetricsLog(path, 0, records[3:]):
         pass
-    assert [json.loads(line) for line in path.read_text().splitlines()] == records[3:]
+    assert [json.loads(line) for line in path.read_text().splitlines()] == records
     path.unlink()
     assert silent.beside(path) == (0, records)
+
+
+def test_a_rank_that_saw_an_old_log_cuts_nothing_older_than_its_records(tmp_path: Path) -> None:
+    """Of 100 steps in tens it saw those up to step 69; another wrote three steps more."""
+    path, stale = tmp_path / "metrics.jsonl", tmp_path / "stale.jsonl"
+    silent, wrote = MetricsLog(None, 0), MetricsLog(path, 0)
+    for n in range(103):
+        ended = [{"kind": "epoch", "global_step": n}] if n and n % 10 == 0 else []
+        for record in [*ended, {"kind": "step", "global_step": n}]:
+            wrote.append(record)
+            if n < 100:
+                silent.append(record)
+        if n == 69:
+            stale.write_bytes(path.read_bytes())
+    with wrote:
+        whole = path.read_text().splitlines()
+    length, tail = silent.beside(stale)
+    assert length == stale.stat().st_size and tail[0]["global_step"] > 70
+    for _ in range(2):  # the same checkpoint may be resumed twice
+        with MetricsLog(path, length, tail):
+            pass
+        assert path.read_text().splitlines() == whole[:-4]
+
+
+@pytest.mark.parametrize("torn", [b"\0\0\n", b'{"kind": "step", "global_step": 5}'])
+def test_a_torn_line_ends_what_is_kept(tmp_path: Path, torn: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    steps = [{"kind": "step", "global_step": n} for n in range(9)]
+    lines = [json.dumps(step).encode() + b"\n" for step in steps]
+    after = lines[6:] if torn.endswith(b"\n") else []
+    path.write_bytes(b"".join([*lines[:5], torn, *after]))
+    with MetricsLog(path, len(b"".join(lines[:2])), steps[7:]):
+        pass
+    assert path.read_bytes() == b"".join([*lines[:5], *lines[7:]])

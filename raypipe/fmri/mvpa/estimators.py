@@ -115,18 +115,21 @@ def solver_rows(config: EstimatorConfig, n_classes: int, n_samples: int) -> int:
 
 def solver_squares(config: EstimatorConfig, n_classes: int) -> int:
     """Matrices of voxels x voxels, float64, that a fit holds at once. Counted in scikit-learn's source, and
-    measured: covariances with their copies while they are shrunk, scaled, or decomposed; a Hessian.
+    measured as the process's peak (LAPACK's copies are no Python object's): covariances with their copies
+    while they are shrunk, scaled, or decomposed; a Hessian, with two of SciPy's (1.17) while it is solved.
     """
     model = config.build()
     if isinstance(model, LinearDiscriminantAnalysis):
         # The sum over classes, a class's own, and two while that is scaled back; three while another is
         # shrunk by a stated part. Of eigen two sums, their difference, and LAPACK's copies and workspace.
         shrunk = {"auto": 4, None: 3}.get(model.shrinkage, 5)
-        return {"lsqr": shrunk, "eigen": 7}.get(model.solver, 0)
+        return {"lsqr": shrunk, "eigen": 7}.get(model.solver, 3 if model.store_covariance else 0)
     if isinstance(model, QuadraticDiscriminantAnalysis):
-        return 2 * n_classes + 1 if model.solver == "eigen" else 0
+        # Covariances and rotations of all classes; one more while it is sorted, or two while it is shrunk.
+        own = 1 if model.shrinkage in (None, "auto") else 2
+        return 2 * n_classes + own if model.solver == "eigen" else 0
     if isinstance(model, LogisticRegression) and model.solver == "newton-cholesky":
-        return int(maps_at_most(config, n_classes)) ** 2 + 1
+        return 3 * maps_at_most(config, n_classes) ** 2
     return 0
 
 
