@@ -120,6 +120,27 @@ def test_why_one_waits_is_told_by_the_nodes_that_can_and_never_the_end(
     assert told == {"of n1": "n1's has waited 7 s for its memory there: 1 GiB"}
 
 
+def test_row_servers_are_ended_though_their_calls_cannot_be_dropped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    killed: list[object] = []
+
+    def cancel(ref: object) -> None:
+        raise RaySystemError("cut off")
+
+    fake = SimpleNamespace(
+        is_initialized=lambda: True,
+        wait=lambda refs, **options: ([], refs),
+        cancel=cancel,
+        kill=killed.append,
+    )
+    monkeypatch.setattr(serving, "ray", fake)
+    servers = {"A": Handle(), "B": Handle()}
+    with pytest.raises(RaySystemError):
+        serving._end(servers.values())
+    assert killed == list(servers.values())
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
