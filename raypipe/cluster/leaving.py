@@ -44,16 +44,24 @@ class LeavesWithDriver(ControllerCallback):
 
     def on_controller_start_worker_group(self, **_: object) -> dict[str, str] | None:
         """Called before each group's place is asked for: none is, once it has to end."""
-        while self._file.exists():
+        while self._asked():
             time.sleep(LOOK_S)
         return None
 
     def _look(self, me: Any) -> None:
-        while not self._file.exists():
+        while not self._asked():
             time.sleep(LOOK_S)
         time.sleep(LOOK_S)  # what is asked for in this moment is then there to be given back
-        _give_places_back()
-        ray.kill(me)
+        try:
+            _give_places_back()
+        finally:
+            ray.kill(me)
+
+    def _asked(self) -> bool:
+        try:
+            return self._file.exists()
+        except OSError:  # a network disk that is away for a moment: the next look tells
+            return False
 
 
 def _give_places_back() -> None:

@@ -190,7 +190,9 @@ def _fit_in_thread(trainer: TorchTrainer, run_dir: Path, tick: Callable[[], None
     try:
         while not over.wait(POLL_S):
             tick()
-    except KeyboardInterrupt:
+    except (
+        BaseException
+    ):  # an interrupt, or ``tick`` cannot write: nobody waits for the training now
         leave(run_dir)
         if over.wait(LEAVE_S):  # else it is told for as long as it takes
             stay(run_dir)
