@@ -2,7 +2,9 @@
 
 Ray Train's controller is an actor of its own. A driver that is interrupted and goes on with its session
 would leave it waiting for a place or for memory, and then training, for nobody. It runs on the driver's
-node, so a file in the run folder tells it at once: one that waits for a place hears no calls.
+node, so a file in the run folder tells it at once: one that waits for a place hears no calls. The file
+bears the name of one call's workers (`TrainSetup.name`): an order outlives its driver's patience, and
+the next training in that folder must neither heed nor withdraw it.
 """
 
 from __future__ import annotations
@@ -17,25 +19,28 @@ import ray
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-_LEAVE = ".leave"
 LOOK_S = 0.2
 
 
-def leave(run_dir: Path) -> None:
-    """Ask the controller of the training in ``run_dir`` to end."""
-    (run_dir / _LEAVE).touch()
+def leave(run_dir: Path, name: str) -> None:
+    """Ask the controller of the training ``name`` in ``run_dir`` to end."""
+    _order(run_dir, name).touch()
 
 
-def stay(run_dir: Path) -> None:
-    """Nobody is asked any more."""
-    (run_dir / _LEAVE).unlink(missing_ok=True)
+def has_left(run_dir: Path, name: str) -> None:
+    """It need not be asked any more."""
+    _order(run_dir, name).unlink(missing_ok=True)
+
+
+def _order(run_dir: Path, name: str) -> Path:
+    return run_dir / f".leave-{name}"
 
 
 class LeavesWithDriver(ControllerCallback):
     """Ends the controller that it is given to when its driver asks by `leave`."""
 
-    def __init__(self, run_dir: Path) -> None:
-        self._file = run_dir / _LEAVE
+    def __init__(self, run_dir: Path, name: str) -> None:
+        self._file = _order(run_dir, name)
 
     def after_controller_start(self, train_run_context: object) -> None:
         """Called in the controller."""

@@ -12,7 +12,7 @@ import pytest
 
 from raypipe.cluster import leaving, trainer
 from raypipe.cluster.leaving import LeavesWithDriver, leave
-from raypipe.errors import NoSpace
+from raypipe.errors import NoSpace, in_one_line
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ class Away:
 def test_a_disk_that_is_away_for_a_moment_does_not_keep_the_controller(
     tmp_path: Path, killed: list[object]
 ) -> None:
-    callback = LeavesWithDriver(tmp_path)
+    callback = LeavesWithDriver(tmp_path, "w")
     callback._file = away = Away()  # type: ignore[assignment]
     callback._look("me")
     assert killed == ["me"] and away.looks == 4
@@ -53,21 +53,24 @@ def test_it_ends_though_a_place_cannot_be_given_back(
         raise RuntimeError("cut off")
 
     monkeypatch.setattr(leaving, "_give_places_back", fails)
-    leave(tmp_path)
+    leave(tmp_path, "w")
     with pytest.raises(RuntimeError):
-        LeavesWithDriver(tmp_path)._look("me")
+        LeavesWithDriver(tmp_path, "w")._look("me")
     assert killed == ["me"]
 
 
 class Trainer:
-    """Trains until its driver's order is there."""
+    """Trains until its driver's order is there, and is heard (``hears``)."""
 
-    def __init__(self, run_dir: Path) -> None:
-        self.run_dir, self.left = run_dir, threading.Event()
+    def __init__(self, run_dir: Path, name: str) -> None:
+        self.setup = SimpleNamespace(run_dir=run_dir, name=name)
+        self.left, self.hears = threading.Event(), threading.Event()
+        self.hears.set()
 
     def fit(self) -> Any:
         until = time.monotonic() + 5.0
-        while not list(self.run_dir.glob(".leave*")):
+        order = self.setup.run_dir / f".leave-{self.setup.name}"
+        while not (self.hears.is_set() and order.exists()):
             assert time.monotonic() < until, "nobody asked it to leave"
             time.sleep(0.001)
         self.left.set()
@@ -82,7 +85,44 @@ def test_whatever_a_driver_leaves_with_takes_the_training_along(
         raise error
 
     monkeypatch.setattr(trainer, "POLL_S", 0.001)
-    fake = Trainer(tmp_path)
+    fake = Trainer(tmp_path, "w")
     with pytest.raises(type(error)):
-        trainer._fit_in_thread(fake, tmp_path, tick)  # type: ignore[arg-type]
+        trainer._fit_in_thread(fake, fake.setup, tick)  # type: ignore[arg-type]
     assert fake.left.is_set() and not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_takes_no_order_does_not_hide_what_ended_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tick() -> None:
+        raise NoSpace("full")
+
+    monkeypatch.setattr(trainer, "POLL_S", 0.001)
+    fake = Trainer(tmp_path / "gone", "w")  # no file can be made there
+    with pytest.raises(NoSpace) as told:
+        trainer._fit_in_thread(fake, fake.setup, tick)  # type: ignore[arg-type]
+    assert in_one_line(told.value).startswith("full; also: the training cannot be told to end")
+
+
+def test_the_next_training_does_not_withdraw_an_order_that_is_not_heard_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a session that goes on: the first controller hears nothing before the second trains."""
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "POLL_S", 0.001)
+    monkeypatch.setattr(trainer, "LEAVE_S", 0.01)
+    first, second = Trainer(tmp_path, "first"), Trainer(tmp_path, "second")
+    first.hears.clear()
+    for fake in (first, second):
+        with pytest.raises(KeyboardInterrupt):
+            trainer._fit_in_thread(fake, fake.setup, interrupted)  # type: ignore[arg-type]
+    assert second.left.wait(5.0) and not first.left.is_set()
+    first.hears.set()
+    assert first.left.wait(5.0)
+    until = time.monotonic() + 5.0
+    while list(tmp_path.iterdir()):
+        assert time.monotonic() < until, "an order stays for ever"
+        time.sleep(0.001)
