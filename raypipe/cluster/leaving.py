@@ -5,6 +5,9 @@ would leave it waiting for a place or for memory, and then training, for nobody.
 node, so a file in the run folder tells it at once: one that waits for a place hears no calls. The file
 bears the name of one call's workers (`TrainSetup.name`): an order outlives its driver's patience, and
 the next training in that folder must neither heed nor withdraw it.
+
+Only the controller knows when workers that trained begin anew: it says so (`raypipe.train.stop`) before it
+waits for their place, so that a Ctrl-C then is not taken for one while they train. It imports no torch.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ from typing import Any
 import ray
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+from raypipe.train.stop import note_training, unless_stopping
 
 LOOK_S = 0.2
 
@@ -40,7 +45,7 @@ class LeavesWithDriver(ControllerCallback):
     """Ends the controller that it is given to when its driver asks by `leave`."""
 
     def __init__(self, run_dir: Path, name: str) -> None:
-        self._file = _order(run_dir, name)
+        self._run_dir, self._file = run_dir, _order(run_dir, name)
 
     def after_controller_start(self, train_run_context: object) -> None:
         """Called in the controller."""
@@ -48,9 +53,15 @@ class LeavesWithDriver(ControllerCallback):
         threading.Thread(target=self._look, args=(me,), daemon=True).start()
 
     def on_controller_start_worker_group(self, **_: object) -> dict[str, str] | None:
-        """Called before each group's place is asked for: none is, once it has to end."""
+        """Called before each group's place is asked for: none is, once it has to end or to stop.
+
+        Raises Interrupted, which Ray Train takes for the end.
+        """
         while self._asked():
             time.sleep(LOOK_S)
+        note_training(self._run_dir, False)
+        # Asked to stop while they trained still, and nobody has finished that step.
+        unless_stopping(self._run_dir)
         return None
 
     def _look(self, me: Any) -> None:

@@ -44,7 +44,7 @@ from raypipe.stream import Cursor, StepSlice, StreamPlan
 from raypipe.train import FitResult, Task, TrainConfig, WorkerContext, checkpoint, fit
 from raypipe.train.follow import log_aloud, log_to
 from raypipe.train.footprint import SIZES
-from raypipe.train.stop import note_training, stop_wished, unless_stopping
+from raypipe.train.stop import note_training, stop_wished
 
 # A worker that dies is restarted from the last whole checkpoint this often.
 MAX_FAILURES = 3
@@ -218,9 +218,6 @@ def _train_worker(config: dict[str, Any]) -> FitResult:
     """Runs in each Train worker."""
     setup: TrainSetup = ray.get(config["setup"])
     limit = batch_limit(verdicts(setup.memory, setup.name))
-    if ray_train.get_context().get_world_rank() == 0:
-        unless_stopping(setup.run_dir)
-        note_training(setup.run_dir, False)
     began = time.time()
     with _leases(setup) as guard:
         if _all(not is_younger(guard, began)) or not _gives_way(setup):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -12,7 +14,8 @@ import pytest
 
 from raypipe.cluster import leaving, trainer
 from raypipe.cluster.leaving import LeavesWithDriver, leave
-from raypipe.errors import NoSpace, in_one_line
+from raypipe.errors import Interrupted, NoSpace, in_one_line
+from raypipe.train.stop import note_training, stop_on_interrupt, stop_wished
 
 
 @pytest.fixture
@@ -57,6 +60,26 @@ def test_it_ends_though_a_place_cannot_be_given_back(
     with pytest.raises(RuntimeError):
         LeavesWithDriver(tmp_path, "w")._look("me")
     assert killed == ["me"]
+
+
+@pytest.mark.usefixtures("heeded_sigint")
+def test_workers_that_begin_anew_wait_and_do_not_begin_where_one_asked_to_stop(
+    tmp_path: Path, killed: list[object]
+) -> None:
+    callback = LeavesWithDriver(tmp_path, "w")
+    with (
+        pytest.raises(Interrupted, match=r"while it waited to train.*no step was under way"),
+        stop_on_interrupt(tmp_path, workers_wait=True),
+    ):
+        note_training(tmp_path, True)
+        assert callback.on_controller_start_worker_group(num_workers=1) is None
+        os.kill(os.getpid(), signal.SIGINT)
+    with stop_on_interrupt(tmp_path, workers_wait=True):
+        note_training(tmp_path, True)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop_wished(tmp_path)
+        with pytest.raises(Interrupted, match="last checkpoint is kept"):
+            callback.on_controller_start_worker_group(num_workers=1)
 
 
 class Trainer:
