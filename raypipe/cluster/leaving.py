@@ -20,6 +20,9 @@ from typing import Any
 
 import ray
 from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.scaling_policy.autoscaling_coordinator_client import (
+    TrainAutoscalingCoordinatorClient,
+)
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 from raypipe.train.stop import note_training, unless_stopping
@@ -35,6 +38,13 @@ def leave(run_dir: Path, name: str) -> None:
 def has_left(run_dir: Path, name: str) -> None:
     """It need not be asked any more."""
     _order(run_dir, name).unlink(missing_ok=True)
+
+
+def ask_for_no_nodes(run_id: str) -> None:
+    """For a training whose controller was killed: an autoscaler would be asked for its workers' nodes for
+    up to 3 minutes more. Ray logs it where that cannot be taken back.
+    """
+    TrainAutoscalingCoordinatorClient(f"train-{run_id}").cancel_resource_request()
 
 
 def _order(run_dir: Path, name: str) -> Path:

@@ -33,7 +33,7 @@ from raypipe.cluster.datasets import PlanDataConfig, plan_dataset, read_slices
 from raypipe.cluster.decode_plan import Crew, bytes_on_a_machine, plan_decoders
 from raypipe.cluster.decoders import RowOpener
 from raypipe.cluster.failures import NoSecondTry, batch_limit, our_error
-from raypipe.cluster.leaving import LeavesWithDriver, has_left, leave
+from raypipe.cluster.leaving import LeavesWithDriver, ask_for_no_nodes, has_left, leave
 from raypipe.cluster.session import has_dashboard
 from raypipe.cluster.shards import Shards, open_shards
 from raypipe.cluster.stalls import Stalls
@@ -195,7 +195,7 @@ def _fit_in_thread(trainer: TorchTrainer, setup: TrainSetup, tick: Callable[[], 
             tick()
     except BaseException as error:  # an interrupt, or of ``tick``: nobody waits for the result now
         try:
-            _take_along(setup, over)
+            _take_along(trainer, setup, over)
         except OSError as cannot:
             error.add_note(
                 f"also: the training cannot be told to end before this process: {cannot}"
@@ -207,11 +207,12 @@ def _fit_in_thread(trainer: TorchTrainer, setup: TrainSetup, tick: Callable[[], 
     return box["result"].return_value
 
 
-def _take_along(setup: TrainSetup, over: threading.Event) -> None:
+def _take_along(trainer: TorchTrainer, setup: TrainSetup, over: threading.Event) -> None:
     """End the training, which sets ``over``."""
     leave(setup.run_dir, setup.name)
     if over.wait(LEAVE_S):  # else it is told for as long as it takes
         has_left(setup.run_dir, setup.name)
+        ask_for_no_nodes(trainer.train_run_context.run_id)
 
 
 def _train_worker(config: dict[str, Any]) -> FitResult:

@@ -82,11 +82,24 @@ def test_workers_that_begin_anew_wait_and_do_not_begin_where_one_asked_to_stop(
             callback.on_controller_start_worker_group(num_workers=1)
 
 
+@pytest.fixture(autouse=True)
+def asked_no_more(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Whose request for nodes was taken back."""
+    asked: list[str] = []
+
+    def client(requester: str) -> SimpleNamespace:
+        return SimpleNamespace(cancel_resource_request=lambda: asked.append(requester))
+
+    monkeypatch.setattr(leaving, "TrainAutoscalingCoordinatorClient", client)
+    return asked
+
+
 class Trainer:
     """Trains until its driver's order is there, and is heard (``hears``)."""
 
     def __init__(self, run_dir: Path, name: str) -> None:
         self.setup = SimpleNamespace(run_dir=run_dir, name=name)
+        self.train_run_context = SimpleNamespace(run_id=f"of-{name}")
         self.left, self.hears = threading.Event(), threading.Event()
         self.hears.set()
 
@@ -102,7 +115,10 @@ class Trainer:
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), NoSpace("full"), SystemExit(1)])
 def test_whatever_a_driver_leaves_with_takes_the_training_along(
-    tmp_path: Path, error: BaseException, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    error: BaseException,
+    asked_no_more: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def tick() -> None:
         raise error
@@ -112,6 +128,7 @@ def test_whatever_a_driver_leaves_with_takes_the_training_along(
     with pytest.raises(type(error)):
         trainer._fit_in_thread(fake, fake.setup, tick)  # type: ignore[arg-type]
     assert fake.left.is_set() and not list(tmp_path.iterdir())
+    assert asked_no_more == ["train-of-w"]
 
 
 def test_a_disk_that_takes_no_order_does_not_hide_what_ended_the_training(
