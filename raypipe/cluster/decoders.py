@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 # A part whose actor died goes to a new one this often; what kills every actor is not bad luck.
 MAX_TRIES = 4
-# A part that is this late is named; after the second time the run ends and says so.
+# Seconds that a part is waited for: it is named each time the first have passed; the second end the run.
 SAY_STALLED_S = 25.0
 STALLED_S = 300.0
 LOOK_S = 1.0
@@ -87,7 +87,8 @@ class Decoders:
     """`raypipe.stream.reading.RowReader` by the actors of ``crew``.
 
     memory : of the run; None: nobody watches the actors. name : of them, in logs and verdicts.
-    stalls : readers of other sources, which are looked after while an actor is waited for.
+    stalls : readers of other sources, which are looked after while an actor is waited for. Decoders are
+    not of these: one is named while it is waited for itself.
     """
 
     names_itself = True

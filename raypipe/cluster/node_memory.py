@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError
+from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raypipe.cluster.lost import ACTOR_LOST
@@ -116,22 +116,24 @@ def verdict_of(node_id: str, pid: int, timeout_s: float = CALL_TIMEOUT_S) -> Ver
 def why_waiting(asked: Mapping[str, str], timeout_s: float = CALL_TIMEOUT_S) -> dict[str, Waiting]:
     """What processes wait for and who holds it, by their nodes' ledgers; asked : label -> node id.
 
-    Without those that do not wait, and those of nodes whose actor does not answer in time.
+    Without those that do not wait, and those of nodes whose actor does not answer in time, or not so:
+    it outlives the run that made it, and may be an older raypipe's. No error of Ray's comes out of a
+    line for people.
     """
     refs: dict[Any, str] = {}
     for label, node_id in asked.items():
         try:
             actor = ray.get_actor(actor_name(node_id), namespace=NAMESPACE)
-        except (ValueError, *ACTOR_LOST):
+            refs[actor.why_waiting.remote(label)] = label
+        except (ValueError, AttributeError, RayError):  # none is there, or it has no such method
             continue
-        refs[actor.why_waiting.remote(label)] = label
     found = {}
     for ref in ray.wait(list(refs), num_returns=len(refs), timeout=timeout_s)[0] if refs else ():
         try:
-            wait: Waiting | None = ray.get(ref)
-        except ACTOR_LOST:
+            wait = ray.get(ref)
+        except RayError:
             continue
-        if wait is not None:
+        if isinstance(wait, Waiting):
             found[refs[ref]] = wait
     return found
 

@@ -120,10 +120,10 @@ class RayPool:
             calls.pop(None, None)
             timeout_s = max(0.1, self._next_word - time.monotonic())
             ready, _ = ray.wait(list(calls), num_returns=1, timeout=timeout_s)
-            if time.monotonic() >= self._next_word:
-                self._say_late()
             for ref in ready:
                 yield from self._settle(calls[ref], queue, left, attempts)
+            if left and time.monotonic() >= self._next_word:  # who has just come is not late
+                self._say_late()
 
     def _feed(self, queue: deque[Any]) -> None:
         for seat in self._seats:

@@ -149,6 +149,9 @@ class RemoteRows:
         return f"{self.name}: {piece.rows.size} rows of {piece.copy.words} did not come in {waited:.0f} s"
 
     def _wait(self, piece: _Piece, request: Request) -> np.ndarray:
+        now = time.monotonic()
+        if self._waited(piece, now) >= self._patience.first_word_s and piece.has_come():
+            piece.since = now  # nobody has fetched it: from here on its way is waited for
         piece.is_waited_for = True
         # In turns: a request may be cancelled, and another reader late.
         step_s = min(1.0, self._patience.first_word_s / 4)

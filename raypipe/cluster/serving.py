@@ -229,8 +229,10 @@ def _end(servers: Any) -> None:
     """Give leases back, then end the actors; one that hangs is ended all the same."""
     if not ray.is_initialized():
         return
-    closing = [server.close.remote() for server in servers]
-    if closing:
-        _drop(ray.wait(closing, num_returns=len(closing), timeout=CLOSE_S)[1])
-    for server in servers:
-        ray.kill(server)
+    try:
+        closing = [server.close.remote() for server in servers]
+        if closing:
+            _drop(ray.wait(closing, num_returns=len(closing), timeout=CLOSE_S)[1])
+    finally:
+        for server in servers:
+            ray.kill(server)

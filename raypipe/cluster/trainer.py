@@ -33,7 +33,7 @@ from raypipe.cluster.datasets import PlanDataConfig, plan_dataset, read_slices
 from raypipe.cluster.decode_plan import Crew, bytes_on_a_machine, plan_decoders
 from raypipe.cluster.decoders import RowOpener
 from raypipe.cluster.failures import NoSecondTry, batch_limit, our_error
-from raypipe.cluster.leaving import LeavesWithDriver, leave, stay
+from raypipe.cluster.leaving import LeavesWithDriver, ask_for_no_nodes, has_left, leave
 from raypipe.cluster.session import has_dashboard
 from raypipe.cluster.shards import Shards, open_shards
 from raypipe.cluster.stalls import Stalls
@@ -44,7 +44,7 @@ from raypipe.stream import Cursor, StepSlice, StreamPlan
 from raypipe.train import FitResult, Task, TrainConfig, WorkerContext, checkpoint, fit
 from raypipe.train.follow import log_aloud, log_to
 from raypipe.train.footprint import SIZES
-from raypipe.train.stop import note_training, stop_wished, unless_stopping
+from raypipe.train.stop import note_training, stop_wished
 
 # A worker that dies is restarted from the last whole checkpoint this often.
 MAX_FAILURES = 3
@@ -118,7 +118,7 @@ def train_on_ray(
         memory = replace(setup.memory, beside_bytes=beside)
         setup = replace(setup, shards=shards, decoders=decoders, memory=memory)
         trainer = _trainer(setup, plan, workers, use_gpu, cpus)
-        return _fit_in_thread(trainer, setup.run_dir, tick)
+        return _fit_in_thread(trainer, setup, tick)
 
 
 def look_s(workers: int) -> float:
@@ -155,7 +155,10 @@ def _trainer(
                 max_failures=MAX_FAILURES + setup.cfg.batch_size.bit_length(),
                 controller_failure_limit=MAX_START_TIMEOUTS,
             ),
-            callbacks=[NoSecondTry(setup.memory, setup.name), LeavesWithDriver(run_dir)],
+            callbacks=[
+                NoSecondTry(setup.memory, setup.name),
+                LeavesWithDriver(run_dir, setup.name),
+            ],
         ),
     )
 
@@ -173,9 +176,8 @@ class WithoutDashboard(TorchTrainer):
         return [one for one in made if not isinstance(one, PlacementGroupCleanerCallback)]
 
 
-def _fit_in_thread(trainer: TorchTrainer, run_dir: Path, tick: Callable[[], None]) -> FitResult:
+def _fit_in_thread(trainer: TorchTrainer, setup: TrainSetup, tick: Callable[[], None]) -> FitResult:
     """Off the main thread Ray Train leaves SIGINT alone; its own handler would exit with 0."""
-    stay(run_dir)
     box: dict[str, Any] = {}
     over = threading.Event()  # an interrupted Thread.join takes its thread for ended
 
@@ -185,15 +187,19 @@ def _fit_in_thread(trainer: TorchTrainer, run_dir: Path, tick: Callable[[], None
         except BaseException as error:
             box["error"] = error
         over.set()
+        has_left(setup.run_dir, setup.name)  # where its driver waits for that no more
 
     threading.Thread(target=run, name="ray-train", daemon=True).start()
     try:
         while not over.wait(POLL_S):
             tick()
-    except KeyboardInterrupt:
-        leave(run_dir)
-        if over.wait(LEAVE_S):  # else it is told for as long as it takes
-            stay(run_dir)
+    except BaseException as error:  # an interrupt, or of ``tick``: nobody waits for the result now
+        try:
+            _take_along(trainer, setup, over)
+        except OSError as cannot:
+            error.add_note(
+                f"also: the training cannot be told to end before this process: {cannot}"
+            )
         raise
     tick()
     if "error" in box:
@@ -201,13 +207,18 @@ def _fit_in_thread(trainer: TorchTrainer, run_dir: Path, tick: Callable[[], None
     return box["result"].return_value
 
 
+def _take_along(trainer: TorchTrainer, setup: TrainSetup, over: threading.Event) -> None:
+    """End the training, which sets ``over``."""
+    leave(setup.run_dir, setup.name)
+    if over.wait(LEAVE_S):  # else it is told for as long as it takes
+        has_left(setup.run_dir, setup.name)
+        ask_for_no_nodes(trainer.train_run_context.run_id)
+
+
 def _train_worker(config: dict[str, Any]) -> FitResult:
     """Runs in each Train worker."""
     setup: TrainSetup = ray.get(config["setup"])
     limit = batch_limit(verdicts(setup.memory, setup.name))
-    if ray_train.get_context().get_world_rank() == 0:
-        unless_stopping(setup.run_dir)
-        note_training(setup.run_dir, False)
     began = time.time()
     with _leases(setup) as guard:
         if _all(not is_younger(guard, began)) or not _gives_way(setup):

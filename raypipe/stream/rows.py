@@ -44,11 +44,18 @@ class ComputedRows(ABC):
     @overload
     def __getitem__(self, places: slice | np.ndarray) -> np.ndarray: ...
     def __getitem__(self, places: int | np.integer | slice | np.ndarray) -> int | np.ndarray:
-        """Rows at ``places`` in ``range(size)``: an int, or int64 for a slice or an int array."""
+        """Rows at ``places`` in ``range(size)``: an int, or int64 for a slice or an int array.
+
+        Raises IndexError for other places, and for arrays that are no whole numbers, such as a mask.
+        """
         if isinstance(places, slice):
             found = range(self.size)[places]
             return self.at(np.arange(found.start, found.stop, found.step, dtype=np.int64))
         if isinstance(places, np.ndarray):
+            if places.dtype.kind not in "iu":
+                raise IndexError(
+                    f"places: {places.dtype} {places.shape}; give whole numbers, of a mask np.flatnonzero"
+                )
             if places.size and not 0 <= places.min() <= places.max() < self.size:
                 raise IndexError(f"place {places.min()}..{places.max()} of {self.size} rows")
             return self.at(places.astype(np.int64))

@@ -29,6 +29,7 @@ def split_rows(n: int, n_held: int, seed: int) -> tuple[SplitRows, SplitRows]:
 
     Raises ConfigError unless both have a row.
     """
+    n, n_held, seed = int(n), int(n_held), int(seed)  # numpy's would run over
     if not 0 < n_held < n:
         raise ConfigError(f"{n_held} of {n} rows held out: both parts need at least one")
     # The smaller part is drawn: stretches of two rows and more, so that each draw is one.

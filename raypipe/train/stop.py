@@ -33,8 +33,8 @@ def stop_wished(run_dir: Path) -> bool:
 
 
 def note_training(run_dir: Path, trains: bool) -> None:
-    """Rank 0: the workers train from now on, or wait. Its driver made the file: a network disk would
-    show a new one late.
+    """The workers train from now on (rank 0), or wait (who starts them). The driver made the file: a
+    network disk would show a new one late.
     """
     (run_dir / _STATE).write_text(_TRAINS if trains else "", encoding="utf-8")
 
@@ -90,7 +90,7 @@ def _listening(wish: Path, waits: Callable[[], bool]) -> Iterator[None]:
         if asked:
             raise
         raise Interrupted(
-            f"stopped while it waited to train in {wish.parent}: no step was begun, and what it held is "
+            f"stopped while it waited to train in {wish.parent}: no step was under way, and what it held is "
             "given back; the same command begins, or goes on from the last checkpoint"
         ) from None
     finally:
@@ -98,7 +98,7 @@ def _listening(wish: Path, waits: Callable[[], bool]) -> Iterator[None]:
 
 
 def unless_stopping(run_dir: Path) -> None:
-    """Raise Interrupted for workers that begin anew where somebody asked to stop meanwhile."""
+    """Raise Interrupted for workers that are to begin anew where somebody asked to stop meanwhile."""
     if stop_wished(run_dir):
         raise Interrupted(
             f"stopped before the workers of {run_dir} began anew; its last checkpoint is kept: the same "

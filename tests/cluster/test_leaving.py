@@ -97,6 +97,16 @@ def waits_for_place(run_dir: Path) -> bool:
     return any(group["state"] == "PENDING" for group in placement_group_table().values())
 
 
+def asks_for_nodes() -> set[str]:
+    """Trainings that ask an autoscaler for nodes, by Ray's own list."""
+    try:
+        asked = ray.get_actor("AutoscalingCoordinator", namespace="AutoscalingCoordinator")
+    except ValueError:
+        return set()
+    found = ray.get(asked.__ray_call__.remote(lambda self: set(self._ongoing_reqs)), timeout=60)
+    return {one for one in found if one.startswith("train-")}
+
+
 WAITS = {
     "turn": Wait(another_turn, waits_for_turn, placed=True),
     "row server": Wait(lambda path: rival(path / "theirs"), waits_in_queue, placed=True),
@@ -129,7 +139,7 @@ def test_the_first_ctrl_c_ends_it_and_nothing_is_held(
 
     with ExitStack() as stack:
         stack.enter_context(wait.held(tmp_path))
-        before = state()["leases"]
+        before, asked_before = state()["leases"], asks_for_nodes()
         with (
             pytest.raises(Interrupted, match="while it waited to train") as stop,
             killing(lambda: run_dir.exists() and wait.waits(run_dir), myself, by=signal.SIGINT),
@@ -145,6 +155,7 @@ def test_the_first_ctrl_c_ends_it_and_nothing_is_held(
         until(lambda: not workers("RowServer") and not workers("RayTrainWorker"))
         until(lambda: not workers("TrainController"))
         until(lambda: not waits_for_place(run_dir))
+        assert asks_for_nodes() <= asked_before
         assert sorted(path.name for path in run_dir.glob(".*")) == []
     # Nobody has a place any more, nor will one be taken later.
     until(lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"])

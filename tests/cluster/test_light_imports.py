@@ -17,7 +17,7 @@ from raypipe.cluster import runner, session  # a driver
 print("driving:", *loaded())
 from raypipe.cluster import node_memory, steps  # memory actors, read tasks
 print("apart:", *loaded())
-from raypipe.cluster import datasets, failures  # the dataset manager, a callback
+from raypipe.cluster import datasets, failures, leaving  # the dataset manager, callbacks
 from raypipe.train import checkpoint
 print("managing:", *loaded())
 """

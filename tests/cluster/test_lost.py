@@ -16,10 +16,12 @@ from ray.exceptions import (
     GetTimeoutError,
     OutOfMemoryError,
     RayError,
+    RaySystemError,
     RuntimeEnvSetupError,
 )
 
 from raypipe.cluster import node_memory, remote_guard, serving
+from raypipe.cluster.awaited import Awaited, memory_waits
 from raypipe.cluster.node_memory import (
     call,
     make_everywhere,
@@ -29,6 +31,7 @@ from raypipe.cluster.node_memory import (
 )
 from raypipe.cluster.serving import _await_ready
 from raypipe.errors import WorkerFailed
+from raypipe.memory.node import Waiting
 
 NOWHERE = "ab" * 28
 LOST = [
@@ -85,6 +88,57 @@ class TestEachError:
         with pytest.raises(WorkerFailed, match="row server of node B did not start") as caught:
             _await_ready({"B": Handle()}, {}, {"B": NOWHERE}, print)
         assert "\n" not in str(caught.value)
+
+
+def test_why_one_waits_is_told_by_the_nodes_that_can_and_never_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A control store that is slow, no actor, two of an older raypipe, a broken answer; one that knows."""
+    answers = {
+        "older": "",
+        "idle": None,
+        "broken": RaySystemError("cut off"),
+        "n1": Waiting(7, "1 GiB"),
+    }
+
+    def get_actor(name: str, namespace: str) -> SimpleNamespace:
+        node = name.removeprefix("raypipe-memory-")
+        if node in ("slow", "none"):
+            raise GetTimeoutError("5 s") if node == "slow" else ValueError("no such actor")
+        asked = SimpleNamespace(remote=lambda label: node)
+        return SimpleNamespace() if node == "oldest" else SimpleNamespace(why_waiting=asked)
+
+    def get(ref: str) -> object:
+        if isinstance(answers[ref], Exception):
+            raise answers[ref]
+        return answers[ref]
+
+    fake = SimpleNamespace(get_actor=get_actor, get=get, wait=lambda refs, **options: (refs, []))
+    monkeypatch.setattr(node_memory, "ray", fake)
+    nodes = ["slow", "none", "oldest", *answers]
+    told = memory_waits([Awaited(who=f"{n}'s", label=f"of {n}", ray_node=n) for n in nodes])
+    assert told == {"of n1": "n1's has waited 7 s for its memory there: 1 GiB"}
+
+
+def test_row_servers_are_ended_though_their_calls_cannot_be_dropped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    killed: list[object] = []
+
+    def cancel(ref: object) -> None:
+        raise RaySystemError("cut off")
+
+    fake = SimpleNamespace(
+        is_initialized=lambda: True,
+        wait=lambda refs, **options: ([], refs),
+        cancel=cancel,
+        kill=killed.append,
+    )
+    monkeypatch.setattr(serving, "ray", fake)
+    servers = {"A": Handle(), "B": Handle()}
+    with pytest.raises(RaySystemError):
+        serving._end(servers.values())
+    assert killed == list(servers.values())
 
 
 @pytest.mark.ray

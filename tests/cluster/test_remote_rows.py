@@ -150,13 +150,16 @@ def test_a_batch_that_is_not_wanted_is_let_go_of_within_seconds(
 
 
 class Nodes:
-    """Servers that give no answer before ``comes`` (seconds, by reader); waiting for them takes no time."""
+    """Servers that give no answer before ``comes`` (seconds, by reader), of which their own nodes have it
+    from ``made`` on; waiting for them takes no time.
+    """
 
     def __init__(self) -> None:
-        self.now, self.comes = 1000.0, dict[str, float]()
+        self.now, self.comes, self.made = 1000.0, dict[str, float](), dict[str, float]()
 
     def wait(self, refs: list[Any], timeout: float, fetch_local: bool = True) -> tuple[Any, Any]:
-        if self.now >= self.comes.get(refs[0][0], np.inf):
+        at = self.comes.get(refs[0][0], np.inf)
+        if self.now >= (at if fetch_local else self.made.get(refs[0][0], at)):
             return refs, []
         self.now += timeout
         time.sleep(0.0001)  # other threads
@@ -240,6 +243,23 @@ class TestSeveralThatStall:
         for wait in slow:
             nodes.comes["a"] = nodes.now + 500
             np.testing.assert_array_equal(wait()[:, 0], np.arange(8))
+
+    def test_what_is_made_elsewhere_has_the_whole_time_for_its_way_here(self, nodes: Nodes) -> None:
+        """Nobody fetched it: a file here hung for longer than a reader is waited for."""
+        said: list[str] = []
+        reader = self.reader("a", said.append, Stalls())
+        wait, never = reader.start(np.arange(8)), reader.start(np.arange(8))
+        nodes.made["a"] = nodes.now
+        nodes.now += 700
+        nodes.comes["a"] = nodes.now + 5
+        np.testing.assert_array_equal(wait()[:, 0], np.arange(8))
+        assert not said
+        nodes.now += 700
+        del nodes.comes["a"]
+        began = nodes.now
+        with pytest.raises(WorkerFailed, match=r"did not come in 60\d s"):
+            never()
+        assert 600 <= nodes.now - began <= 610
 
     def test_what_has_come_or_is_not_wanted_is_never_late(self, nodes: Nodes) -> None:
         said, stalls = list[str](), Stalls()

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raypipe.errors import ConfigError
-from raypipe.stream import RowRange, StreamPlan
+from raypipe.stream import RowRange, StreamPlan, split_rows
 from raypipe.stream.rows import runs_of
 
 ranges = st.builds(
@@ -67,6 +67,17 @@ def test_ranges_that_are_no_rows_are_refused() -> None:
         StreamPlan(range(-1, 4), 0, 1, 1)
     with pytest.raises(IndexError):
         RowRange.of(range(4))[np.array([4])]
+
+
+@pytest.mark.parametrize(
+    "places", [np.array([True, False, True]), np.array([0.0, 1.0]), np.array(True)]
+)
+def test_places_that_are_no_whole_numbers_are_refused(places: np.ndarray) -> None:
+    """A mask would be taken for the places 0 and 1."""
+    for rows in (RowRange.of(range(5, 8)), split_rows(10, 3, 0)[1]):
+        with pytest.raises(IndexError, match="whole numbers"):
+            rows[places]
+    np.testing.assert_array_equal(RowRange.of(range(5, 8))[np.array([0, 2], np.uint8)], [5, 7])
 
 
 @given(rows=st.lists(st.integers(0, 60), max_size=40))

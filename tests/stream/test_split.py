@@ -120,6 +120,20 @@ def test_a_billion_rows_are_split_planned_and_known_in_no_memory(window: int) ->
     assert not any(isinstance(value, np.ndarray) for value in vars(left).values())
 
 
+def test_numpys_numbers_are_the_same_split() -> None:
+    n, n_held, seed = 3 * 10**9, 10**9, 5  # their product is above 2**32, and below 2**63
+    given_ = np.int64(n), np.int64(n_held), np.int64(seed)
+    places = np.array([0, 1, n_held - 1])
+    for part, same in zip(split_rows(*given_), split_rows(n, n_held, seed), strict=True):
+        assert {type(value) for value in vars(part).values()} <= {int, bool}
+        assert part == same and rows_digest(part) == rows_digest(same)
+        np.testing.assert_array_equal(part[places], same[places])
+    small = split_rows(np.int8(100), np.uint8(80), np.int8(1))
+    assert small == split_rows(100, 80, 1)
+    with pytest.raises(ConfigError, match=r"2\*\*63"):
+        split_rows(np.int64(2**40), np.int64(2**30), np.int64(0))
+
+
 def test_a_plan_of_a_part_is_the_plan_of_its_list() -> None:
     left, _ = split_rows(103, 20, 4)
     for window in (0, 32):
