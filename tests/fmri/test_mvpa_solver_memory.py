@@ -16,13 +16,13 @@ PATTERNS = 12  # of a class
 LDA = "sklearn.discriminant_analysis.LinearDiscriminantAnalysis"
 QDA = "sklearn.discriminant_analysis.QuadraticDiscriminantAnalysis"
 LOGISTIC = "sklearn.linear_model.LogisticRegression"
-# estimator, params, voxels, classes: matrices of 3 to 11 MiB
+# estimator, params, voxels, classes: matrices of 1 to 11 MiB
 CASES = [
     (LOGISTIC, "solver=newton-cholesky max_iter=1", 1200, 2),
     (LOGISTIC, "solver=newton-cholesky max_iter=1", 400, 3),
     (LDA, "solver=svd store_covariance=true", 1200, 2),
-    (QDA, "solver=eigen shrinkage=auto", 600, 2),
-    (QDA, "solver=eigen shrinkage=0.5", 600, 3),
+    (QDA, "solver=eigen shrinkage=auto", 900, 2),
+    (QDA, "solver=eigen shrinkage=0.5", 900, 3),
 ]
 
 # Each model is fitted small first: what loads with it, and the BLAS's buffers, are then there.
@@ -65,10 +65,9 @@ def test_a_fit_holds_as_many_matrices_as_are_planned(
     estimator, params, voxels, n_classes = case
     model = EstimatorConfig(estimator=estimator, params=tuple(params.split()))
     planned = solver_squares(model, n_classes)
-    patterns = (
-        PATTERNS * n_classes / voxels
-    )  # in matrices; the plan counts their copies by themselves
-    assert 0.7 * planned < held[str(case)] <= 1.03 * planned + 5 * patterns
+    # In matrices: five copies of the patterns, which are planned for by themselves, and BLAS's buffers.
+    beside = (5 * 8 * PATTERNS * n_classes * voxels + (2 << 20)) / (8 * voxels**2)
+    assert 0.7 * planned < held[str(case)] <= 1.03 * planned + beside
 
 
 def test_a_decomposition_without_covariances_holds_none() -> None:
