@@ -28,6 +28,9 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from raypipe.train.stop import note_training, unless_stopping
 
 LOOK_S = 0.2
+LOOKS = (
+    5  # for places that are being asked for: a second, which a busy machine may take to note one
+)
 
 
 def leave(run_dir: Path, name: str) -> None:
@@ -77,9 +80,11 @@ class LeavesWithDriver(ControllerCallback):
     def _look(self, me: Any) -> None:
         while not self._asked():
             time.sleep(LOOK_S)
-        time.sleep(LOOK_S)  # what is asked for in this moment is then there to be given back
         try:
-            _give_places_back()
+            # One that was asked for a moment ago has no object until Ray has noted it; no other follows.
+            for _ in range(LOOKS):
+                time.sleep(LOOK_S)
+                _give_places_back()
         finally:
             ray.kill(me)
 
