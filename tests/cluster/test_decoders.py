@@ -226,8 +226,8 @@ def test_a_decoder_that_waits_for_its_memory_says_who_holds_it(
         want = source.open().start(rows(1, 2))()
         np.testing.assert_array_equal(reader.start(rows(1, 2))(), want)
     assert re.fullmatch(
-        rf"a decode actor has given nothing for \d+ s, of images 01\.png to 02\.png: held-up-0 on node "
-        rf"{this_node()} has waited \d+ s for its memory there: 700 MiB are asked for, .*{held}",
+        rf"a decode actor has given nothing for \d s, of images 01\.png to 02\.png: held-up-0 on node "
+        rf"{this_node()} has waited \d s for its memory there: 700 MiB are asked for, .*{held}",
         said[-1],
     ), said
 

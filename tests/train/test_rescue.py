@@ -47,6 +47,13 @@ def test_a_run_goes_on_with_the_validation_that_it_owes(
     same_run(ours, tmp_path / "whole")
 
 
+def goes_on_as_unbroken(task: ToyTask, tmp_path: Path) -> None:
+    """What was rescued in ``run`` ends as a run does that nothing befell."""
+    run(task, config(), tmp_path / "run")
+    run(task, config(), tmp_path / "whole")
+    same_run(tmp_path / "run", tmp_path / "whole")
+
+
 @pytest.mark.parametrize("room_for", [1, 9, 12])
 def test_dropout_after_a_rescue_is_that_of_the_unbroken_run(
     noisy: ToyTask, tmp_path: Path, room_for: int
@@ -57,9 +64,7 @@ def test_dropout_after_a_rescue_is_that_of_the_unbroken_run(
     with pytest.raises(MemoryBudgetExceeded, match="one row at once"):
         run(late, config(), ours)
     assert saved_steps(ours) == room_for
-    run(noisy, config(), ours)
-    run(noisy, config(), tmp_path / "whole")
-    same_run(ours, tmp_path / "whole")
+    goes_on_as_unbroken(noisy, tmp_path)
 
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, n: int, *, moved: bool) -> None:
@@ -133,9 +138,7 @@ def test_weights_that_no_update_has_touched_are_saved(
         with pytest.raises(MemoryBudgetExceeded, match="ran out of memory"):
             run(noisy, config(), ours)
     assert saved_steps(ours) == done
-    run(noisy, config(), ours)
-    run(noisy, config(), tmp_path / "whole")
-    same_run(ours, tmp_path / "whole")
+    goes_on_as_unbroken(noisy, tmp_path)
 
 
 @pytest.mark.parametrize("full", ["training_state", "judged_state"])
@@ -166,9 +169,7 @@ def test_a_last_names_no_best_that_is_not_there(
     assert last is not None and best is not None
     named = [found.meta["progress"]["best_epoch"] for found in (last, best)]
     assert named == [0, 0] and saved_steps(ours) == STEPS
-    run(noisy, config(), ours)
-    run(noisy, config(), tmp_path / "whole")
-    same_run(ours, tmp_path / "whole")
+    goes_on_as_unbroken(noisy, tmp_path)
 
 
 def test_a_rank_that_does_not_write_the_log_knows_what_is_in_it(tmp_path: Path) -> None:
